@@ -1,0 +1,1 @@
+"""graphopt: graph transformations for PyTorch models under a budget."""

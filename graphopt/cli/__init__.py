@@ -1,0 +1,1 @@
+"""The command line: thin, calls the functions that a user would call."""

@@ -1,0 +1,1 @@
+"""Views of a program as text, JSON, DOT, SVG and HTML."""

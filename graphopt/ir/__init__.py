@@ -1,0 +1,1 @@
+"""The captured program: graph, signature, aliasing, joint view, emission."""

@@ -1,0 +1,1 @@
+"""Execution of programs whose backward pass is planned."""

@@ -1,0 +1,1 @@
+"""Built-in passes, one file or folder each; found by `graphopt.registry`."""

@@ -1,0 +1,1 @@
+"""Rematerialization: keep a memory budget by recomputing values in the backward pass."""

@@ -1,0 +1,1 @@
+"""Optimisation problems on plain data. Nothing here imports torch."""
