@@ -1,0 +1,176 @@
+"""Bytes of the values that a graph's nodes produce, concrete or symbolic.
+
+Nodes carry fake tensors in ``meta["val"]``.  Where a batch or a sequence length is free, their sizes
+are `torch.SymInt`; `Substitution` says which numbers stand for the symbols (default: the hints, the
+sizes of the example inputs).
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+
+Substitution = Mapping[sympy.Symbol, int]
+Size = int | torch.SymInt
+
+_ALIASING: dict[Any, bool] = {}
+
+
+class UnknownSizeError(ValueError):
+    """A size that depends on the data, such as the number of non-zero elements."""
+
+
+def concrete(size: Size, symbols: Substitution | None = None) -> int:
+    """Number behind a size.
+
+    Args:
+        size: An int or a `torch.SymInt`.
+        symbols: What stands for the symbols; those missing here take their hints.
+
+    Raises:
+        UnknownSizeError: The size depends on the data and nothing was given for it.
+    """
+    if isinstance(size, (int, float, bool)):
+        return size  # type: ignore[return-value]
+    node = size.node
+    if symbols:
+        expr = node.expr.xreplace(dict(symbols))
+        if expr.is_number:
+            return int(expr)
+        hints = getattr(node.shape_env, "backed_var_to_val", None)
+        hints = node.shape_env.var_to_val if hints is None else hints
+        expr = expr.xreplace({s: hints[s] for s in expr.free_symbols if s in hints})
+        if expr.is_number:
+            return int(expr)
+    if not node.has_hint():
+        raise UnknownSizeError(f"the size {size} depends on the data")
+    return int(node.hint)
+
+
+def symbolic(size: Size) -> sympy.Expr:
+    """The size as a sympy expression in the program's symbols."""
+    return size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(int(size))
+
+
+def tensors_in(value: Any) -> Iterator[torch.Tensor]:
+    """Tensors in a nest of lists, tuples and dicts, in order."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from tensors_in(item)
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from tensors_in(item)
+
+
+def tensor_bytes(tensor: torch.Tensor) -> Size:
+    """Bytes of a tensor's elements (those of its storage may be more)."""
+    return tensor.numel() * tensor.element_size()
+
+
+def span_bytes(tensor: torch.Tensor) -> Size:
+    """Bytes from a tensor's first element to its last, as its strides lay it out."""
+    if tensor.layout is not torch.strided:
+        return tensor_bytes(tensor)
+    last: Size = 0
+    for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
+        if isinstance(size, int) and size == 0:
+            return 0
+        last = last + (size - 1) * stride
+    return (last + 1) * tensor.element_size()
+
+
+def values_of(node: fx.Node) -> list[Any]:
+    """A node's outputs, one entry for each element of a multi-output op."""
+    value = node.meta.get("val")
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def is_alias(node: fx.Node) -> bool:
+    """Whether all outputs of a node share their storage with its inputs, by the op's schema.
+
+    `getitem` counts: its value was allocated by the op that it reads from.
+    """
+    if node.op != "call_function":
+        return False
+    if node.target is operator.getitem:
+        return True
+    known = _ALIASING.get(node.target)
+    if known is None:
+        known = _ALIASING[node.target] = _schema_aliases(node.target)
+    return known
+
+
+def _schema_aliases(target: Any) -> bool:
+    schema = getattr(target, "_schema", None)
+    if schema is None or not schema.returns:
+        return False
+    return all(ret.alias_info is not None for ret in schema.returns)
+
+
+def fresh_outputs(node: fx.Node) -> list[torch.Tensor | None]:
+    """The outputs that a node allocates by its schema; None where it aliases or isn't a tensor."""
+    values = values_of(node)
+    schema = getattr(node.target, "_schema", None)
+    if node.op != "call_function" or is_alias(node):
+        return [None] * len(values)
+    aliased = [False] * len(values)
+    if schema is not None and len(schema.returns) == len(values):
+        aliased = [ret.alias_info is not None for ret in schema.returns]
+    return [
+        value if isinstance(value, torch.Tensor) and not alias else None
+        for value, alias in zip(values, aliased, strict=True)
+    ]
+
+
+def output_bytes(node: fx.Node, symbols: Substitution | None = None) -> list[int]:
+    """Bytes of each output of a node, by its fake values; 0 where it aliases an input.
+
+    These are the sizes that the graph states.  `graphopt.cost.measured_op` gives what the allocator
+    hands out.
+    """
+    return [
+        0 if tensor is None else concrete(span_bytes(tensor), symbols)
+        for tensor in fresh_outputs(node)
+    ]
+
+
+def bytes_moved(node: fx.Node, symbols: Substitution | None = None) -> int:
+    """Bytes that a node reads and writes: its tensor inputs and outputs once each; views none."""
+    return _moved(node, lambda tensor: concrete(tensor_bytes(tensor), symbols))
+
+
+def symbolic_bytes_moved(node: fx.Node) -> sympy.Expr:
+    """`bytes_moved` as a sympy expression in the program's symbols."""
+    return sympy.sympify(_moved(node, lambda tensor: symbolic(tensor_bytes(tensor))))
+
+
+def symbolic_output_bytes(node: fx.Node) -> list[sympy.Expr]:
+    """`output_bytes` as sympy expressions in the program's symbols."""
+    return [
+        sympy.Integer(0) if tensor is None else symbolic(span_bytes(tensor))
+        for tensor in fresh_outputs(node)
+    ]
+
+
+def _moved(node: fx.Node, measure: Callable[[torch.Tensor], Any]) -> Any:
+    if node.op != "call_function" or _is_pure_view(node):
+        return 0
+    total: Any = 0
+    for source in node.all_input_nodes:
+        for tensor in tensors_in(source.meta.get("val")):
+            total = total + measure(tensor)
+    for tensor in tensors_in(node.meta.get("val")):
+        total = total + measure(tensor)
+    return total
+
+
+def _is_pure_view(node: fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return is_alias(node) and not (schema is not None and schema.is_mutable)
