@@ -8,8 +8,11 @@ nothing but the standard library, so that every other module may use it.
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Iterable
 from typing import Any, ClassVar
+
+_HERE = os.path.dirname(__file__) + os.sep
 
 EXIT_OK = 0
 EXIT_USER = 1
@@ -211,7 +214,7 @@ def innermost_user_frame(trace: str) -> str | None:
             frames.append((f"{path}:{rest.split(',')[0]}", ""))
         elif frames and text and not frames[-1][1] and not text.startswith("^"):
             frames[-1] = (frames[-1][0], text)
-    library = ("/torch/", "/graphopt/graphopt/", "<frozen", "<eval_with_key>")
+    library = ("/torch/", _HERE, "<frozen", "<eval_with_key>")
     mine = [f for f in frames if not any(part in f[0] for part in library)] or frames
     if not mine:
         return None

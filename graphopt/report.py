@@ -1,0 +1,239 @@
+"""What was done and what it cost: dataclasses -> JSON -> a table.
+
+The same data feeds the terminal, the HTML view and the tests.  Bytes are plain integers; FLOPs
+count a multiply-add as 2; ratios are plain fractions (0.1 is ten percent).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from graphopt.errors import UnsupportedError
+from graphopt.ir.record import PassRecord
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class MemoryReport:
+    """Section ``memory``: peak bytes above the start of a warmed-up step, gradients allocated.
+
+    Attributes:
+        eager_peak: The source model's own peak.
+        budget: What was allowed, in bytes.
+        predicted_peak: The plan's own figure, made before the result was measured.
+        measured_peak: The allocator's figure of the module that is returned.
+        scope: ``activations`` or ``step`` (parameters, gradients, optimizer state count too).
+        mode: ``train`` (one forward and backward) or ``eval`` (the forward alone).
+    """
+
+    eager_peak: int
+    budget: int
+    predicted_peak: int
+    measured_peak: int
+    scope: str = "activations"
+    mode: str = "train"
+
+
+@dataclass(frozen=True)
+class PlanReport:
+    """Section ``plan``: the plan of one forward and backward.
+
+    Attributes:
+        status: ``optimal``, ``feasible``.
+        overhead: Added duration, as a fraction of the step without recomputation.
+        lower_bound: Proven lower bound on ``overhead``.
+        gap: ``overhead - lower_bound``.
+        recomputed_flops: FLOPs done more than once.
+        step_flops: FLOPs of one forward and backward without recomputation.
+        seconds: Time spent planning.
+        cost_model: ``analytic`` or ``profiled``.
+    """
+
+    status: str
+    overhead: float
+    lower_bound: float
+    gap: float
+    recomputed_flops: int
+    step_flops: int
+    seconds: float
+    cost_model: str = "analytic"
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was done to a model.
+
+    Attributes:
+        budget: The budget that was asked for, as fields of text.
+        passes: One record per pass that ran, in order.
+        predictor: ``predictor(args, kwargs)`` gives the plan's peak bytes for other inputs; not
+            part of the JSON form.
+    """
+
+    budget: Mapping[str, str] = field(default_factory=dict)
+    passes: tuple[PassRecord, ...] = ()
+    predictor: Callable[[tuple[Any, ...], Mapping[str, Any]], int] | None = field(
+        default=None, repr=False, compare=False
+    )
+
+    @property
+    def sections(self) -> dict[str, dict[str, Any]]:
+        """Sections by name; where two passes report the same one, the last wins."""
+        merged: dict[str, dict[str, Any]] = {}
+        for record in self.passes:
+            merged.update({name: dict(section) for name, section in record.report.items()})
+        return merged
+
+    @property
+    def pipeline(self) -> str:
+        """The passes as pipeline text."""
+        return ",".join(record.text for record in self.passes)
+
+    @property
+    def seconds(self) -> float:
+        """Seconds spent in passes."""
+        return sum(record.seconds for record in self.passes)
+
+    def __getitem__(self, section: str) -> dict[str, Any]:
+        return self.sections[section]
+
+    def predict_peak(self, *args: Any, **kwargs: Any) -> int:
+        """Peak bytes of a planned step on other inputs, without running it.
+
+        Args:
+            *args: Inputs as the module takes them.
+            **kwargs: Keyword inputs.
+
+        Returns:
+            Predicted peak in bytes above the start of the step.
+
+        Raises:
+            UnsupportedError: The module has no plan.
+        """
+        if self.predictor is None:
+            raise UnsupportedError(
+                "this module has no memory plan to predict from",
+                hint="optimize with a memory budget first",
+            )
+        return self.predictor(args, kwargs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able form; the keys of sections are stable within a ``schema_version``."""
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "budget": dict(self.budget),
+            "pipeline": self.pipeline,
+            "passes": [
+                {"pass": r.text, "changed": r.changed, "seconds": r.seconds} for r in self.passes
+            ],
+            **self.sections,
+        }
+
+    def to_json(self) -> str:
+        """`to_dict` as JSON text."""
+        return json.dumps(to_plain(self.to_dict()), indent=2, allow_nan=False)
+
+    def table(self) -> Any:
+        """The report as a `rich` renderable."""
+        return render(self)
+
+    def __str__(self) -> str:
+        return as_text(self.table())
+
+
+def to_plain(value: Any) -> Any:
+    """JSON-able form of a dataclass, a mapping, a sequence or a number.
+
+    NaN and infinities, which JSON doesn't have, become None; numpy and torch scalars become
+    numbers; anything else becomes its text.
+    """
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: to_plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(k): to_plain(v) for k, v in value.items()}
+    if value is None or isinstance(value, (str, bool, int)):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Iterable):
+        return [to_plain(v) for v in value]
+    item = getattr(value, "item", None)
+    return to_plain(item()) if callable(item) else str(value)
+
+
+def human_bytes(count: float) -> str:
+    """Bytes for people: ``12.3 MB`` (decimal units, as the literature uses them)."""
+    return _scaled(count, ("B", "kB", "MB", "GB", "TB"))
+
+
+def human_count(count: float) -> str:
+    """A count for people: ``1.23 G``."""
+    return _scaled(count, ("", "k", "M", "G", "T", "P")).strip()
+
+
+def _scaled(count: float, units: tuple[str, ...]) -> str:
+    size = float(count)
+    for unit in units[:-1]:
+        if abs(size) < 1000:
+            return f"{size:.0f} {unit}" if unit == units[0] else f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:.3g} {units[-1]}"
+
+
+_BYTE_KEYS = ("peak", "budget", "bytes", "saved")
+_SHARE_KEYS = ("overhead", "lower_bound", "gap")
+
+
+def human_value(key: str, value: Any) -> str:
+    """Text of one report value for people, by the unit that its key implies."""
+    if value is None:
+        return "-"
+    if isinstance(value, (list, tuple, dict)):
+        return f"{len(value)} entries"
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return str(value)
+    if any(part in key for part in _BYTE_KEYS):
+        return human_bytes(value)
+    if key in _SHARE_KEYS:
+        return f"{100 * value:.2f} %"
+    if "seconds" in key:
+        return f"{value:.2f} s"
+    if "flops" in key or "params" in key:
+        return human_count(value)
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def render(report: Report) -> Any:
+    """Tables of a report: one of the passes, one of each section."""
+    from rich.console import Group
+    from rich.table import Table
+
+    passes = Table(title="passes", title_justify="left")
+    for column in ("pass", "changed", "seconds"):
+        passes.add_column(column, justify="right" if column == "seconds" else "left")
+    for record in report.passes:
+        passes.add_row(record.text, "yes" if record.changed else "no", f"{record.seconds:.2f}")
+    tables = [passes]
+    for name, section in report.sections.items():
+        table = Table("", name, title_justify="left", show_header=True)
+        for key, value in section.items():
+            table.add_row(key.replace("_", " "), human_value(key, value))
+        tables.append(table)
+    return Group(*tables)
+
+
+def as_text(renderable: Any, width: int = 100) -> str:
+    """A `rich` renderable as plain text."""
+    import io
+
+    from rich.console import Console
+
+    out = io.StringIO()
+    Console(file=out, width=width, color_system=None).print(renderable)
+    return out.getvalue().rstrip()
