@@ -1,0 +1,20 @@
+"""Models that the tests share.
+
+``ZOO[name]`` is a :class:`~tests.zoo.registry.ZooModel`; called, it gives
+``(model, args, kwargs)``.
+"""
+
+from tests.zoo import control, pretrained, sequence, structure, vision
+from tests.zoo.registry import ZOO, ZooModel, floating_leaves, probe_loss
+
+__all__ = [
+    "ZOO",
+    "ZooModel",
+    "control",
+    "floating_leaves",
+    "pretrained",
+    "probe_loss",
+    "sequence",
+    "structure",
+    "vision",
+]

@@ -1,0 +1,27 @@
+"""Parametrising tests over the zoo."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.zoo.registry import ZOO
+
+
+def zoo_params(*, tag: str | None = None, without: str = "", refused: bool = False) -> list[Any]:
+    """Zoo models as ``pytest.param``; those tagged slow carry the mark.
+
+    Args:
+        tag: only models with this tag.
+        without: leave out models with any of these tags (separated by blanks).
+        refused: take the models that capture must refuse as well.
+    """
+    excluded = set(without.split())
+    return [
+        pytest.param(entry, id=name, marks=[pytest.mark.slow] if "slow" in entry.tags else [])
+        for name, entry in sorted(ZOO.items())
+        if (tag is None or tag in entry.tags)
+        and not excluded & entry.tags
+        and (refused or entry.refused is None)
+    ]
