@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 from graphopt.arguments import format_value, read_value, split_top_level
 from graphopt.budget import Budget, Quantity, field_names, read_field
 from graphopt.errors import GraphoptError, PipelineError, suggest
-from graphopt.ir.record import PassRecord
+from graphopt.ir.program import PassRecord
 from graphopt.report import to_plain
 
 if TYPE_CHECKING:
@@ -326,7 +326,8 @@ def _run_pass(
     for instrument in instruments:
         instrument.after(pass_, program, result, seconds)
     record = PassRecord(
-        text=str(pass_),
+        name=pass_.name,
+        spec=str(pass_),
         changed=result.changed,
         seconds=seconds,
         report={name: to_plain(section) for name, section in result.report.items()},

@@ -11,10 +11,12 @@ import json
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from graphopt.errors import UnsupportedError
-from graphopt.ir.record import PassRecord
+
+if TYPE_CHECKING:
+    from graphopt.ir.program import PassRecord, Program
 
 SCHEMA_VERSION = 1
 
@@ -82,6 +84,13 @@ class Report:
         default=None, repr=False, compare=False
     )
 
+    @classmethod
+    def of(cls, program: Program, budget: Mapping[str, str] | None = None) -> Report:
+        """The report of a program: its history, and its planner for predictions."""
+        predict = getattr(program.planner, "predict_peak", None)
+        predictor = None if predict is None else Predictor(program.planner, program.signature)
+        return cls(dict(budget or {}), program.history, predictor)
+
     @property
     def sections(self) -> dict[str, dict[str, Any]]:
         """Sections by name; where two passes report the same one, the last wins."""
@@ -93,7 +102,7 @@ class Report:
     @property
     def pipeline(self) -> str:
         """The passes as pipeline text."""
-        return ",".join(record.text for record in self.passes)
+        return ",".join(record.spec for record in self.passes)
 
     @property
     def seconds(self) -> float:
@@ -130,7 +139,7 @@ class Report:
             "budget": dict(self.budget),
             "pipeline": self.pipeline,
             "passes": [
-                {"pass": r.text, "changed": r.changed, "seconds": r.seconds} for r in self.passes
+                {"pass": r.spec, "changed": r.changed, "seconds": r.seconds} for r in self.passes
             ],
             **self.sections,
         }
@@ -145,6 +154,22 @@ class Report:
 
     def __str__(self) -> str:
         return as_text(self.table())
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """Asks a planner for the peak of a call; an ordinary object, so that it pickles.
+
+    Attributes:
+        planner: The planner of a program, which has ``predict_peak(flat_inputs)``.
+        signature: The program's signature.
+    """
+
+    planner: Any
+    signature: Any
+
+    def __call__(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
+        return int(self.planner.predict_peak(self.signature.flatten_inputs(args, kwargs)))
 
 
 def to_plain(value: Any) -> Any:
@@ -218,7 +243,7 @@ def render(report: Report) -> Any:
     for column in ("pass", "changed", "seconds"):
         passes.add_column(column, justify="right" if column == "seconds" else "left")
     for record in report.passes:
-        passes.add_row(record.text, "yes" if record.changed else "no", f"{record.seconds:.2f}")
+        passes.add_row(record.spec, "yes" if record.changed else "no", f"{record.seconds:.2f}")
     tables = [passes]
     for name, section in report.sections.items():
         table = Table("", name, title_justify="left", show_header=True)
