@@ -1,1 +1,21 @@
-"""Optimisation problems on plain data. Nothing here imports torch."""
+"""Optimisation problems on plain data: rematerialization under a peak-memory budget.
+
+Nothing here imports torch or any other part of graphopt.
+"""
+
+from graphopt.solvers.check import Check, check
+from graphopt.solvers.graph import Task, TaskGraph, TaskGraphError, Value
+from graphopt.solvers.solution import Progress, Solution
+from graphopt.solvers.solve import solve
+
+__all__ = [
+    "Check",
+    "Progress",
+    "Solution",
+    "Task",
+    "TaskGraph",
+    "TaskGraphError",
+    "Value",
+    "check",
+    "solve",
+]
