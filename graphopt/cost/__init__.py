@@ -1,6 +1,8 @@
 """FLOPs, bytes and seconds of a graph's nodes; symbolic where a size is free."""
 
 from graphopt.cost.allocator import MemoryTrace, trace_memory
+from graphopt.cost.flops import FlopCounter, flops, graph_flops, symbolic_flops
+from graphopt.cost.models import AnalyticCost, CostModel, ProfiledCost, analytic, profiled
 from graphopt.cost.operators import (
     OpMeasurement,
     measure_ops,
@@ -19,16 +21,25 @@ from graphopt.cost.sizes import (
 )
 
 __all__ = [
+    "AnalyticCost",
+    "CostModel",
+    "FlopCounter",
     "MemoryTrace",
     "OpMeasurement",
+    "ProfiledCost",
     "Substitution",
     "UnknownSizeError",
+    "analytic",
     "bytes_moved",
     "concrete",
+    "flops",
+    "graph_flops",
     "measure_ops",
     "measured_op",
     "output_bytes",
+    "profiled",
     "symbolic_bytes_moved",
+    "symbolic_flops",
     "symbolic_output_bytes",
     "trace_memory",
     "unmeasured",

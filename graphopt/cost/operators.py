@@ -155,9 +155,7 @@ def _from_fakes(node: fx.Node, symbols: Substitution | None, reason: str | None)
     return OpMeasurement(sizes, aliases=none, measured=False, reason=reason)
 
 
-def _measure_calls(
-    calls: dict[Hashable, Call], seconds: bool, progress: Progress | None
-) -> None:
+def _measure_calls(calls: dict[Hashable, Call], seconds: bool, progress: Progress | None) -> None:
     fresh = [(key, call) for key, call in calls.items() if key not in _CACHE]
     untimed = [
         (key, call)

@@ -1,8 +1,8 @@
 """Bytes of the values that a graph's nodes produce, concrete or symbolic.
 
-Nodes carry fake tensors in ``meta["val"]``.  Where a batch or a sequence length is free, their sizes
-are `torch.SymInt`; `Substitution` says which numbers stand for the symbols (default: the hints, the
-sizes of the example inputs).
+Nodes carry fake tensors in ``meta["val"]``.  Where a batch or a sequence length is free, their
+sizes are `torch.SymInt`; `Substitution` says which numbers stand for the symbols (default: the
+hints, the sizes of the example inputs).
 """
 
 from __future__ import annotations
