@@ -191,6 +191,12 @@ def suggest(word: str, known: Iterable[str]) -> str | None:
     return f"did you mean {close[0]!r}?" if close else None
 
 
+def first_line(error: object) -> str:
+    """The first line of an error's text (torch appends C++ stacks to some), or its type's name."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
 def user_line_of(node: Any) -> str | None:
     """Line of the user's source that an FX node came from, from its ``stack_trace`` meta.
 

@@ -169,6 +169,7 @@ class Predictor:
     signature: Any
 
     def __call__(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
+        """Peak bytes of a call with these inputs."""
         return int(self.planner.predict_peak(self.signature.flatten_inputs(args, kwargs)))
 
 

@@ -1,0 +1,173 @@
+"""Numeric comparison of two modules that should do the same: outputs, gradients, buffers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from graphopt.cost.losses import loss_value
+from graphopt.cost.preserve import autocast_off, preserved
+from graphopt.errors import NothingToTrainError
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What one run of a module gave.
+
+    Attributes:
+        structure: Tree of the outputs with shape and dtype at its leaves.
+        outputs: Tensors of the outputs by position.
+        gradients: Gradients of parameters by name and of inputs as ``input[i]``; empty for a
+            forward alone.
+        buffers: Buffers by name after the run.
+    """
+
+    structure: str
+    outputs: dict[str, torch.Tensor]
+    gradients: dict[str, torch.Tensor]
+    buffers: dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The worst difference of one kind.
+
+    Attributes:
+        kind: ``outputs``, ``gradients`` or ``buffers``.
+        name: Where.
+        error: ``||a - b|| / ||a||``; infinite where shapes differ or only one is finite.
+    """
+
+    kind: str
+    name: str
+    error: float
+
+
+def observe(
+    module: nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    *,
+    training: bool | None,
+    loss: Callable[..., Any] | None = None,
+    seed: int = 0,
+) -> Observation:
+    """Run a module once and leave it as it was.
+
+    Args:
+        module: The module.
+        args: Positional inputs.
+        kwargs: Keyword inputs.
+        training: True: one step with gradients in train mode; False: a forward in eval mode
+            without gradients; None: one step in the modes that the submodules have.
+        loss: ``loss(outputs)``; None: `default_loss`.
+        seed: Seed of all random draws.
+
+    Returns:
+        What the run gave.  A model with nothing to train gives no gradients.
+    """
+    with preserved(module, args, kwargs) as (inputs, keywords):
+        if training is not None:
+            module.train(training)
+        # Cut aliases to the caller's tensors: a model may write to its inputs.
+        inputs, keywords = pytree.tree_map(_private, (inputs, keywords))
+        torch.manual_seed(seed)
+        with torch.set_grad_enabled(training is not False):
+            outputs = module(*inputs, **keywords)
+        if training is not False:
+            _backward(outputs, loss)
+        tensors = [t for t in pytree.tree_leaves(outputs) if isinstance(t, torch.Tensor)]
+        return Observation(
+            structure=_structure(outputs),
+            outputs={f"output[{i}]": t.detach().clone() for i, t in enumerate(tensors)},
+            gradients=_gradients(module, (inputs, keywords)) if training is not False else {},
+            buffers={name: b.detach().clone() for name, b in module.named_buffers()},
+        )
+
+
+def differences(expected: Observation, got: Observation) -> list[Difference]:
+    """The worst difference of each kind between two observations, those without error left out."""
+    found = []
+    for kind in ("outputs", "gradients", "buffers"):
+        worst = _worst(kind, getattr(expected, kind), getattr(got, kind))
+        if worst is not None and worst.error > 0:
+            found.append(worst)
+    return found
+
+
+def relative_error(expected: torch.Tensor, got: torch.Tensor) -> float:
+    """``||expected - got|| / ||expected||``, 0 where both are equal bit for bit, NaN included."""
+    if expected.shape != got.shape or expected.dtype != got.dtype:
+        return float("inf")
+    same_nan = torch.equal(expected.isnan(), got.isnan())
+    if same_nan and torch.equal(expected.nan_to_num(), got.nan_to_num()):
+        return 0.0
+    wide = torch.complex128 if expected.is_complex() else torch.float64
+    a, b = expected.to(wide), got.to(wide)
+    error = float((a - b).norm() / a.norm().clamp_min(torch.finfo(torch.float64).tiny))
+    return error if error == error else float("inf")
+
+
+def non_finite(tensors: Mapping[str, torch.Tensor]) -> str | None:
+    """Name of the first tensor that holds NaN or infinity, or None."""
+    for name, tensor in tensors.items():
+        floating = tensor.is_floating_point() or tensor.is_complex()
+        if floating and not bool(tensor.isfinite().all()):
+            return name
+    return None
+
+
+def _private(value: Any) -> Any:
+    if not isinstance(value, torch.Tensor):
+        return value
+    twin = value.detach().clone()
+    if value.requires_grad:
+        twin.requires_grad_()
+    return twin
+
+
+def _backward(outputs: Any, loss: Callable[..., Any] | None) -> None:
+    try:
+        value = loss_value(loss, outputs)
+    except NothingToTrainError:
+        return
+    with autocast_off():
+        value.backward()
+
+
+def _gradients(module: nn.Module, inputs: Any) -> dict[str, torch.Tensor]:
+    tensors = [t for t in pytree.tree_leaves(inputs) if isinstance(t, torch.Tensor)]
+    named = {**dict(module.named_parameters())}
+    named.update({f"input[{i}]": t for i, t in enumerate(tensors) if t.requires_grad})
+    # Absent and zero gradients are the same to an optimizer that skips neither: compare as zero.
+    return {
+        name: (torch.zeros_like(t) if t.grad is None else t.grad).detach().clone()
+        for name, t in named.items()
+        if t.requires_grad
+    }
+
+
+def _structure(outputs: Any) -> str:
+    leaves, spec = pytree.tree_flatten(outputs)
+    described = [
+        f"{tuple(x.shape)}:{x.dtype}" if isinstance(x, torch.Tensor) else repr(x) for x in leaves
+    ]
+    return f"{spec} {described}"
+
+
+def _worst(
+    kind: str, expected: Mapping[str, torch.Tensor], got: Mapping[str, torch.Tensor]
+) -> Difference | None:
+    worst: Difference | None = None
+    for name in {**expected, **got}:
+        if name not in expected or name not in got:
+            return Difference(kind, name, float("inf"))
+        error = relative_error(expected[name], got[name])
+        if worst is None or error > worst.error:
+            worst = Difference(kind, name, error)
+    return worst
