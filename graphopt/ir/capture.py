@@ -1,0 +1,263 @@
+"""Capture: `torch.export` in training mode, then the flat form that every pass reads."""
+
+from __future__ import annotations
+
+import contextlib
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.export import Dim
+
+from graphopt.errors import (
+    CaptureError,
+    GraphoptError,
+    InputMismatch,
+    ModelError,
+    UsageError,
+    innermost_user_frame,
+)
+from graphopt.ir import signature as signatures
+from graphopt.ir.graphs import bind_graph, clean_graph, free_sizes
+from graphopt.ir.program import Program
+from graphopt.ir.signature import Signature, Tree
+from graphopt.ir.skeleton import Skeleton, build
+from graphopt.ir.untouched import untouched
+
+_HINTS = (
+    (
+        ("data-dependent", "DataDependent", "Could not guard", "Could not extract specialized"),
+        "control flow depends on the values of tensors: write it with torch.cond or torch.where, "
+        "or capture the part of the model around it",
+    ),
+    (
+        ("DynamicOutputShape", "nonzero", "UnbackedSymint"),
+        "a shape depends on the values of tensors: use torch.where with masks of fixed size, or "
+        "capture the part of the model around it",
+    ),
+    (
+        ("Constraints violated", "ConstraintViolation", "dynamic_shapes"),
+        "the dynamic dimensions don't fit the model: pass dynamic=None, or name others",
+    ),
+    (
+        ("FakeTensor", "fake tensor", "meta device"),
+        "an op has no shape rule (a custom kernel without register_fake?), or the code reads a "
+        "tensor's values",
+    ),
+)
+
+
+class _Found:
+    """What a call finds out; an object of its own, for export resets a module's attributes."""
+
+    out_spec: Tree = signatures.LEAF
+
+
+class FlatCall(nn.Module):
+    """Calls a model with flat tensors and returns flat tensors: what is exported."""
+
+    def __init__(self, model: nn.Module, signature: Signature) -> None:
+        super().__init__()
+        self.model = model
+        self.signature = signature
+        self.found = _Found()
+
+    def forward(self, *flat: torch.Tensor) -> tuple[Any, ...]:
+        """Flat tensors in, flat tensors out; notes the tree of the result."""
+        args, kwargs = self.signature.rebuild_call(flat)
+        output = self.model(*args, **kwargs)
+        leaves, self.found.out_spec = signatures.flatten(output, symbols=True)
+        return tuple(leaves)
+
+
+def capture(
+    model: nn.Module,
+    args: Sequence[Any] | torch.Tensor = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    dynamic: Any = "batch",
+) -> Program:
+    """Capture a model as a graph.
+
+    The model is traced on fake tensors in training mode.  It is left as it was (its mode,
+    gradients, buffers, attributes, the random state), and so is every global mode.  The program
+    shares its parameters and buffers; deep-copy the model first to keep it apart.
+
+    Args:
+        model: The model; an `OptimizedModule` gives its stored program and isn't traced again.
+        args: Example positional arguments (a single tensor stands for a tuple of it).
+        kwargs: Example keyword arguments.
+        dynamic: Which sizes stay free: ``"batch"`` (dimension 0 of every tensor),
+            ``"batch,sequence"`` (dimensions 0 and 1), ``None``, or torch's own ``dynamic_shapes``.
+
+    Returns:
+        The program.
+
+    Raises:
+        CaptureError: The model can't be captured; says what failed, at which line of the user's
+            code, and what to try.
+        InputMismatch: The example inputs don't fit ``model.forward``.
+    """
+    from graphopt.ir.module import OptimizedModule
+
+    if isinstance(model, OptimizedModule):
+        return model.program
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"expected a torch.nn.Module, got {type(model).__name__}")
+    args = (args,) if isinstance(args, torch.Tensor) else tuple(args)
+    signature, flat = signatures.bind(model, args, dict(kwargs or {}))
+    with untouched(model):
+        return _capture(model, signature, flat, dynamic)
+
+
+def _capture(
+    model: nn.Module, signature: Signature, flat: list[torch.Tensor], dynamic: Any
+) -> Program:
+    flags = {mode: overridden_flags(model, mode) for mode in (True, False)}
+    skeleton = build(model, flags)
+    traced = trace(model, signature, flat, dynamic, training=True)
+    module = bind_graph(traced.graph, skeleton.root)
+    return Program(module, None, traced.signature, skeleton)
+
+
+def overridden_flags(model: nn.Module, mode: bool) -> dict[str, bool]:
+    """The modes that deviate after ``model.train(mode)``, where the model overrides ``train``."""
+    if all(type(m).train is nn.Module.train for m in model.modules()):
+        return {}
+    before = [(m, m.training) for m in model.modules()]
+    try:
+        model.train(mode)
+        return {name: m.training for name, m in model.named_modules() if m.training != mode}
+    finally:
+        for module, training in before:
+            module.training = training
+
+
+class Trace:
+    """One exported graph in flat form, its signature, and its tensors by name."""
+
+    def __init__(self, graph: fx.GraphModule, signature: Signature) -> None:
+        self.graph = graph
+        self.signature = signature
+
+
+def trace(
+    model: nn.Module,
+    signature: Signature,
+    flat: Sequence[torch.Tensor],
+    dynamic: Any,
+    *,
+    training: bool,
+) -> Trace:
+    """Export a model in one mode and bring the graph into flat form.
+
+    Raises:
+        CaptureError: Export failed.
+    """
+    for module in model.modules():
+        module.training = training
+    wrapper = FlatCall(model, signature)
+    wrapper.training = training
+    inputs = _at_least_two(flat) if isinstance(dynamic, str) else list(flat)
+    shapes = dimensions(signature, inputs, dynamic)
+    exported = _export(wrapper, tuple(inputs), shapes)
+    module = exported.module(check_guards=False)
+    graph = clean_graph(module, signature.names)
+    return Trace(graph, free_sizes(signature, wrapper.found.out_spec, graph, exported))
+
+
+def _at_least_two(flat: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Double a batch of one: export would take a size of one for a constant."""
+    sizes = [tensor.shape[0] for tensor in flat if tensor.ndim]
+    if not sizes or max(sizes) > 1:
+        return list(flat)
+    return [
+        torch.cat([t.detach(), t.detach()]).requires_grad_(t.requires_grad) if t.ndim else t
+        for t in flat
+    ]
+
+
+def dimensions(signature: Signature, flat: Sequence[torch.Tensor], dynamic: Any) -> Any:
+    """``dynamic_shapes`` for `FlatCall`.
+
+    Raises:
+        UsageError: ``dynamic`` is a text that isn't known.
+    """
+    if dynamic is None:
+        return None
+    if isinstance(dynamic, str):
+        names = [part.strip() for part in dynamic.split(",")]
+        if names not in (["batch"], ["batch", "sequence"]):
+            raise UsageError(
+                f"dynamic={dynamic!r} isn't known",
+                hint="use 'batch', 'batch,sequence', None, or torch's dynamic_shapes",
+            )
+        count = len(names)
+        return (tuple({i: Dim.AUTO for i in range(min(count, t.ndim))} for t in flat),)
+    specs: list[Any] = []
+    trees = dict(zip((p.name for p in signature.parameters), signature.in_spec, strict=True))
+    given = [trees[name] for name in signature.passed]
+    if isinstance(dynamic, Mapping):
+        by_name = [dynamic.get(name) for name in signature.passed]
+    else:
+        by_name = [*dynamic, *[None] * (len(given) - len(dynamic))]
+    for name, tree in trees.items():
+        spec = by_name[signature.passed.index(name)] if name in signature.passed else None
+        _spread(tree, spec, specs)
+    return (tuple(specs),)
+
+
+def _spread(tree: Tree, spec: Any, specs: list[Any]) -> None:
+    """Append one dimension spec for each leaf of a tree."""
+    if tree.kind == "leaf":
+        specs.append(spec)
+        return
+    for index, (child, key) in enumerate(zip(tree.children, tree.keys(), strict=False)):
+        if isinstance(spec, Mapping):
+            name = tree.context[index] if isinstance(tree.context, list) else index
+            _spread(child, spec.get(name), specs)
+        elif isinstance(spec, (list, tuple)) and index < len(spec):
+            _spread(child, spec[index], specs)
+        else:
+            _spread(child, None, specs)
+
+
+def _export(wrapper: FlatCall, inputs: tuple[Any, ...], shapes: Any) -> Any:
+    export: Callable[..., Any] = torch.export.export
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return export(wrapper, inputs, strict=False, dynamic_shapes=shapes)
+    except GraphoptError:
+        raise
+    except Exception as error:
+        raise capture_error(wrapper.model, error) from error
+
+
+def capture_error(model: nn.Module, error: Exception) -> CaptureError:
+    """Say what failed, where in the user's code, and what to try."""
+    text = str(error).strip() or type(error).__name__
+    first = next((line.strip() for line in text.splitlines() if line.strip()), text)
+    chain: BaseException | None = error
+    line = None
+    while chain is not None and line is None:
+        frames = "".join(traceback.format_tb(chain.__traceback__))
+        line = user_frame(frames)
+        chain = chain.__cause__ or chain.__context__
+    haystack = f"{type(error).__name__} {text}"
+    hint = next((h for words, h in _HINTS if any(w in haystack for w in words)), None)
+    return CaptureError(
+        f"{type(model).__name__} can't be captured: {type(error).__name__}: {first[:500]}",
+        user_line=line,
+        hint=hint or "check that model(*args, **kwargs) runs as it stands; if it does, capture a "
+        "smaller region of the model",
+    )
+
+
+def user_frame(trace_text: str) -> str | None:
+    """The innermost frame outside torch and graphopt, or None."""
+    line = innermost_user_frame(trace_text)
+    return None if line is None or "/torch/" in line or "/graphopt/" in line else line

@@ -1,0 +1,187 @@
+"""Graph surgery that capture and emission share: flat form, renaming, binding to a module tree."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.fx.graph import CodeGen
+
+from graphopt.ir.signature import Guard, Leaf, Signature, Tree
+
+_PREFIX = "model."
+_DROPPED = ("aten::_assert_tensor_metadata",)
+_REPEAT = re.compile(r"@\d+")
+
+
+def clean_graph(module: fx.GraphModule, names: Sequence[str]) -> fx.GraphModule:
+    """Bring the module of an exported `FlatCall` into flat form.
+
+    Names of the wrapper are stripped, metadata asserts and unused tensors dropped, placeholders
+    renamed, sub-graphs treated alike.  Returns a graph module that holds the tensors at the
+    source's own paths.
+    """
+    taken = {name.split(".")[0] for name in vars(getattr(module, "model", module)).get("_modules", ())}
+    result = _clean(module, taken, iter(names))
+    result.recompile()
+    return result
+
+
+def _clean(module: fx.GraphModule, taken: set[str], names: Any) -> fx.GraphModule:
+    graph = fx.Graph()
+    root = nn.Module()
+    env: dict[fx.Node, fx.Node] = {}
+    for node in module.graph.nodes:
+        if node.op == "placeholder":
+            name = next(names, node.name)
+            new = graph.placeholder(name)
+            new.meta = dict(node.meta)
+        elif node.op == "get_attr":
+            new = _clean_attribute(module, node, graph, root, taken)
+            if new is None:
+                continue
+        elif node.op == "call_function" and _is_dropped(node):
+            continue
+        elif node.op == "output":
+            result = node.args[0]
+            flat = tuple(result) if isinstance(result, (list, tuple)) else (result,)
+            new = graph.output(fx.map_arg(flat, lambda n: env[n]))
+        else:
+            new = graph.node_copy(node, lambda n: env[n])
+        new.meta["nn_module_stack"] = _strip_stack(node.meta.get("nn_module_stack"))
+        new.meta.pop("from_node", None)
+        env[node] = new
+    graph.set_codegen(CodeGen())
+    return fx.GraphModule(root, graph)
+
+
+def _is_dropped(node: fx.Node) -> bool:
+    target = node.target
+    return isinstance(target, torch._ops.OpOverload) and target._schema.name in _DROPPED
+
+
+def _clean_attribute(
+    module: fx.GraphModule, node: fx.Node, graph: fx.Graph, root: nn.Module, taken: set[str]
+) -> fx.Node | None:
+    value = lookup(module, str(node.target))
+    if not node.users:
+        return None
+    if isinstance(value, fx.GraphModule):
+        inner = _clean(value, taken, iter(()))
+        target = str(node.target)
+        while target in taken:
+            target = f"_{target}"
+        setattr(root, target, inner)
+    else:
+        target = str(node.target).removeprefix(_PREFIX)
+        assign(root, target, value)
+    name = re.sub(r"\W", "_", target)
+    new = graph.create_node("get_attr", target, name=name)
+    new.meta = dict(node.meta)
+    return new
+
+
+def _strip_stack(stack: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Drop the wrapper from an ``nn_module_stack``; repeated calls share their module's path."""
+    result: dict[str, Any] = {}
+    for path, cls in list((stack or {}).values())[1:]:
+        path = "" if path == "model" else str(path).removeprefix(_PREFIX)
+        path = _REPEAT.sub("", path)
+        result[path] = (path, cls)
+    return result
+
+
+def lookup(root: Any, path: str) -> Any:
+    """The attribute at a dotted path."""
+    for part in path.split("."):
+        root = getattr(root, part)
+    return root
+
+
+def assign(root: nn.Module, path: str, value: Any) -> None:
+    """Set the attribute at a dotted path, making plain modules on the way."""
+    *parents, name = path.split(".")
+    for part in parents:
+        if not hasattr(root, part):
+            setattr(root, part, nn.Module())
+        root = getattr(root, part)
+    if isinstance(value, torch.Tensor) and not isinstance(value, nn.Parameter):
+        root._buffers.pop(name, None)
+        vars(root)[name] = value
+    else:
+        setattr(root, name, value)
+
+
+def bind_graph(module: fx.GraphModule, root: nn.Module) -> fx.GraphModule:
+    """Make a graph module that reads the tensors of a tree of containers.
+
+    It shares the tree's modules and its tables of parameters and buffers, so that both always hold
+    the same tensors.  Tensors that the tree doesn't have (constants) are put into it.
+    """
+    bound = fx.GraphModule(nn.Module(), fx.Graph())
+    bound.__dict__["_parameters"] = root._parameters
+    bound.__dict__["_buffers"] = root._buffers
+    bound.__dict__["_non_persistent_buffers_set"] = root._non_persistent_buffers_set
+    for name, child in root._modules.items():
+        bound._modules[name] = child
+    for name, value in vars(root).items():
+        if isinstance(value, torch.Tensor):
+            vars(bound)[name] = value
+    for node in module.graph.find_nodes(op="get_attr"):
+        target = str(node.target)
+        value = lookup(module, target)
+        if isinstance(value, fx.GraphModule):
+            bound._modules[target] = value
+        elif not _has(bound, target):
+            assign(bound, target, value)
+            if "." not in target:
+                vars(root)[target] = value
+    bound.graph = module.graph
+    return bound
+
+
+def _has(root: Any, path: str) -> bool:
+    try:
+        lookup(root, path)
+    except AttributeError:
+        return False
+    return True
+
+
+def free_sizes(
+    signature: Signature, out_spec: Tree, module: fx.GraphModule, exported: Any
+) -> Signature:
+    """Complete a signature with what a trace found: free sizes, guards, the tree of outputs."""
+    leaves = []
+    placeholders = module.graph.find_nodes(op="placeholder")
+    for leaf, node in zip(signature.inputs, placeholders, strict=True):
+        traced = tuple(s if isinstance(s, int) else str(s) for s in node.meta["val"].shape)
+        leaves.append(
+            Leaf(
+                leaf.name, leaf.path, leaf.shape, leaf.dtype, leaf.device, traced, leaf.requires_grad
+            )
+        )
+    guards = size_guards(getattr(exported, "_guards_code", ()), signature)
+    return Signature(
+        signature.parameters, signature.in_spec, out_spec, tuple(leaves), guards, signature.passed
+    )
+
+
+_SIZE = re.compile(r"L\['(?:flat|args)'\]\[(\d+)\]\.size\(\)\[(\d+)\]")
+
+
+def size_guards(code: Sequence[str], signature: Signature) -> tuple[Guard, ...]:
+    """Conditions on sizes among export's guards, without those that hold for any size."""
+    guards = []
+    for line in code:
+        if not _SIZE.search(line) or "stride" in line:
+            continue
+        text = _SIZE.sub(lambda m: f"{signature.inputs[int(m[1])].path}.shape[{m[2]}]", line)
+        condition = _SIZE.sub(r"s[\1][\2]", line)
+        if re.fullmatch(r"\s*(2 <= s\[\d+\]\[\d+\]|s\[\d+\]\[\d+\] >= 2)\s*", condition):
+            continue
+        guards.append(Guard(text, condition))
+    return tuple(guards)

@@ -1,0 +1,188 @@
+"""`OptimizedModule`: a program as an ordinary ``nn.Module`` that drops in for its source."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from graphopt.errors import UnsupportedError
+from graphopt.ir.codegen import generate
+from graphopt.ir.graphs import bind_graph, lookup
+from graphopt.ir.program import Program
+from graphopt.ir.skeleton import Container, SequenceContainer, Skeleton, copy_tree
+
+_OPAQUE = "a planned graphopt module runs as it is planned, and is not traced into"
+
+
+class OptimizedModule(Container):
+    """A captured and transformed model.
+
+    It has the source's call signature, outputs, ``state_dict`` keys and module paths.  Its code is
+    ``.code``, what was done to it is ``.report``, its graph is ``.program``.
+    """
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        """Run the program; takes and returns what the source model does."""
+        signature = self._signature
+        flat = signature.flatten_inputs(args, kwargs)
+        if torch.compiler.is_compiling():
+            return signature.unflatten_outputs(self._traced(flat))
+        signature.check(flat)
+        if self._planner is not None and not _being_traced(flat):
+            runner = self._planner.runner(self, flat)
+            if runner is not None:
+                return signature.unflatten_outputs(runner(flat))
+        return signature.unflatten_outputs(self._run(self, *flat))
+
+    def _traced(self, flat: list[torch.Tensor]) -> Sequence[Any]:
+        if self._planner is None or torch.compiler.is_exporting():
+            return self._run(self, *flat)
+        return self._opaque(flat)
+
+    @torch.compiler.disable(reason=_OPAQUE)
+    def _opaque(self, flat: list[torch.Tensor]) -> Sequence[Any]:
+        self._signature.check(flat)
+        runner = self._planner.runner(self, flat)
+        return self._run(self, *flat) if runner is None else runner(flat)
+
+    @property
+    def program(self) -> Program:
+        """The program, with its plans and rules; shares this module's parameters and buffers."""
+        return self._program
+
+    @property
+    def code(self) -> str:
+        """The Python that runs, one line for each node."""
+        return self._code.text
+
+    @property
+    def report(self) -> Any:
+        """What was done and what it cost, or None for a module that was only captured."""
+        return self._program.report
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return nn.Module.__getattr__(self, name)
+        except AttributeError:
+            program = self.__dict__.get("_program")
+            if program is None:
+                raise
+            return _from_source(self, program.skeleton, name)
+
+
+def _from_source(module: OptimizedModule, skeleton: Skeleton, name: str) -> Any:
+    """An attribute that only the source has: its values, its properties; its methods refuse."""
+    if name in skeleton.attributes:
+        return skeleton.attributes[name]
+    if name in skeleton.methods:
+        raise UnsupportedError(
+            f"{module._class_name}.{name} on an optimized module",
+            hint="only forward is captured; call this method on the source model",
+        )
+    source = skeleton.source
+    if source is not None and name in skeleton.properties:
+        return getattr(source, name).fget(module)
+    if name in skeleton.properties and name in ("device", "dtype"):
+        return _first_floating(module, name)
+    if source is not None and hasattr(source, name):
+        return getattr(source, name)
+    raise AttributeError(f"{module._class_name!r} object has no attribute {name!r}")
+
+
+def _first_floating(module: nn.Module, name: str) -> Any:
+    tensors = [*module.parameters(), *module.buffers()]
+    floating = [t for t in tensors if t.is_floating_point()] or tensors
+    return getattr(floating[0], name) if floating else None
+
+
+def _being_traced(flat: Sequence[torch.Tensor]) -> bool:
+    """Whether someone records this call, who shall see the plain graph."""
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return True
+    if torch.fx.experimental.proxy_tensor.get_proxy_mode() is not None:
+        return True
+    plain = (torch.Tensor, nn.Parameter)
+    return any(
+        type(t) not in plain and isinstance(t, torch._subclasses.FakeTensor) for t in flat
+    )
+
+
+def emit(program: Program) -> OptimizedModule:
+    """Make an `OptimizedModule` of a program; it shares the program's tensors."""
+    replaced = _replaced(program)
+    cls = _class_for(program)
+    module = copy_tree(program.skeleton.root, cls, replaced)
+    assert isinstance(module, OptimizedModule)
+    _install(module, program)
+    return module
+
+
+def _replaced(program: Program) -> dict[int, Any]:
+    """Tensors that passes put in place of the source's: id of the old one -> the new one."""
+    result = {}
+    root = program.skeleton.root
+    for path, old in (*root.named_parameters(), *root.named_buffers()):
+        try:
+            new = lookup(program.module, path)
+        except AttributeError:
+            continue
+        if new is not old:
+            result[id(old)] = new
+    return result
+
+
+def _install(module: OptimizedModule, program: Program) -> None:
+    """Bind a program to a module that holds its tensors."""
+    root = _twin(module)
+    bound = bind_graph(program.module, root)
+    evaluated = program.eval_module
+    if evaluated is not None:
+        evaluated = bind_graph(evaluated, root)
+    for name, value in vars(root).items():
+        if isinstance(value, torch.Tensor):
+            module.__dict__[name] = value
+    program = program.replace(
+        module=bound, eval_module=evaluated, skeleton=program.skeleton.rebuilt(root)
+    )
+    code = generate(bound)
+    state = module.__dict__
+    state["_program"] = program
+    state["_signature"] = program.signature
+    state["_planner"] = program.planner
+    state["_code"] = code
+    state["_run"] = code.compile()
+
+
+def _twin(module: Container) -> Container:
+    """A container that shares the module's tables: same tensors for ever, and no cycle."""
+    twin = SequenceContainer() if isinstance(module, SequenceContainer) else Container()
+    for name in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
+        twin.__dict__[name] = module.__dict__[name]
+    for name in ("_path", "_class_name", "_repr", "_version"):
+        twin.__dict__[name] = getattr(module, name)
+    for name, value in vars(module).items():
+        if isinstance(value, torch.Tensor):
+            twin.__dict__[name] = value
+    return twin
+
+
+def _class_for(program: Program) -> type[OptimizedModule]:
+    """A subclass whose ``forward`` shows the source's signature."""
+    source = program.signature.python
+    self_parameter = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+
+    def forward(self: OptimizedModule, *args: Any, **kwargs: Any) -> Any:
+        return OptimizedModule.forward(self, *args, **kwargs)
+
+    parameters = list(source.parameters.values())
+    if parameters and parameters[0].kind is not inspect.Parameter.POSITIONAL_ONLY:
+        self_parameter = self_parameter.replace(kind=inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    forward.__signature__ = source.replace(parameters=[self_parameter, *parameters])  # type: ignore[attr-defined]
+    forward.__doc__ = OptimizedModule.forward.__doc__
+    return type("OptimizedModule", (OptimizedModule,), {"forward": forward})

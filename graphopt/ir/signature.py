@@ -1,0 +1,534 @@
+"""The call signature of a captured model: argument names, trees of inputs and outputs, checks.
+
+A model is called with trees (tuples, dicts, dataclasses, HF ``ModelOutput`` ...), a captured graph
+with a flat list of tensors.  A `Tree` is the shape of one such value: its tensors are leaves,
+everything else is static and has to come back as it was when the model was captured.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from graphopt.errors import InputMismatch, UnsupportedError
+
+_MAX_DEPTH = 24
+_ATOMS = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device)
+_SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
+
+
+@dataclass(frozen=True)
+class Tree:
+    """The structure of a nested value.
+
+    Attributes:
+        kind: ``leaf`` (a tensor, or a symbolic number in an output), ``static`` (anything without
+            tensors inside), ``node`` (a type that torch's pytree registry knows), ``dataclass`` or
+            ``object`` (any other object, by its attributes, such as a HF cache).
+        type: The container's class; for a static value its class.
+        context: What the registry needs to rebuild the container; the field or attribute names of
+            a dataclass or object; the value itself of a static one.
+        children: The trees inside.
+    """
+
+    kind: str
+    type: type | None = None
+    context: Any = None
+    children: tuple[Tree, ...] = ()
+
+    @property
+    def leaves(self) -> int:
+        """Number of leaves below (and at) this tree."""
+        if self.kind == "leaf":
+            return 1
+        return sum(child.leaves for child in self.children)
+
+    def keys(self) -> list[str]:
+        """What to write after a path to name each child, such as ``['ids']`` or ``[0]``."""
+        if self.kind in ("dataclass", "object"):
+            return [f".{name}" for name in self.context]
+        names = self.context
+        if isinstance(names, list) and len(names) == len(self.children):
+            return [f"[{name!r}]" for name in names]
+        return [f"[{i}]" for i in range(len(self.children))]
+
+
+LEAF = Tree("leaf")
+
+
+def static(value: Any) -> Tree:
+    """The tree of a value that holds no tensor."""
+    return Tree("static", type(value), value)
+
+
+def flatten(value: Any, *, symbols: bool = False) -> tuple[list[Any], Tree]:
+    """Split a nested value into its tensors and its structure.
+
+    Args:
+        value: Any nest of containers.
+        symbols: Whether symbolic numbers are leaves too (in the outputs of a trace).
+
+    Returns:
+        The tensors in order, and the tree that `unflatten` rebuilds the value from.
+    """
+    leaves: list[Any] = []
+    return leaves, _flatten(value, leaves, symbols, 0)
+
+
+def _flatten(value: Any, leaves: list[Any], symbols: bool, depth: int) -> Tree:
+    if isinstance(value, torch.Tensor) or (symbols and isinstance(value, _SYMBOLIC)):
+        leaves.append(value)
+        return LEAF
+    if isinstance(value, _ATOMS) or depth > _MAX_DEPTH:
+        return static(value)
+    opened = _open(value)
+    if opened is None:
+        return static(value)
+    kind, parts, context = opened
+    start = len(leaves)
+    children = tuple(_flatten(part, leaves, symbols, depth + 1) for part in parts)
+    if kind == "object" and len(leaves) == start:
+        return static(value)
+    return Tree(kind, type(value), context, children)
+
+
+def _open(value: Any) -> tuple[str, list[Any], Any] | None:
+    """Take a container apart: its kind, its parts, and the context to rebuild it."""
+    cls = type(value)
+    registered = _registered(cls)
+    if registered is not None:
+        parts, context = registered.flatten_fn(value)
+        return "node", list(parts), context
+    if dataclasses.is_dataclass(cls):
+        names = [f.name for f in dataclasses.fields(cls)]
+        return "dataclass", [getattr(value, name) for name in names], names
+    if isinstance(value, (nn.Module, type)) or callable(value) or not hasattr(value, "__dict__"):
+        return None
+    if isinstance(value, (dict, list, tuple, set)):  # subclasses with contents of their own
+        return None
+    return "object", list(vars(value).values()), list(vars(value))
+
+
+def _registered(cls: type) -> Any:
+    if cls in pytree.SUPPORTED_NODES:
+        return pytree.SUPPORTED_NODES[cls]
+    if pytree.is_namedtuple_class(cls):
+        return pytree.SUPPORTED_NODES[collections.namedtuple]  # type: ignore[index]
+    if pytree.is_structseq_class(cls):
+        return pytree.NodeDef(cls, lambda v: (list(v), cls), lambda v, t: t(list(v)), None)
+    return None
+
+
+def unflatten(tree: Tree, leaves: Iterable[Any]) -> Any:
+    """Rebuild a nested value from its tree and its leaves."""
+    return _unflatten(tree, iter(leaves))
+
+
+def _unflatten(tree: Tree, leaves: Any) -> Any:
+    kind = tree.kind
+    if kind == "leaf":
+        return next(leaves)
+    if kind == "static":
+        return tree.context
+    parts = [_unflatten(child, leaves) for child in tree.children]
+    cls: Any = tree.type
+    if cls is tuple:
+        return tuple(parts)
+    if cls is list:
+        return parts
+    if kind == "node":
+        return _registered(cls).unflatten_fn(parts, tree.context)
+    return _rebuild_object(tree, parts)
+
+
+def _rebuild_object(tree: Tree, parts: list[Any]) -> Any:
+    value = object.__new__(tree.type)  # type: ignore[type-var, arg-type]
+    for name, part in zip(tree.context, parts, strict=True):
+        object.__setattr__(value, name, part)
+    return value
+
+
+def match(tree: Tree, value: Any, leaves: list[torch.Tensor], path: str) -> None:
+    """Flatten a value that has to have the structure ``tree``, appending its tensors to ``leaves``.
+
+    Raises:
+        InputMismatch: The structure or a static value differs; names the argument.
+    """
+    if tree.kind == "leaf":
+        if not isinstance(value, torch.Tensor):
+            raise _mismatch(path, "a tensor", _describe(value))
+        leaves.append(value)
+        return
+    if tree.kind == "static":
+        if not _same(tree.context, value):
+            raise _mismatch(path, _describe(tree.context), _describe(value))
+        return
+    opened = _open(value) if type(value) is tree.type else None
+    if opened is None:
+        raise _mismatch(path, _name(tree.type), _describe(value))
+    _, parts, context = opened
+    if isinstance(value, dict) and context != tree.context and set(value) == set(tree.context):
+        parts, context = [value[key] for key in tree.context], tree.context  # order is free
+    if len(parts) != len(tree.children) or not _same(context, tree.context):
+        expected = ", ".join(tree.keys())
+        raise _mismatch(path, f"{_name(tree.type)} with {expected}", _describe(value))
+    for child, part, key in zip(tree.children, parts, tree.keys(), strict=True):
+        match(child, part, leaves, path + key)
+
+
+def _same(expected: Any, value: Any) -> bool:
+    if expected is value:
+        return True
+    if type(expected) is not type(value):
+        return False
+    try:
+        return bool(expected == value) or (expected != expected and value != value)
+    except Exception:
+        return False
+
+
+def _name(cls: Any) -> str:
+    return getattr(cls, "__qualname__", str(cls))
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        return f"a tensor of shape {tuple(value.shape)}"
+    if isinstance(value, _ATOMS):
+        return repr(value)
+    return f"a {_name(type(value))}"
+
+
+def _mismatch(path: str, expected: str, got: str) -> InputMismatch:
+    return InputMismatch(
+        f"argument {path!r}: expected {expected}, got {got}",
+        hint="structure and values other than tensors are fixed when a model is captured; "
+        "capture it again with inputs of this form",
+    )
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """One tensor input of a program.
+
+    Attributes:
+        name: Name of its placeholder, made from the argument's name.
+        path: How a user would write it, such as ``batch['ids']``.
+        shape: Example sizes, as the user gave them.
+        dtype: Example dtype.
+        device: Example device.
+        traced: The sizes with which it was traced; a string is the name of a free size.
+        requires_grad: Whether the example required a gradient.
+    """
+
+    name: str
+    path: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+    traced: tuple[int | str, ...]
+    requires_grad: bool = False
+
+
+@dataclass(frozen=True)
+class Guard:
+    """A condition on input sizes under which the captured graph is valid.
+
+    Attributes:
+        text: How a user would read it, such as ``x.size()[0] % 2 == 0``.
+        code: Python over ``s``, the list of input sizes: ``s[0][0] % 2 == 0``.
+    """
+
+    text: str
+    code: str
+
+
+@dataclass(frozen=True, eq=False)
+class Signature:
+    """How a captured program is called and what it returns.
+
+    Attributes:
+        parameters: The parameters of the source's ``forward``, in order.
+        in_spec: One tree for each parameter, defaults included.
+        out_spec: The tree of the result.
+        inputs: One entry for each tensor input, in the order of the placeholders.
+        guards: Conditions on sizes beyond those that `Leaf.traced` shows.
+        passed: Names of the arguments that the user gave when capturing.
+    """
+
+    parameters: tuple[inspect.Parameter, ...]
+    in_spec: tuple[Tree, ...]
+    out_spec: Tree
+    inputs: tuple[Leaf, ...]
+    guards: tuple[Guard, ...] = ()
+    passed: tuple[str, ...] = ()
+    _python: inspect.Signature = field(init=False, repr=False)
+    _checked: set[Any] = field(init=False, repr=False, default_factory=set)
+    _simple: int = field(init=False, repr=False, default=0)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_python", inspect.Signature(self.parameters))
+        kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        simple = 0
+        for parameter, tree in zip(self.parameters, self.in_spec, strict=True):
+            if tree.kind != "leaf" or parameter.kind not in kinds:
+                break
+            simple += 1
+        rest = self.in_spec[simple:]
+        defaults = [
+            _same(_default(p), t.context) if t.kind == "static" else _is_empty(p, t)
+            for p, t in zip(self.parameters[simple:], rest, strict=True)
+        ]
+        object.__setattr__(self, "_simple", simple if all(defaults) else -1)
+
+    @property
+    def python(self) -> inspect.Signature:
+        """The source's signature, without ``self``."""
+        return self._python
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the placeholders."""
+        return tuple(leaf.name for leaf in self.inputs)
+
+    @property
+    def dynamic(self) -> dict[str, dict[int, str]]:
+        """The free sizes: placeholder name -> dimension -> symbol."""
+        return {
+            leaf.name: {i: size for i, size in enumerate(leaf.traced) if isinstance(size, str)}
+            for leaf in self.inputs
+        }
+
+    def flatten_inputs(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
+        """Flatten the arguments of a call into the program's tensor inputs.
+
+        Raises:
+            InputMismatch: The call doesn't fit the captured one; names the argument.
+        """
+        if not kwargs and len(args) == self._simple:
+            flat = list(args)
+            if all(isinstance(leaf, torch.Tensor) for leaf in flat):
+                return flat
+        flat = []
+        values = self._arguments(args, dict(kwargs))
+        for parameter, tree, value in zip(self.parameters, self.in_spec, values, strict=True):
+            match(tree, value, flat, parameter.name)
+        return flat
+
+    def _arguments(self, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Any]:
+        """One value for each parameter, defaults filled in (plain code, so that Dynamo traces it)."""
+        positional = list(args)
+        values: list[Any] = []
+        missing: list[str] = []
+        for parameter in self.parameters:
+            kind, name = parameter.kind, parameter.name
+            if kind is inspect.Parameter.VAR_POSITIONAL:
+                values.append(tuple(positional))
+                positional = []
+            elif kind is inspect.Parameter.VAR_KEYWORD:
+                values.append(kwargs)
+                kwargs = {}
+            elif positional and kind is not inspect.Parameter.KEYWORD_ONLY:
+                values.append(positional.pop(0))
+            elif name in kwargs and kind is not inspect.Parameter.POSITIONAL_ONLY:
+                values.append(kwargs.pop(name))
+            elif parameter.default is not inspect.Parameter.empty:
+                values.append(parameter.default)
+            else:
+                missing.append(name)
+        if positional or kwargs or missing:
+            raise self._does_not_bind(args, kwargs, missing)
+        return values
+
+    def _does_not_bind(
+        self, args: Sequence[Any], unknown: Mapping[str, Any], missing: list[str]
+    ) -> InputMismatch:
+        why = f"missing {', '.join(missing)}" if missing else f"{len(args)} positional arguments"
+        if unknown:
+            why += f", not taken: {', '.join(unknown)}"
+        return InputMismatch(f"the call doesn't fit the model's signature {self._python}: {why}")
+
+    def check(self, flat: Sequence[torch.Tensor]) -> None:
+        """Check the sizes of flat inputs against the captured graph.
+
+        Raises:
+            InputMismatch: A size that is fixed in the graph differs, or a guard doesn't hold.
+        """
+        sizes = tuple(tensor.shape for tensor in flat)
+        if sizes in self._checked:
+            return
+        if len(flat) != len(self.inputs):
+            raise InputMismatch(f"expected {len(self.inputs)} tensors, got {len(flat)}")
+        self._check_sizes(sizes)
+        self._check_guards(sizes)
+        if len(self._checked) > 4096:
+            self._checked.clear()
+        self._checked.add(sizes)
+
+    def _check_sizes(self, sizes: tuple[Any, ...]) -> None:
+        symbols: dict[str, tuple[int, str]] = {}
+        for leaf, size in zip(self.inputs, sizes, strict=True):
+            if len(size) != len(leaf.traced):
+                raise InputMismatch(
+                    f"argument {leaf.path!r}: expected {len(leaf.traced)} dimensions, "
+                    f"got {len(size)} (shape {tuple(size)})"
+                )
+            for axis, (expected, got) in enumerate(zip(leaf.traced, size, strict=True)):
+                where = f"{leaf.path}.shape[{axis}]"
+                if isinstance(expected, int):
+                    if got != expected:
+                        raise _wrong_size(leaf.path, axis, expected, got)
+                elif expected.isidentifier():
+                    first, owner = symbols.setdefault(expected, (got, where))
+                    if first != got:
+                        raise _wrong_size(leaf.path, axis, first, got, f", as {owner}")
+
+    def _check_guards(self, sizes: tuple[Any, ...]) -> None:
+        for guard, test in zip(self.guards, self._tests(), strict=True):
+            if not test(sizes):
+                shapes = {
+                    leaf.path: tuple(s) for leaf, s in zip(self.inputs, sizes, strict=True)
+                }
+                raise InputMismatch(
+                    f"the captured graph holds only where {guard.text}; got shapes {shapes}",
+                    hint="capture the model with inputs of this size",
+                )
+
+    def _tests(self) -> list[Callable[[Any], bool]]:
+        cached = self.__dict__.get("_compiled")
+        if cached is None:
+            cached = [compile_guard(guard) for guard in self.guards]
+            object.__setattr__(self, "_compiled", cached)
+        return cached
+
+    def flatten_outputs(self, output: Any) -> list[Any]:
+        """Flatten a result of this program (or of its source) into its tensors."""
+        return flatten(output)[0]
+
+    def unflatten_outputs(self, flat: Iterable[Any]) -> Any:
+        """Rebuild the result that the source model would return from the graph's flat outputs."""
+        return unflatten(self.out_spec, flat)
+
+    def rebuild_call(self, flat: Iterable[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The (args, kwargs) with which the user called the model, holding these tensors."""
+        leaves = iter(flat)
+        bound = inspect.BoundArguments(self._python, {})  # type: ignore[arg-type]
+        for parameter, tree in zip(self.parameters, self.in_spec, strict=True):
+            value = _unflatten(tree, leaves)
+            if parameter.name in self.passed:
+                bound.arguments[parameter.name] = value
+        return bound.args, bound.kwargs
+
+
+def _default(parameter: inspect.Parameter) -> Any:
+    return parameter.default
+
+
+def _is_empty(parameter: inspect.Parameter, tree: Tree) -> bool:
+    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return parameter.kind in variadic and not tree.children
+
+
+def _wrong_size(path: str, axis: int, expected: int, got: int, why: str = "") -> InputMismatch:
+    return InputMismatch(
+        f"argument {path!r}: dimension {axis} has to be {expected}{why}, got {got}",
+        hint="this size is fixed in the captured graph; capture the model with inputs of this "
+        "size, or with dynamic= naming the dimension",
+    )
+
+
+def python_signature(model: nn.Module) -> inspect.Signature:
+    """The signature of ``model.forward``.
+
+    Raises:
+        UnsupportedError: It can't be read (a builtin).
+    """
+    try:
+        return inspect.signature(model.forward)
+    except (TypeError, ValueError) as error:
+        raise UnsupportedError(f"the signature of {type(model).__name__}.forward: {error}") from error
+
+
+def bind(
+    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> tuple[Signature, list[torch.Tensor]]:
+    """Bind example arguments to a model's ``forward``.
+
+    Returns:
+        A signature without output (a single leaf stands for it), and the flat tensor inputs.
+
+    Raises:
+        InputMismatch: The arguments don't fit the signature.
+    """
+    python = python_signature(model)
+    try:
+        bound = python.bind(*args, **kwargs)
+    except TypeError as error:
+        raise InputMismatch(
+            f"the example inputs don't fit {type(model).__name__}.forward{python}: {error}"
+        ) from None
+    passed = tuple(bound.arguments)
+    bound.apply_defaults()
+    flat: list[Any] = []
+    trees = []
+    paths: list[str] = []
+    for name, value in bound.arguments.items():
+        leaves, tree = flatten(value)
+        flat += leaves
+        trees.append(tree)
+        paths += _leaf_paths(tree, name)
+    parameters = tuple(p.replace(annotation=inspect.Parameter.empty) for p in python.parameters.values())
+    inputs = tuple(
+        Leaf(
+            name,
+            path,
+            tuple(leaf.shape),
+            leaf.dtype,
+            leaf.device,
+            tuple(leaf.shape),
+            leaf.requires_grad,
+        )
+        for name, path, leaf in zip(_placeholder_names(paths), paths, flat, strict=True)
+    )
+    return Signature(parameters, tuple(trees), LEAF, inputs, passed=passed), flat
+
+
+def _leaf_paths(tree: Tree, path: str) -> list[str]:
+    if tree.kind == "leaf":
+        return [path]
+    pairs = zip(tree.children, tree.keys(), strict=True) if tree.children else ()
+    return [leaf for child, key in pairs for leaf in _leaf_paths(child, path + key)]
+
+
+def _placeholder_names(paths: Sequence[str]) -> list[str]:
+    names: list[str] = []
+    for path in paths:
+        name = "".join(c if c.isalnum() else "_" for c in path).strip("_")
+        while "__" in name:
+            name = name.replace("__", "_")
+        if not name.isidentifier():
+            name = f"input_{name}"
+        unique, count = name, 1
+        while unique in names or unique == "self":
+            unique, count = f"{name}_{count}", count + 1
+        names.append(unique)
+    return names
+
+
+def compile_guard(guard: Guard) -> Callable[[Any], bool]:
+    """Compile a guard's arithmetic on sizes.
+
+    Raises:
+        UnsupportedError: It is anything but arithmetic and comparisons of sizes.
+    """
+    from graphopt.ir.guards import compile_arithmetic
+
+    return compile_arithmetic(guard.code)

@@ -1,0 +1,103 @@
+"""Leave a model and the global state as they were, whatever happens inside."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+_TABLES = (dict, list, set)
+
+
+@contextlib.contextmanager
+def untouched(model: nn.Module) -> Iterator[None]:
+    """Restore a model's modes, attributes and gradients, the random state and all global modes.
+
+    Inside, gradients are enabled, and ambient autocast and inference modes are off.
+    """
+    before = _snapshot(model)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_random_state())
+        stack.enter_context(_global_modes())
+        try:
+            yield
+        finally:
+            _restore(before)
+
+
+def _snapshot(model: nn.Module) -> list[tuple[Any, dict[str, Any], dict[str, Any]]]:
+    saved: list[tuple[Any, dict[str, Any], dict[str, Any]]] = []
+    for module in model.modules():
+        tables = {k: v.copy() for k, v in vars(module).items() if isinstance(v, _TABLES)}
+        saved.append((module, dict(vars(module)), tables))
+    for tensor in (*model.parameters(), *model.buffers()):
+        saved.append((tensor, {"requires_grad": tensor.requires_grad, "grad": tensor.grad}, {}))
+    return saved
+
+
+def _restore(saved: list[tuple[Any, dict[str, Any], dict[str, Any]]]) -> None:
+    for item, values, tables in saved:
+        if isinstance(item, torch.Tensor):
+            if item.is_leaf and item.requires_grad != values["requires_grad"]:
+                item.requires_grad_(values["requires_grad"])
+            if item.is_leaf and item.grad is not values["grad"]:
+                item.grad = values["grad"]
+            continue
+        for name, table in tables.items():
+            _refill(values[name], table)
+        vars(item).clear()
+        vars(item).update(values)
+
+
+def _refill(table: Any, content: Any) -> None:
+    """Put a container back to what it held, if it changed."""
+    if isinstance(table, list):
+        if len(table) != len(content) or any(a is not b for a, b in zip(table, content, strict=True)):
+            table[:] = content
+    elif isinstance(table, dict):
+        if list(table) != list(content) or any(table[k] is not content[k] for k in content):
+            table.clear()
+            table.update(content)
+    elif table != content:
+        table.clear()
+        table.update(content)
+
+
+@contextlib.contextmanager
+def _random_state() -> Iterator[None]:
+    python = random.getstate()
+    try:
+        import numpy
+
+        numbers: Any = numpy.random.get_state()  # noqa: NPY002
+    except ImportError:  # pragma: no cover - numpy comes with torch
+        numpy, numbers = None, None  # type: ignore[assignment]
+    with torch.random.fork_rng():
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            if numpy is not None:
+                numpy.random.set_state(numbers)
+
+
+@contextlib.contextmanager
+def _global_modes() -> Iterator[None]:
+    """Tracing runs with gradients, without ambient autocast; a failing export leaves nothing."""
+    grad = torch.is_grad_enabled()
+    dtype = torch.get_default_dtype()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+        for device in devices:
+            stack.enter_context(torch.autocast(device, enabled=False))
+        try:
+            torch.set_grad_enabled(True)
+            yield
+        finally:
+            torch.set_default_dtype(dtype)
+    torch.set_grad_enabled(grad)
