@@ -1,0 +1,100 @@
+"""What a planner must know about an op: may it run again, and as what?"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+aten = torch.ops.aten
+
+# Namespaces whose ops do exactly what their schema and tags say.
+_TRUSTED = {"aten", "prims"}
+
+
+@dataclass(frozen=True)
+class Form:
+    """How a node is computed a second time.
+
+    Attributes:
+        target: The op.
+        args: Its arguments, as nodes of the same graph.
+        results: Which of the original's results it gives, at the same positions.
+    """
+
+    target: Any
+    args: tuple[Any, ...]
+    results: frozenset[int]
+
+
+def recomputed_form(node: fx.Node) -> Form | None:
+    """The op that gives a node's results again without its side results; None: the op itself.
+
+    Training BatchNorm gives new running statistics as well; a second run would read statistics
+    that the first one has already replaced, so it runs without any.
+    """
+    if node.target is aten._native_batch_norm_legit_functional.default and node.args[5] is True:
+        x, weight, bias, _mean, _var, training, momentum, eps = node.args
+        return Form(
+            aten._native_batch_norm_legit.no_stats,
+            (x, weight, bias, training, momentum, eps),
+            frozenset({0, 1, 2}),
+        )
+    return None
+
+
+def is_random(node: fx.Node) -> bool:
+    """Whether running the node draws random numbers."""
+    if isinstance(node.target, torch._ops.OpOverload):
+        return torch.Tag.nondeterministic_seeded in node.target.tags
+    return any(is_random(inner) for inner in _inner_nodes(node))
+
+
+def is_data_dependent(node: fx.Node) -> bool:
+    """Whether the shape or Python value of the result depends on the data."""
+    if isinstance(node.target, torch._ops.OpOverload):
+        tags = node.target.tags
+        return torch.Tag.data_dependent_output in tags or torch.Tag.dynamic_output_shape in tags
+    return any(is_data_dependent(inner) for inner in _inner_nodes(node))
+
+
+def is_effectful(node: fx.Node) -> bool:
+    """Whether the node does something besides giving results, or might (a custom op)."""
+    target = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        return target.namespace not in _TRUSTED or target._schema.is_mutable or not _returns(target)
+    if isinstance(target, torch._ops.HigherOrderOperator):
+        inner = list(_inner_nodes(node))
+        return not inner or any(is_effectful(n) for n in inner)
+    return False
+
+
+def is_repeatable(node: fx.Node) -> bool:
+    """Whether running the node again gives the same values and does nothing else."""
+    return not (is_random(node) or is_data_dependent(node) or is_effectful(node))
+
+
+def _returns(target: torch._ops.OpOverload) -> bool:
+    return bool(target._schema.returns)
+
+
+def _inner_nodes(node: fx.Node) -> list[fx.Node]:
+    """Computations in the sub-graphs of a higher-order op."""
+    root = node.graph.owning_module
+    found = []
+    for argument in node.all_input_nodes:
+        if argument.op == "get_attr" and root is not None:
+            module = root.get_submodule(str(argument.target)) if _is_module(root, argument) else None
+            if isinstance(module, fx.GraphModule):
+                found += [n for n in module.graph.nodes if n.op == "call_function"]
+    return found
+
+
+def _is_module(root: torch.nn.Module, node: fx.Node) -> bool:
+    try:
+        root.get_submodule(str(node.target))
+    except AttributeError:
+        return False
+    return True

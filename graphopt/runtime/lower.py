@@ -1,0 +1,230 @@
+"""Turns an execution sequence over a joint graph into the stages of a `PlannedStep`.
+
+A sequence is a list of `Step`s; running a node again makes a new instance of its values, and
+later readers get the newest one. Views are made on demand, once for each instance of their base;
+sizes are read as soon as the tensor they belong to exists.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import fx
+
+from graphopt.ir.joint import JointInput, JointView
+from graphopt.ir.ops import is_random, recomputed_form
+from graphopt.ir.storage import Role, StorageMap
+from graphopt.runtime.plan import Operand, PlannedStep
+from graphopt.runtime.stages import Cut, Instance, Line, Ref, write_stages
+
+
+@dataclass(frozen=True)
+class Step:
+    """One entry of a sequence.
+
+    Attributes:
+        kind: `run` a node; `turn` from forward to backward (the loss); `commit` the new value of a
+            mutated operand; `hand_over` a final gradient.
+        node: The node run, or whose value is committed or handed over.
+        of: The operand committed to, or whose gradient it is.
+    """
+
+    kind: Literal["run", "turn", "commit", "hand_over"]
+    node: fx.Node | None = None
+    of: JointInput | None = None
+
+
+def lower(view: JointView, storage: StorageMap, steps: Sequence[Step]) -> PlannedStep:
+    """Writes the graphs of a planned step.
+
+    Args:
+        view: The joint graph.
+        storage: Roles and owners of its nodes.
+        steps: The sequence: every computation after what it reads, at most one `turn`.
+
+    Returns:
+        The planned step, its graphs boxed.
+    """
+    lowering = _Lowering(view, storage)
+    for step in steps:
+        lowering.take(step)
+    return lowering.finish()
+
+
+@dataclass
+class _Lowering:
+    view: JointView
+    storage: StorageMap
+    current: dict[fx.Node, Instance] = field(default_factory=dict)
+    made: dict[fx.Node, int] = field(default_factory=lambda: defaultdict(int))
+    views_of: dict[Instance, list[fx.Node]] = field(default_factory=lambda: defaultdict(list))
+    cuts: list[Cut] = field(default_factory=lambda: [Cut()])
+    results: dict[int, Instance] = field(default_factory=dict)
+    mutates: set[str] = field(default_factory=set)
+    turned: bool = False
+
+    def __post_init__(self) -> None:
+        self.sizes_of = _sizes_by_owner(self.view.graph, self.storage)
+        for joint_input in self.view.inputs:
+            self.current[joint_input.node] = Instance(joint_input.node.name, stage=-1)
+            if joint_input.kind != "tangent":
+                self._read_sizes(joint_input.node)
+
+    # -- steps -------------------------------------------------------------------------------
+
+    def take(self, step: Step) -> None:
+        """Appends one step."""
+        if step.kind == "turn":
+            self._turn()
+        elif step.kind == "hand_over":
+            assert step.node is not None
+            assert step.of is not None
+            operand = Operand(step.of.kind, step.of.name)  # type: ignore[arg-type]
+            self.cuts[-1].gradients.append((operand, self._resolve(step.node)))
+        else:
+            if self.cuts[-1].gradients:
+                self.cuts.append(Cut())
+            self._commit(step) if step.kind == "commit" else self._run(step.node)
+
+    def _turn(self) -> None:
+        self._collect_results()
+        self.turned = True
+        self.cuts.append(Cut())
+        for joint_input in self.view.inputs_of("tangent"):
+            self._read_sizes(joint_input.node)
+
+    def _commit(self, step: Step) -> None:
+        assert step.node is not None
+        assert step.of is not None
+        arguments = (Ref(self._resolve(step.of.node)), Ref(self._resolve(step.node)))
+        name = f"{step.of.node.name}_commit"
+        written = Instance(name, len(self.cuts) - 1)
+        copy = torch.ops.aten.copy_.default
+        self.cuts[-1].lines.append(Line(copy, arguments, {}, written, pinned=True))
+        self.mutates.add(step.of.node.name)
+
+    def _run(self, node: fx.Node | None) -> None:
+        assert node is not None
+        again = self.made[node] > 0
+        form = recomputed_form(node) if again else None
+        target, args = (form.target, form.args) if form else (node.target, node.args)
+        kwargs = {} if form else node.kwargs
+        projections = [u for u in node.users if self.storage.role[u] is Role.PROJECTION]
+        scalars = [u for u in node.users if self._is_scalar_part(u)]
+        for value in (node, *projections):
+            self._forget_views(value)
+        self._append(node, target, args, kwargs, pinned=True)
+        for part in (*projections, *scalars):
+            if form is None or part.args[1] in form.results:
+                self._append(part, operator.getitem, part.args, {})
+        if not again:
+            for value in (node, *projections):
+                self._read_sizes(value)
+
+    def _is_scalar_part(self, user: fx.Node) -> bool:
+        return user.target is operator.getitem and self.storage.role[user] is Role.SYMBOL
+
+    # -- instances ---------------------------------------------------------------------------
+
+    def _resolve(self, node: fx.Node) -> Instance:
+        """The newest instance of a node, making views and sizes where missing."""
+        if node not in self.current:
+            if self.storage.role[node] in (Role.COMPUTE, Role.PROJECTION):
+                raise AssertionError(f"{node} is read before it is computed")
+            self._append(node, node.target, node.args, node.kwargs)
+            owner = self.storage.base[node]
+            if owner is not node and owner in self.current:
+                self.views_of[self.current[owner]].append(node)
+        return self.current[node]
+
+    def _append(
+        self, node: fx.Node, target: Any, args: Any, kwargs: Any, *, pinned: bool = False
+    ) -> None:
+        args, kwargs = fx.node.map_arg(args, self._use), fx.node.map_arg(kwargs, self._use)
+        times = self.made[node]
+        self.made[node] += 1
+        result = Instance(f"{node.name}_again{times}" if times else node.name, len(self.cuts) - 1)
+        self.current[node] = result
+        self.cuts[-1].lines.append(Line(target, args, kwargs, result, pinned, node))
+
+    def _use(self, node: fx.Node) -> Any:
+        if self.storage.role[node] is Role.CONSTANT:
+            return node
+        return Ref(self._resolve(node))
+
+    def _forget_views(self, node: fx.Node) -> None:
+        """A new instance of `node` comes: views of the old one are not views of it."""
+        if (old := self.current.get(node)) is not None:
+            for view in self.views_of.pop(old, ()):
+                self.current.pop(view, None)
+
+    def _read_sizes(self, node: fx.Node) -> None:
+        for size in self.sizes_of.get(node, ()):
+            self._resolve(size)
+
+    # -- the end -----------------------------------------------------------------------------
+
+    def _collect_results(self) -> None:
+        for output in self.view.outputs_of("output"):
+            if output.node is not None and isinstance(output.of, int):
+                self.results[output.of] = self._resolve(output.node)
+
+    def finish(self) -> PlannedStep:
+        """Writes the stages."""
+        if not self.turned:
+            self._collect_results()
+        last = self.cuts[-1]
+        if self.turned and not last.gradients and not any(line.pinned for line in last.lines):
+            self.cuts.pop()
+        stages = write_stages(self.view.module, self.cuts, tuple(self.results.values()))
+        read = {name for stage in stages for name in stage.takes} | self.mutates
+        return PlannedStep(
+            operands={
+                i.node.name: Operand(i.kind, i.name)
+                for i in self.view.inputs
+                if i.kind != "tangent" and i.node.name in read
+            },
+            forward=stages[0],
+            backward=tuple(stages[1:]),
+            results={position: instance.name for position, instance in self.results.items()},
+            passthrough={p: _unchanged(*w) for p, w in self.view.passthrough.items()},
+            duplicates=dict(self.view.duplicates),
+            tangents={int(i.name): i.node.name for i in self.view.inputs_of("tangent")},
+            tangent_layouts={
+                int(i.name): _stride_order(i.node.meta["val"])
+                for i in self.view.inputs_of("tangent")
+            },
+            out_requires_grad=self.view.out_requires_grad,
+            num_outputs=self.view.num_outputs,
+            random=any(is_random(node) for node in self.view.graph.nodes),
+            mutates=frozenset(self.mutates),
+        )
+
+
+def _unchanged(kind: str, what: Any) -> Any:
+    """A constant as it is; an input or attribute as an operand."""
+    if kind == "constant":
+        return what
+    return Operand("input" if kind == "input" else "buffer", str(what))
+
+
+def _sizes_by_owner(graph: fx.Graph, storage: StorageMap) -> dict[fx.Node, list[fx.Node]]:
+    """Storage owner -> the nodes that read a size of it or of one of its views."""
+    sizes: dict[fx.Node, list[fx.Node]] = defaultdict(list)
+    for node in graph.nodes:
+        if storage.role[node] is Role.SYMBOL:
+            for argument in node.all_input_nodes:
+                if storage.role[argument] is not Role.SYMBOL:
+                    sizes[storage.base[argument]].append(node)
+    return sizes
+
+
+def _stride_order(value: torch.Tensor) -> tuple[int, ...]:
+    """Dimensions from the slowest to the fastest, ties in natural order."""
+    keys = [int(s) if isinstance(s, int) else s.node.hint for s in value.stride()]
+    return tuple(sorted(range(value.dim()), key=lambda d: (-keys[d], d)))

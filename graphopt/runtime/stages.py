@@ -1,0 +1,187 @@
+"""Writing lines of computation, cut into stages, as boxed FX graph modules."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch.utils._pytree as pytree
+from torch import fx
+
+from graphopt.runtime.boxed import BoxedCodeGen
+from graphopt.runtime.plan import Operand, Stage
+
+
+@dataclass(eq=False)
+class Instance:
+    """One value at run time: which node it is, and the how-manyeth time it was produced.
+
+    Attributes:
+        name: Unique among all stages.
+        stage: Index of the stage that makes it; -1: it comes from outside.
+        last: Index of the last stage that reads it; -1: nobody does.
+    """
+
+    name: str
+    stage: int
+    last: int = -1
+
+
+@dataclass(frozen=True)
+class Ref:
+    """An argument that is an instance."""
+
+    instance: Instance
+
+
+@dataclass
+class Line:
+    """One node of a stage's graph.
+
+    Attributes:
+        target: What is called.
+        args: Positional arguments; instances as `Ref`s, module constants as their joint node.
+        kwargs: Keyword arguments, likewise.
+        result: The instance made.
+        pinned: Whether it runs even if nobody reads the result.
+        node: The joint node it comes from, whose metadata is kept.
+    """
+
+    target: Any
+    args: Any
+    kwargs: Any
+    result: Instance
+    pinned: bool = False
+    node: fx.Node | None = None
+
+    def reads(self) -> Iterator[Instance]:
+        """Instances among the arguments."""
+        for leaf in _leaves((self.args, self.kwargs)):
+            if isinstance(leaf, Ref):
+                yield leaf.instance
+
+
+@dataclass
+class Cut:
+    """The content of one stage."""
+
+    lines: list[Line] = field(default_factory=list)
+    gradients: list[tuple[Operand, Instance]] = field(default_factory=list)
+
+
+def write_stages(
+    root: fx.GraphModule, cuts: Sequence[Cut], results: Sequence[Instance]
+) -> list[Stage]:
+    """Writes every cut as a stage, leaving out lines that nobody needs.
+
+    Args:
+        root: Holds the constants and sub-graphs that lines refer to.
+        cuts: The lines of each stage, forward first.
+        results: Instances returned to the caller at the end of the first stage.
+    """
+    lines = _live_lines(cuts, results)
+    return [_write(root, i, cut, lines[i], results if i == 0 else ()) for i, cut in enumerate(cuts)]
+
+
+def _live_lines(cuts: Sequence[Cut], results: Sequence[Instance]) -> list[list[Line]]:
+    """Drops lines without readers, last to first, and records each instance's last reader."""
+    needed = {id(r) for r in results}
+    kept: list[list[Line]] = [[] for _ in cuts]
+    for index in reversed(range(len(cuts))):
+        for _, gradient in cuts[index].gradients:
+            needed.add(id(gradient))
+            gradient.last = max(gradient.last, index)
+        for line in reversed(cuts[index].lines):
+            if line.pinned or id(line.result) in needed:
+                kept[index].append(line)
+                for instance in line.reads():
+                    needed.add(id(instance))
+                    instance.last = max(instance.last, index)
+        kept[index].reverse()
+    return kept
+
+
+def _write(
+    root: fx.GraphModule, index: int, cut: Cut, lines: list[Line], results: Sequence[Instance]
+) -> Stage:
+    writer = _StageWriter(root, index)
+    takes = writer.placeholders(lines)
+    for line in lines:
+        writer.write(line)
+    gives = writer.outputs(lines, cut, results)
+    module = fx.GraphModule(root, writer.graph, class_name=f"Stage{index}")
+    return Stage(
+        module=module,
+        takes=tuple(i.name for i in takes),
+        frees=frozenset(i.name for i in takes if i.last <= index and i not in _handed(cut)),
+        gives=tuple(i.name for i in gives),
+        gradients=tuple((operand, instance.name) for operand, instance in cut.gradients),
+    )
+
+
+def _handed(cut: Cut) -> list[Instance]:
+    return [instance for _, instance in cut.gradients]
+
+
+class _StageWriter:
+    def __init__(self, root: fx.GraphModule, index: int) -> None:
+        self.root, self.index = root, index
+        self.graph = fx.Graph()
+        self.graph.set_codegen(BoxedCodeGen())
+        self.nodes: dict[Instance, fx.Node] = {}
+        self.constants: dict[str, fx.Node] = {}
+
+    def placeholders(self, lines: list[Line]) -> list[Instance]:
+        takes: dict[Instance, None] = {}
+        for line in lines:
+            for instance in line.reads():
+                if instance.stage < self.index:
+                    takes[instance] = None
+        for instance in takes:
+            self.nodes[instance] = self.graph.placeholder(instance.name)
+        return list(takes)
+
+    def write(self, line: Line) -> None:
+        args, kwargs = pytree.tree_map(
+            self._argument, (line.args, line.kwargs), is_leaf=lambda a: isinstance(a, slice)
+        )
+        node = self.graph.create_node(
+            "call_function", line.target, args, kwargs, name=line.result.name
+        )
+        if line.node is not None:
+            node.meta = dict(line.node.meta)
+        self.nodes[line.result] = node
+
+    def _argument(self, value: Any) -> Any:
+        if isinstance(value, Ref):
+            return self.nodes[value.instance]
+        if isinstance(value, fx.Node):
+            if value.target not in self.constants:
+                first = next(iter(self.graph.nodes), None)
+                with self.graph.inserting_before(first):
+                    self.constants[value.target] = self.graph.get_attr(value.target)
+            return self.constants[value.target]
+        if isinstance(value, slice):
+            return slice(*(self._argument(v) for v in (value.start, value.stop, value.step)))
+        return value
+
+    def outputs(self, lines: list[Line], cut: Cut, results: Sequence[Instance]) -> list[Instance]:
+        made = [line.result for line in lines]
+        gives = list(dict.fromkeys(results))
+        gives += [i for i in made if i.last > self.index and i not in gives]
+        gives += [i for i in _handed(cut) if i.stage == self.index and i not in gives]
+        for instance in gives:
+            if instance not in self.nodes:  # a result that is a view of an operand
+                raise AssertionError(f"{instance.name} is returned but not computed here")
+        self.graph.output(tuple(self.nodes[i] for i in gives))
+        return gives
+
+
+def _leaves(arguments: Any) -> list[Any]:
+    leaves = pytree.tree_leaves(arguments, is_leaf=lambda a: isinstance(a, slice))
+    return [
+        part
+        for leaf in leaves
+        for part in ((leaf.start, leaf.stop, leaf.step) if isinstance(leaf, slice) else (leaf,))
+    ]

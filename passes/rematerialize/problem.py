@@ -1,0 +1,266 @@
+"""The task graph of a training step (or of a forward pass), made from its joint graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from torch import fx
+
+from graphopt.cost import OpMeasurement
+from graphopt.ir.joint import JointInput, JointView
+from graphopt.ir.ops import is_data_dependent, is_effectful, is_random, is_repeatable
+from graphopt.ir.storage import Role, StorageMap, is_tuple
+from graphopt.passes.rematerialize.prepare import depends_on_tangents, reads_replaced_operand
+from graphopt.runtime.lower import Step
+from graphopt.solvers import Task, TaskGraph, Value
+
+
+@dataclass(frozen=True)
+class TurnCosts:
+    """What happens between forward and backward: the loss, outside of the graph.
+
+    Attributes:
+        tangent_bytes: Output position -> bytes of its gradient.
+        workspace: Bytes beyond outputs and tangents at the loss's worst moment.
+    """
+
+    tangent_bytes: Mapping[int, int]
+    workspace: int = 0
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A task graph and what its tasks mean.
+
+    Attributes:
+        graph: Tasks in the joint graph's order.
+        steps: Task index -> what it does.
+        value_of: Storage owner -> value id.
+    """
+
+    graph: TaskGraph
+    steps: tuple[Step, ...]
+    value_of: dict[fx.Node, int]
+
+    def sequence_of_steps(self, sequence: Sequence[int]) -> list[Step]:
+        """The steps of a plan, for lowering."""
+        return [self.steps[task] for task in sequence]
+
+
+def build_problem(
+    view: JointView,
+    storage: StorageMap,
+    measured: Mapping[fx.Node, OpMeasurement],
+    duration: Callable[[fx.Node], int],
+    committed: Mapping[JointInput, fx.Node],
+    turn: TurnCosts | None,
+    *,
+    small_gradient: int = 0,
+) -> Problem:
+    """States a joint graph as a task graph.
+
+    Args:
+        view: The prepared joint view.
+        storage: Roles and owners of its nodes.
+        measured: What each computation allocates.
+        duration: Cost of a computation, in any unit.
+        committed: Mutated operand -> node of its new value.
+        turn: The loss; None for a forward pass alone.
+        small_gradient: Gradients of fewer bytes wait for the next larger one before they are
+            handed over, which saves stages.
+    """
+    return _Builder(view, storage, measured, duration, committed, turn, small_gradient).build()
+
+
+@dataclass
+class _Builder:
+    view: JointView
+    storage: StorageMap
+    measured: Mapping[fx.Node, OpMeasurement]
+    duration: Callable[[fx.Node], int]
+    committed: Mapping[JointInput, fx.Node]
+    turn: TurnCosts | None
+    small_gradient: int
+    tasks: list[Task] = field(default_factory=list)
+    steps: list[Step] = field(default_factory=list)
+    values: list[Value] = field(default_factory=list)
+    value_of: dict[fx.Node, int] = field(default_factory=dict)
+    task_of: dict[fx.Node, int] = field(default_factory=dict)
+    after: list[tuple[int, int]] = field(default_factory=list)
+    waiting: list[tuple[JointInput, fx.Node]] = field(default_factory=list)
+
+    def build(self) -> Problem:
+        self.mutated = {operand.node for operand in self.committed}
+        self.kept = self._kept()
+        late = depends_on_tangents(self.view)
+        computations = [n for n in self.view.graph.nodes if self._is_task(n)]
+        first_late = next((i for i, n in enumerate(computations) if n in late), len(computations))
+        for node in computations[:first_late]:
+            self._add_computation(node)
+        self._add_commits()
+        if self.turn is not None:
+            self._add_turn()
+            gradients = self._final_gradients()
+            for node in computations[first_late:]:
+                self._add_computation(node)
+                self._hand_over(gradients.get(node, ()))
+            self._hand_over(gradients.get(None, ()), flush=True)
+        graph = TaskGraph(tuple(self.tasks), tuple(self.values), tuple(dict.fromkeys(self.after)))
+        return Problem(graph, tuple(self.steps), self.value_of)
+
+    def _is_task(self, node: fx.Node) -> bool:
+        return self.storage.role[node] is Role.COMPUTE
+
+    def _kept(self) -> set[fx.Node]:
+        return {self.storage.base[o.node] for o in self.view.outputs_of("output") if o.node}
+
+    # -- computations ------------------------------------------------------------------------
+
+    def _add_computation(self, node: fx.Node) -> None:
+        index = len(self.tasks)
+        found = self.measured[node]
+        outputs, unread = self._outputs(node, index, found)
+        repeatable = is_repeatable(node) and not reads_replaced_operand(
+            node, self.mutated, self.storage.base
+        )
+        self._add_task(
+            Step("run", node),
+            Task(
+                duration=self.duration(node),
+                inputs=self._inputs(node),
+                outputs=tuple(outputs),
+                workspace=found.workspace + unread,
+                recomputable=repeatable,
+                name=node.name,
+            ),
+        )
+        self.task_of[node] = index
+        self._order_sizes(node, index)
+        self._order_effects(node, index)
+
+    def _outputs(self, node: fx.Node, index: int, found: OpMeasurement) -> tuple[list[int], int]:
+        """Value ids of the results that somebody names, and the bytes of those nobody does."""
+        if not is_tuple(node):
+            return [self._add_value(node, sum(found.output_bytes), index)], 0
+        named = {
+            u.args[1]: u for u in node.users if self.storage.role[u] is Role.PROJECTION
+        }
+        sizes = dict(enumerate(found.output_bytes))
+        outputs = [self._add_value(user, sizes.pop(i, 0), index) for i, user in named.items()]
+        return outputs, sum(sizes.values())
+
+    def _add_value(self, node: fx.Node, size: int, producer: int) -> int:
+        self.value_of[node] = len(self.values)
+        self.values.append(Value(size, producer, keep=node in self.kept))
+        return self.value_of[node]
+
+    def _inputs(self, node: fx.Node) -> tuple[int, ...]:
+        owners = self.storage.operands(node)
+        return tuple(self.value_of[owner] for owner in owners if owner in self.value_of)
+
+    def _add_task(self, step: Step, task: Task) -> int:
+        self.steps.append(step)
+        self.tasks.append(task)
+        return len(self.tasks) - 1
+
+    def _order_sizes(self, node: fx.Node, index: int) -> None:
+        """A size is read when its tensor is first made: whoever needs the size comes later."""
+        pending = [a for a in node.all_input_nodes if self.storage.role[a] is not Role.COMPUTE]
+        seen = set(pending)
+        while pending:
+            argument = pending.pop()
+            owner = self.storage.base[argument]
+            source = owner.args[0] if self.storage.role[owner] is Role.PROJECTION else owner
+            if source in self.task_of and source is not node:
+                self.after.append((self.task_of[source], index))
+            fresh = [
+                a
+                for a in argument.all_input_nodes
+                if a not in seen and self.storage.role[argument] in (Role.SYMBOL, Role.VIEW)
+            ]
+            seen.update(fresh)
+            pending.extend(fresh)
+
+    def _order_effects(self, node: fx.Node, index: int) -> None:
+        """Random draws and effects keep their order among themselves."""
+        if is_random(node) or is_effectful(node) or is_data_dependent(node):
+            if self.effects:
+                self.after.append((self.effects[-1], index))
+            self.effects.append(index)
+
+    effects: list[int] = field(default_factory=list)
+
+    # -- the end of forward --------------------------------------------------------------------
+
+    def _add_commits(self) -> None:
+        for operand, node in self.committed.items():
+            owner = self.storage.base[node]
+            inputs = (self.value_of[owner],) if owner in self.value_of else ()
+            index = self._add_task(
+                Step("commit", node, operand),
+                Task(0, inputs, recomputable=False, name=f"commit {operand.name}"),
+            )
+            self.after += [(t, index) for t in self._readers(operand.node)]
+            self.effects.append(index)
+
+    def _readers(self, operand: fx.Node) -> list[int]:
+        return [
+            task
+            for node, task in self.task_of.items()
+            if any(self.storage.base[a] is operand for a in node.all_input_nodes)
+        ]
+
+    def _add_turn(self) -> None:
+        assert self.turn is not None
+        index = len(self.tasks)
+        tangents = [
+            self._add_value(i.node, self.turn.tangent_bytes.get(int(i.name), 0), index)
+            for i in self.view.inputs_of("tangent")
+        ]
+        read = tuple(dict.fromkeys(self.value_of[n] for n in self.kept if n in self.value_of))
+        self._add_task(
+            Step("turn"),
+            Task(0, read, tuple(tangents), self.turn.workspace, recomputable=False, name="loss"),
+        )
+        self.after += [(effect, index) for effect in self.effects]
+
+    # -- gradients -----------------------------------------------------------------------------
+
+    def _final_gradients(self) -> dict[fx.Node | None, list[tuple[JointInput, fx.Node]]]:
+        """Computation -> the gradients that are final once it has run."""
+        final: dict[fx.Node | None, list[tuple[JointInput, fx.Node]]] = {}
+        for output in self.view.outputs_of("gradient"):
+            if output.node is None or not isinstance(output.of, JointInput):
+                continue
+            owner = self.storage.base[output.node]
+            if self.storage.role[owner] is Role.PROJECTION:
+                owner = owner.args[0]
+            task = owner if isinstance(owner, fx.Node) and self._is_task(owner) else None
+            final.setdefault(task, []).append((output.of, output.node))
+        return final
+
+    def _hand_over(
+        self, gradients: Sequence[tuple[JointInput, fx.Node]], *, flush: bool = False
+    ) -> None:
+        self.waiting += gradients
+        large = any(self._gradient_bytes(node) >= self.small_gradient for _, node in gradients)
+        if not (large or flush):
+            return
+        for operand, node in self.waiting:
+            owner = self.storage.base[node]
+            inputs = (self.value_of[owner],) if owner in self.value_of else ()
+            index = self._add_task(
+                Step("hand_over", node, operand),
+                Task(0, inputs, recomputable=False, name=f"gradient of {operand.name}"),
+            )
+            if self.turn is not None:
+                self.after.append((self._turn_index(), index))
+        self.waiting = []
+
+    def _turn_index(self) -> int:
+        return next(i for i, step in enumerate(self.steps) if step.kind == "turn")
+
+    def _gradient_bytes(self, node: fx.Node) -> int:
+        owner = self.storage.base[node]
+        return self.values[self.value_of[owner]].bytes if owner in self.value_of else 0
