@@ -100,6 +100,34 @@ def differences(expected: Observation, got: Observation) -> list[Difference]:
     return found
 
 
+def unequal(
+    expected: Observation,
+    got: Observation,
+    allowed: float | Mapping[str, float | None],
+    again: Callable[[], Observation],
+) -> Difference | None:
+    """The first kind of difference that is larger than allowed.
+
+    Args:
+        expected: How it should be.
+        got: How it is.
+        allowed: Relative error, for all kinds or by kind (None: anything goes).
+        again: Observes the expected side once more: a kernel that isn't deterministic (atomics,
+            threads) differs from itself, and ten times that much is allowed.
+
+    Returns:
+        The difference, or None where all is well.
+    """
+    for worst in differences(expected, got):
+        limit = allowed.get(worst.kind) if isinstance(allowed, Mapping) else allowed
+        if limit is None or worst.error <= limit:
+            continue
+        noise = [d.error for d in differences(expected, again()) if d.kind == worst.kind]
+        if worst.error > max(limit, 10 * max(noise, default=0.0)):
+            return worst
+    return None
+
+
 def relative_error(expected: torch.Tensor, got: torch.Tensor) -> float:
     """``||expected - got|| / ||expected||``, 0 where both are equal bit for bit, NaN included."""
     if expected.shape != got.shape or expected.dtype != got.dtype:

@@ -1,0 +1,431 @@
+"""The doors to graphopt: `optimize`, `explain`, `capture`, `load`, `frontier`.
+
+Nothing here knows a pass by name: the registry says which pass serves what.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from graphopt import registry
+from graphopt.budget import Budget
+from graphopt.comparison import non_finite, observe, unequal
+from graphopt.errors import (
+    BudgetError,
+    ModelError,
+    NonFiniteError,
+    UnsupportedError,
+    UsageError,
+    VerificationError,
+    first_line,
+)
+from graphopt.instruments import Instrument, Verify
+from graphopt.ir import capture as _capture
+from graphopt.pipeline import Pass, PassContext, Pipeline, Progress, silent
+from graphopt.report import Report
+
+if TYPE_CHECKING:
+    from graphopt.ir.module import OptimizedModule
+    from graphopt.ir.program import Program
+
+CAPTURE_TOLERANCE = 1e-5
+"""Allowed relative difference between the source model and its captured form."""
+
+
+def capture(
+    model: nn.Module,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    dynamic: Any = "batch",
+) -> Program:
+    """Capture a model as a program.
+
+    The model is left as it is; the program shares its parameters.
+
+    Args:
+        model: Any module; of an `OptimizedModule` the stored program is returned, plans and all.
+        args: Example positional inputs.
+        kwargs: Example keyword inputs.
+        dynamic: ``"batch"`` (dimension 0 of every tensor input is free), ``"batch,sequence"``
+            (dimensions 0 and 1), None, or torch's own ``dynamic_shapes``.
+
+    Returns:
+        The program; ``program.emit()`` gives a module.
+
+    Raises:
+        CaptureError: What failed, at which line of the model, and what to try.
+        InputMismatch: The example inputs don't fit the model.
+    """
+    return _capture.capture(model, _as_args(args), kwargs, dynamic=dynamic)
+
+
+def optimize(
+    model: nn.Module,
+    budget: Budget | str | Mapping[str, Any] | None = None,
+    example_inputs: Sequence[Any] = (),
+    *,
+    example_kwargs: Mapping[str, Any] | None = None,
+    passes: str | Sequence[Pass] | None = None,
+    data: Iterable[Any] | None = None,
+    loss: Callable[..., Any] | None = None,
+    dynamic: Any = "batch",
+    time_limit: float = 60.0,
+    seed: int = 0,
+    verify: bool = True,
+    memory_scope: str | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
+    cost_model: str = "analytic",
+    instruments: Sequence[Instrument] = (),
+    progress: Progress = silent,
+    inplace: bool = False,
+) -> OptimizedModule:
+    """Make a module that does the job of ``model`` under a budget.
+
+    Args:
+        model: The model; its mode counts (in eval mode a memory budget is on the forward alone).
+            It is left as it is, and the result shares nothing with it.
+        budget: Such as ``"memory=50%"``, a mapping of fields, or a `Budget`.
+        example_inputs: Positional inputs; the budget is promised for their sizes.
+        example_kwargs: Keyword inputs.
+        passes: Pipeline text or passes, instead of those that the budget would choose; options
+            that they leave open are filled from the budget.
+        data: Batches for passes that fit or calibrate: inputs, or pairs of inputs and targets.
+        loss: ``loss(outputs)``, or ``loss(outputs, targets)`` exactly when ``data`` yields pairs.
+            Default: the model's own scalar loss if its output has one, else the sum of its
+            floating outputs.
+        dynamic: Which sizes stay free, as in `capture`.
+        time_limit: Seconds that planning may take.
+        seed: Seed of everything random.
+        verify: Check the capture and every claim of every pass on the example inputs.
+        memory_scope: ``"activations"`` (default) or ``"step"``: parameters, gradients and the
+            optimizer's state count too; the same as the budget field of that name.
+        optimizer: The optimizer whose state counts under ``memory_scope="step"``.
+        cost_model: ``"analytic"`` or ``"profiled"``.
+        instruments: Further instruments that watch the pipeline.
+        progress: Told what goes on.
+        inplace: Let the result share the parameters of ``model`` instead of copying it.
+
+    Returns:
+        The optimised module, in the mode of ``model``; ``.report`` says what was done.
+
+    Raises:
+        BudgetError: A budget that can't be read or makes no sense.
+        CaptureError: The model can't be captured.
+        BudgetInfeasible: No way was found to keep the budget; carries the smallest that could.
+        VerificationError: A pass broke a claim.
+        NonFiniteError: NaN in the inputs, the parameters or the result of the model.
+        NothingToTrainError: A training budget without anything to train.
+    """
+    wanted = _budget(budget, memory_scope)
+    pipeline = _pipeline(wanted, passes)
+    _check_options(time_limit, cost_model)
+    args = _as_args(example_inputs)
+    kwargs = dict(example_kwargs or {})
+    _check_model(model, args, kwargs)
+    source = model if inplace else copied(model)
+    progress("capturing the model")
+    program = _capture.capture(source, args, kwargs, dynamic=dynamic)
+    context = PassContext(
+        args=args,
+        kwargs=kwargs,
+        source=source,
+        budget=wanted,
+        loss=loss,
+        data=data,
+        optimizer=optimizer,
+        time_limit=time_limit,
+        seed=seed,
+        cost_model=cost_model,
+        progress=progress,
+    )
+    watchers = list(instruments)
+    if verify:
+        progress("comparing the captured graph with the model")
+        verify_capture(source, program, context)
+        watchers.insert(0, Verify())
+    program = pipeline.run(program, context, watchers)
+    return _emit(program, model, wanted)
+
+
+def explain(
+    model: nn.Module,
+    example_inputs: Sequence[Any] = (),
+    *,
+    example_kwargs: Mapping[str, Any] | None = None,
+    composite: str = "cp-lrp",
+    target: Any = "argmax",
+    attribute: Sequence[str] = ("inputs",),
+    memory_budget: Any = None,
+) -> nn.Module:
+    """Make a module that says which inputs an output of ``model`` rests on.
+
+    Args:
+        model: The model; it is left as it is.
+        example_inputs: Positional inputs.
+        example_kwargs: Keyword inputs.
+        composite: Which rules are applied where.
+        target: ``"argmax"``, a class index, a tensor of them, or a function of the output that
+            gives one value per batch element.
+        attribute: What gets a relevance: ``"inputs"``, or names of parameters and nodes.
+        memory_budget: Peak memory of an explanation, as in a budget.
+
+    Returns:
+        A module that takes what ``model`` takes and returns an explanation.
+
+    Raises:
+        UnsupportedError: No installed pass makes explanations.
+        CaptureError: The model can't be captured.
+    """
+    servers = registry.serving("explanation")
+    if not servers:
+        raise UnsupportedError(
+            "no installed pass makes explanations",
+            hint="`graphopt passes` lists what is installed",
+        )
+    options = {
+        "composite": composite,
+        "target": target,
+        "attribute": tuple(attribute),
+        "memory": memory_budget,
+    }
+    first, *_ = servers
+    pass_ = first(**{k: v for k, v in options.items() if k in _option_names(first)})
+    return optimize(
+        model,
+        None,
+        example_inputs,
+        example_kwargs=example_kwargs,
+        passes=[*registry.choose(Budget()).passes, pass_],
+    )
+
+
+def frontier(
+    model: nn.Module,
+    example_inputs: Sequence[Any] = (),
+    *,
+    example_kwargs: Mapping[str, Any] | None = None,
+    budgets: int | Sequence[Any] = 12,
+    loss: Callable[..., Any] | None = None,
+    dynamic: Any = "batch",
+    time_limit: float = 60.0,
+    seed: int = 0,
+    cost_model: str = "analytic",
+    progress: Progress = silent,
+) -> list[tuple[int, float, float]]:
+    """What every memory budget would cost, without choosing one.
+
+    Args:
+        model: The model; it is left as it is.
+        example_inputs: Positional inputs.
+        example_kwargs: Keyword inputs.
+        budgets: How many points, or the budgets themselves (``"50%"``, bytes).
+        loss: As in `optimize`.
+        dynamic: As in `capture`.
+        time_limit: Seconds for the whole curve.
+        seed: Seed of everything random.
+        cost_model: ``"analytic"`` or ``"profiled"``.
+        progress: Told what goes on.
+
+    Returns:
+        Points ``(peak bytes, overhead, lower bound on the overhead)`` by falling peak; overheads
+        are fractions of the step without recomputation.
+
+    Raises:
+        UnsupportedError: No installed pass draws the curve.
+        CaptureError: The model can't be captured.
+    """
+    planners = [cls for cls in registry.serving("memory") if hasattr(cls, "frontier")]
+    if not planners:
+        raise UnsupportedError("no installed pass plans memory", hint="see `graphopt passes`")
+    _check_options(time_limit, cost_model)
+    args, kwargs = _as_args(example_inputs), dict(example_kwargs or {})
+    _check_model(model, args, kwargs)
+    source = copied(model)
+    program = _capture.capture(source, args, kwargs, dynamic=dynamic)
+    context = PassContext(
+        args=args,
+        kwargs=kwargs,
+        source=source,
+        loss=loss,
+        time_limit=time_limit,
+        seed=seed,
+        cost_model=cost_model,
+        progress=progress,
+    )
+    first: Any = planners[0]
+    program = registry.choose(Budget()).run(program, context)
+    points = first().frontier(program, context, budgets)
+    return sorted(points, key=lambda point: -point[0])
+
+
+def load(path: str | os.PathLike[str], *, trust: bool = False) -> OptimizedModule:
+    """Load a module that `OptimizedModule.save` wrote.
+
+    Args:
+        path: The file.
+        trust: Load a file from somewhere else even if it could execute code.
+
+    Returns:
+        The module, with its plans and its report.
+
+    Raises:
+        FileFormatError: The file is corrupt, or not one of ours.
+        UnsafeFileError: It holds more than plain weights and JSON.
+    """
+    from graphopt.ir.persist import load as load_file
+
+    return load_file(path, trust=trust)
+
+
+def copied(model: nn.Module) -> nn.Module:
+    """A deep copy of a model.
+
+    Raises:
+        ModelError: It can't be copied; says why and what to do.
+    """
+    try:
+        return copy.deepcopy(model)
+    except Exception as error:  # anything that a user's __deepcopy__ or __reduce__ raises
+        raise ModelError(
+            f"{type(model).__name__} can't be copied: {first_line(error)}",
+            hint="pass inplace=True, and the result shares the model's parameters",
+        ) from error
+
+
+def verify_capture(source: nn.Module, program: Program, context: PassContext) -> None:
+    """Check that the captured program does what its source does, in train and in eval mode.
+
+    Raises:
+        VerificationError: Outputs, gradients or buffers differ by more than `CAPTURE_TOLERANCE`.
+        NonFiniteError: The model gives NaN on the example inputs.
+    """
+    emitted = program.emit()
+    for training in (True, False):
+        run = functools.partial(
+            observe,
+            args=context.args,
+            kwargs=context.kwargs,
+            training=training,
+            loss=context.loss if context.data is None else None,
+            seed=context.seed,
+        )
+        expected = run(source)
+        _check_finite(expected.outputs, "the model's output")
+        _check_finite(expected.gradients, "the gradient of")
+        got = run(emitted)
+        mode = "train" if training else "eval"
+        if expected.structure != got.structure:
+            raise VerificationError(
+                f"the captured graph gives other outputs in {mode} mode: "
+                f"{expected.structure} became {got.structure}",
+                claim="shapes",
+            )
+        worst = unequal(expected, got, CAPTURE_TOLERANCE, functools.partial(run, source))
+        if worst is not None:
+            raise VerificationError(
+                f"the captured graph differs from the model in {mode} mode: {worst.kind} "
+                f"{worst.name} by {worst.error:.3g} (relative)",
+                claim=worst.kind,
+                hint="does forward depend on something besides its inputs, buffers and torch's "
+                "random numbers?",
+            )
+
+
+def _budget(budget: Any, memory_scope: str | None) -> Budget:
+    wanted = Budget.parse(budget)
+    if memory_scope is None:
+        return wanted
+    if wanted.memory_scope not in (None, memory_scope):
+        raise BudgetError(
+            f"memory_scope is both {wanted.memory_scope} and {memory_scope}",
+            hint="give it once",
+        )
+    return dataclasses.replace(wanted, memory_scope=memory_scope)
+
+
+def _pipeline(budget: Budget, passes: str | Sequence[Pass] | None) -> Pipeline:
+    if passes is None:
+        return registry.choose(budget)
+    if isinstance(passes, str):
+        pipeline = registry.parse(passes)
+    else:
+        wrong = [p for p in passes if not isinstance(p, Pass)]
+        if wrong:
+            raise UsageError(f"passes= takes passes or pipeline text, not {wrong[0]!r}")
+        pipeline = Pipeline(tuple(passes))
+    return Pipeline(tuple(_filled(pass_, budget) for pass_ in pipeline.passes))
+
+
+def _filled(pass_: Pass, budget: Budget) -> Pass:
+    """The pass with options that it leaves open taken from the budget."""
+    offered = type(pass_).from_budget(budget).options()
+    given = pass_.options()
+    missing = {name: value for name, value in offered.items() if name not in given}
+    return dataclasses.replace(pass_, **missing) if missing else pass_
+
+
+def _option_names(cls: type[Pass]) -> set[str]:
+    return {f.name for f in dataclasses.fields(cls)}
+
+
+def _check_options(time_limit: float, cost_model: str) -> None:
+    if not time_limit > 0:
+        raise UsageError(f"time_limit={time_limit}: seconds, more than 0")
+    if cost_model not in ("analytic", "profiled"):
+        raise UsageError(f"cost_model={cost_model!r}: 'analytic' or 'profiled'")
+
+
+def _as_args(inputs: Any) -> tuple[Any, ...]:
+    if isinstance(inputs, torch.Tensor):
+        return (inputs,)
+    if isinstance(inputs, Mapping) or not isinstance(inputs, Sequence) or isinstance(inputs, str):
+        raise UsageError(
+            f"example inputs are a tuple of positional inputs, not {type(inputs).__name__}",
+            hint="write (x,); keyword inputs go to example_kwargs",
+        )
+    return tuple(inputs)
+
+
+def _check_model(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"expected a torch.nn.Module, got {type(model).__name__}")
+    named = dict(model.named_parameters())
+    _check_nan(named, "parameter")
+    tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+    _check_nan({str(i): t for i, t in enumerate(tensors)}, "example input")
+
+
+def _check_nan(tensors: Mapping[str, torch.Tensor], what: str) -> None:
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not tensor.is_meta and bool(tensor.isnan().any()):
+            raise NonFiniteError(
+                f"{what} {name} holds NaN", hint="graphopt compares numbers; NaN equals nothing"
+            )
+
+
+def _check_finite(tensors: Mapping[str, torch.Tensor], what: str) -> None:
+    name = non_finite(tensors)
+    if name is not None and bool(tensors[name].isnan().any()):
+        raise NonFiniteError(
+            f"{what} {name} holds NaN on the example inputs",
+            hint="give inputs on which the model is finite, or verify=False",
+        )
+
+
+def _emit(program: Program, model: nn.Module, budget: Budget) -> OptimizedModule:
+    program = program.replace(report=Report.of(program, budget.to_dict()))
+    module = program.emit()
+    modes = {name: part.training for name, part in model.named_modules()}
+    for name, part in module.named_modules():
+        part.training = modes.get(name, model.training)
+    return module
