@@ -39,12 +39,12 @@ def concrete(size: Size, symbols: Substitution | None = None) -> int:
         return size  # type: ignore[return-value]
     node = size.node
     if symbols:
-        expr = node.expr.xreplace(dict(symbols))
-        if expr.is_number:
-            return int(expr)
         hints = getattr(node.shape_env, "backed_var_to_val", None)
         hints = node.shape_env.var_to_val if hints is None else hints
-        expr = expr.xreplace({s: hints[s] for s in expr.free_symbols if s in hints})
+        given = {s: symbols.get(s, hints.get(s)) for s in node.expr.free_symbols}
+        expr = node.expr.xreplace(
+            {s: sympy.Integer(int(v)) for s, v in given.items() if v is not None}
+        )
         if expr.is_number:
             return int(expr)
     if not node.has_hint():
