@@ -119,15 +119,14 @@ def aliased_input(node: fx.Node) -> fx.Node | None:
         return node.args[0] if isinstance(node.args[0], fx.Node) else None
     if target in _MAYBE_VIEWS:
         return None
-    for result in target._schema.returns:
-        info = result.alias_info
-        if info is None or info.is_write:
-            continue
-        for position, argument in enumerate(target._schema.arguments):
-            shared = argument.alias_info
-            if shared is not None and info.before_set & shared.before_set:
-                value = node.args[position] if position < len(node.args) else None
-                return value if isinstance(value, fx.Node) else None
+    results = [r.alias_info for r in target._schema.returns]
+    if not results or any(info is None or info.is_write for info in results):
+        return None
+    # A list of views has an annotation without a name, so the argument is found by its own.
+    for position, argument in enumerate(target._schema.arguments):
+        if argument.alias_info is not None and position < len(node.args):
+            value = node.args[position]
+            return value if isinstance(value, fx.Node) else None
     return None
 
 
