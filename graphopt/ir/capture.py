@@ -20,6 +20,7 @@ from graphopt.errors import (
     UsageError,
     innermost_user_frame,
 )
+from graphopt.ir import literals, mode
 from graphopt.ir import signature as signatures
 from graphopt.ir.graphs import bind_graph, clean_graph, free_sizes
 from graphopt.ir.program import Program
@@ -116,24 +117,75 @@ def capture(
 def _capture(
     model: nn.Module, signature: Signature, flat: list[torch.Tensor], dynamic: Any
 ) -> Program:
-    flags = {mode: overridden_flags(model, mode) for mode in (True, False)}
+    flags = {training: overridden_flags(model, training) for training in (True, False)}
     skeleton = build(model, flags)
-    traced = trace(model, signature, flat, dynamic, training=True)
-    module = bind_graph(traced.graph, skeleton.root)
-    return Program(module, None, traced.signature, skeleton)
+    train = trace(model, signature, flat, dynamic, training=True)
+    evaluated = trace(model, signature, flat, dynamic, training=False)
+    branches = mode.find_switches(train.graph, evaluated.graph)
+    if not branches and not signatures.same_tree(
+        train.signature.out_spec, evaluated.signature.out_spec
+    ):
+        branches = ("",)
+    found = _tie_literals(model, train, evaluated if branches else None, flat, dynamic, skeleton)
+    module = bind_graph(train.graph, skeleton.root)
+    if not branches:
+        return Program(module, None, train.signature, skeleton, literals=found)
+    second = bind_graph(evaluated.graph, skeleton.root)
+    return Program(
+        module,
+        second,
+        train.signature,
+        skeleton,
+        literals=found,
+        branches=branches,
+        eval_signature=evaluated.signature,
+    )
 
 
-def overridden_flags(model: nn.Module, mode: bool) -> dict[str, bool]:
-    """The modes that deviate after ``model.train(mode)``, where the model overrides ``train``."""
+def _tie_literals(
+    model: nn.Module,
+    train: Trace,
+    evaluated: Trace | None,
+    flat: list[torch.Tensor],
+    dynamic: Any,
+    skeleton: Skeleton,
+) -> literals.Literals:
+    """Find out which dtype and device literals follow the model, by tracing a moved copy."""
+    if not any(True for t in (*model.parameters(), *model.buffers(), *flat)):
+        return literals.Literals()
+    result = literals.Literals("the model can't be copied to find out", "it can't be copied")
+    for meta in (True, False):
+        try:
+            moved = literals.variant(model, flat, meta=meta)
+            with contextlib.ExitStack() as stack:
+                stack.enter_context(untouched(moved.model))
+                for known, training in ((train, True), (evaluated, False)):
+                    if known is None:
+                        continue
+                    other = trace(
+                        moved.model, known.signature, moved.inputs, dynamic, training=training
+                    )
+                    result = literals.tie(known.graph, other.graph, skeleton.root, meta=meta)
+        except CaptureError as error:
+            result = literals.Literals(error.message, error.message)
+            continue
+        except Exception as error:  # a model whose deepcopy fails
+            return literals.Literals(f"the model can't be copied ({error})", f"({error})")
+        return result
+    return result
+
+
+def overridden_flags(model: nn.Module, training: bool) -> dict[str, bool]:
+    """The modes that deviate after ``model.train(training)``, where the model overrides ``train``."""
     if all(type(m).train is nn.Module.train for m in model.modules()):
         return {}
     before = [(m, m.training) for m in model.modules()]
     try:
-        model.train(mode)
-        return {name: m.training for name, m in model.named_modules() if m.training != mode}
+        model.train(training)
+        return {name: m.training for name, m in model.named_modules() if m.training != training}
     finally:
-        for module, training in before:
-            module.training = training
+        for module, flag in before:
+            module.training = flag
 
 
 class Trace:

@@ -23,7 +23,7 @@ from torch import fx
 
 from graphopt.errors import UnsupportedError
 from graphopt.ir.literals import Tie
-from graphopt.ir.mode import ModeSwitch
+from graphopt.ir.mode import WHOLE, ModeSwitch
 
 _GRAD_REGION = "wrap_with_set_grad_enabled"
 _AUTOCAST_REGION = "wrap_with_autocast"
@@ -59,6 +59,7 @@ class _Line:
     text: str
     defines: tuple[str, ...] = ()
     uses: tuple[str, ...] = ()
+    conditional: bool = False
 
 
 @dataclass
@@ -145,7 +146,9 @@ class _Writer:
             pad = "    " * line.depth
             opens = line.text.endswith(":") and not line.text.startswith("#")
             result.append(f"{pad}{line.text}")
-            if dead and not opens:
+            if dead and line.conditional:
+                result.append(f"{pad[4:]}del {', '.join(dead)}")
+            elif dead and not opens:
                 result[-1] += f"; del {', '.join(dead)}"
         return result
 
@@ -201,6 +204,13 @@ class _Writer:
         text = self._expression(node, depth)
         uses = tuple(self.used)
         self.used = set()
+        mode: ModeSwitch | None = node.meta.get("mode")
+        if mode is not None and WHOLE in mode.values:
+            word = "if" if mode.values[WHOLE][0] else "if not"
+            self.lines.append(_Line(depth, f"{word} {attribute(mode.owner)}.training:"))
+            self.lines.append(_Line(depth + 1, text, (), uses, conditional=True))
+            self.env[node] = None
+            return
         if not node.users:
             self.env[node] = None
             self.lines.append(_Line(depth, text, (), uses))

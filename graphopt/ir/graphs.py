@@ -185,3 +185,50 @@ def size_guards(code: Sequence[str], signature: Signature) -> tuple[Guard, ...]:
             continue
         guards.append(Guard(text, condition))
     return tuple(guards)
+
+
+def copy_graph(module: fx.GraphModule) -> fx.GraphModule:
+    """Copy a graph module's graph and sub-graphs; tensors and node metadata are shared.
+
+    ``meta`` dictionaries are copied one level deep, so that a copy's entries can be set.
+    """
+    graph = fx.Graph()
+    root = nn.Module()
+    env: dict[fx.Node, fx.Node] = {}
+    for node in module.graph.nodes:
+        env[node] = graph.node_copy(node, lambda n: env[n])
+        if node.op == "get_attr":
+            value = lookup(module, str(node.target))
+            inner = isinstance(value, fx.GraphModule)
+            assign(root, str(node.target), copy_graph(value) if inner else value)
+    graph.set_codegen(CodeGen())
+    return fx.GraphModule(root, graph)
+
+
+def set_argument(node: fx.Node, place: str, value: Any) -> None:
+    """Set the argument at a place such as ``args.2`` or ``kwargs.size.0``."""
+    kind, key, *rest = place.split(".")
+    if kind == "kwargs":
+        node.update_kwarg(key, _put(node.kwargs.get(key), rest, value))
+    else:
+        index = int(key)
+        node.update_arg(index, _put(node.args[index], rest, value))
+
+
+def _put(old: Any, rest: Sequence[str], value: Any) -> Any:
+    if not rest:
+        return value
+    if isinstance(old, Mapping):
+        return {**old, rest[0]: _put(old[rest[0]], rest[1:], value)}
+    parts = list(old)
+    parts[int(rest[0])] = _put(parts[int(rest[0])], rest[1:], value)
+    return type(old)(parts)
+
+
+def get_argument(node: fx.Node, place: str) -> Any:
+    """The argument at a place such as ``args.2``."""
+    kind, key, *rest = place.split(".")
+    value: Any = node.kwargs[key] if kind == "kwargs" else node.args[int(key)]
+    for part in rest:
+        value = value[part] if isinstance(value, Mapping) else value[int(part)]
+    return value

@@ -2,22 +2,38 @@
 
 from __future__ import annotations
 
-import copy
-import functools
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx, nn
 
 from graphopt.errors import UnsupportedError
-from graphopt.ir.codegen import generate
+from graphopt.ir.codegen import Code, generate
 from graphopt.ir.graphs import bind_graph, lookup
+from graphopt.ir.literals import check_move
+from graphopt.ir.mode import runs_eval
 from graphopt.ir.program import Program
+from graphopt.ir.signature import Signature
 from graphopt.ir.skeleton import Container, SequenceContainer, Skeleton, copy_tree
 
 _OPAQUE = "a planned graphopt module runs as it is planned, and is not traced into"
+
+
+@dataclass(frozen=True)
+class _Graph:
+    """One of a module's graphs as code."""
+
+    signature: Signature
+    code: Code
+    run: Callable[..., tuple[Any, ...]]
+
+
+def _compiled(module: fx.GraphModule, signature: Signature) -> _Graph:
+    code = generate(module)
+    return _Graph(signature, code, code.compile())
 
 
 class OptimizedModule(Container):
@@ -29,27 +45,47 @@ class OptimizedModule(Container):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
         """Run the program; takes and returns what the source model does."""
-        signature = self._signature
+        graph = self._graphs[0]
+        if len(self._graphs) > 1 and runs_eval(self._program.branches, self._is_training):
+            graph = self._graphs[1]
+        signature = graph.signature
         flat = signature.flatten_inputs(args, kwargs)
         if torch.compiler.is_compiling():
-            return signature.unflatten_outputs(self._traced(flat))
+            return signature.unflatten_outputs(self._traced(graph, flat))
         signature.check(flat)
         if self._planner is not None and not _being_traced(flat):
             runner = self._planner.runner(self, flat)
             if runner is not None:
                 return signature.unflatten_outputs(runner(flat))
-        return signature.unflatten_outputs(self._run(self, *flat))
+        return signature.unflatten_outputs(graph.run(self, *flat))
 
-    def _traced(self, flat: list[torch.Tensor]) -> Sequence[Any]:
+    def _traced(self, graph: _Graph, flat: list[torch.Tensor]) -> Sequence[Any]:
         if self._planner is None or torch.compiler.is_exporting():
-            return self._run(self, *flat)
-        return self._opaque(flat)
+            return graph.run(self, *flat)
+        return self._opaque(graph, flat)
 
     @torch.compiler.disable(reason=_OPAQUE)
-    def _opaque(self, flat: list[torch.Tensor]) -> Sequence[Any]:
-        self._signature.check(flat)
+    def _opaque(self, graph: _Graph, flat: list[torch.Tensor]) -> Sequence[Any]:
+        graph.signature.check(flat)
         runner = self._planner.runner(self, flat)
-        return self._run(self, *flat) if runner is None else runner(flat)
+        return graph.run(self, *flat) if runner is None else runner(flat)
+
+    def _is_training(self, path: str) -> bool:
+        module: Any = self
+        for part in path.split(".") if path else ():
+            module = module._modules[part]
+        return module.training
+
+    def train(self, mode: bool = True) -> OptimizedModule:
+        """Set the mode of all modules, as the source's own ``train`` would."""
+        super().train(mode)
+        for path, training in self._program.skeleton.flags.get(mode, {}).items():
+            self.get_submodule(path).training = training
+        return self
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+        check_move(self._program.literals, [*self.parameters(), *self.buffers()], fn)
+        return super()._apply(fn, recurse)
 
     @property
     def program(self) -> Program:
@@ -59,7 +95,7 @@ class OptimizedModule(Container):
     @property
     def code(self) -> str:
         """The Python that runs, one line for each node."""
-        return self._code.text
+        return "\n".join(graph.code.text for graph in self._graphs)
 
     @property
     def report(self) -> Any:
@@ -150,13 +186,13 @@ def _install(module: OptimizedModule, program: Program) -> None:
     program = program.replace(
         module=bound, eval_module=evaluated, skeleton=program.skeleton.rebuilt(root)
     )
-    code = generate(bound)
+    graphs = [_compiled(bound, program.signature)]
+    if evaluated is not None:
+        graphs.append(_compiled(evaluated, program.eval_signature or program.signature))
     state = module.__dict__
     state["_program"] = program
-    state["_signature"] = program.signature
     state["_planner"] = program.planner
-    state["_code"] = code
-    state["_run"] = code.compile()
+    state["_graphs"] = tuple(graphs)
 
 
 def _twin(module: Container) -> Container:

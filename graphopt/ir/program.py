@@ -13,6 +13,7 @@ from torch import fx
 from graphopt.ir.signature import Signature
 
 if TYPE_CHECKING:
+    from graphopt.ir.literals import Literals
     from graphopt.ir.module import OptimizedModule
     from graphopt.ir.skeleton import Skeleton
 
@@ -69,8 +70,11 @@ class Program:
             its other attributes.
         history: One record for each pass that ran.
         planner: Planned execution, or None.
-        literals: How dtype and device literals follow ``.half()`` and ``.to()``.
+        literals: Whether dtype and device literals follow ``.half()`` and ``.to()``.
         report: What was done (see `graphopt.report`), or None.
+        branches: Where there are two graphs: paths of the modules whose mode chooses.
+        eval_signature: Where there are two graphs: the signature of the second (its outputs may
+            differ), else None.
     """
 
     module: fx.GraphModule
@@ -79,8 +83,10 @@ class Program:
     skeleton: Skeleton
     history: tuple[PassRecord, ...] = ()
     planner: Planner | None = None
-    literals: Any = None
+    literals: Literals | None = None
     report: Any = None
+    branches: tuple[str, ...] = ()
+    eval_signature: Signature | None = None
 
     def replace(self, **changes: Any) -> Program:
         """A copy with some fields changed."""

@@ -156,6 +156,17 @@ def _rebuild_object(tree: Tree, parts: list[Any]) -> Any:
     return value
 
 
+def same_tree(one: Tree, other: Tree) -> bool:
+    """Whether two trees have the same structure and static values."""
+    return (
+        one.kind == other.kind
+        and one.type is other.type
+        and _same(one.context, other.context)
+        and len(one.children) == len(other.children)
+        and all(same_tree(a, b) for a, b in zip(one.children, other.children, strict=True))
+    )
+
+
 def match(tree: Tree, value: Any, leaves: list[torch.Tensor], path: str) -> None:
     """Flatten a value that has to have the structure ``tree``, appending its tensors to ``leaves``.
 
