@@ -2,9 +2,9 @@
 
 On the CPU the figures come from the profiler's memory events: every allocation that goes through
 PyTorch's allocator is reported with its size, the temporaries inside an op included.  Their running
-sum over time, relative to the start of the region, gives the live bytes at each moment.  (Buffers
-that oneDNN allocates for itself are not seen.)  On CUDA the caching allocator's own counters are
-used; they know the peak and the live bytes, but no timeline.
+sum over time, relative to the start of the region, gives the live bytes at each moment.  (Not seen:
+buffers that oneDNN allocates for itself, and the release of what existed before.)  On CUDA the
+caching allocator's own counters are used; they know the peak and the live bytes, but no timeline.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class MemoryTrace:
 
     Attributes:
         peak: Most live bytes at any moment.
-        live: Live bytes at the end; negative if the region freed what existed before it.
+        live: Live bytes at the end.
         timeline: ``(nanoseconds since the start, live bytes)`` after every allocation and release;
             only the marks and the end on CUDA.
         marks: ``(name, nanoseconds since the start)`` of every `mark`, in order.

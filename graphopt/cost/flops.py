@@ -135,8 +135,8 @@ def _formula_of(target: Any) -> Formula | None:
 
 def _is_composite(target: Any) -> bool:
     name = getattr(target, "name", None)
-    if not isinstance(target, torch._ops.OpOverload) or name is None:
-        return False
+    if not isinstance(target, torch._ops.OpOverload) or name is None or target.namespace == "prim":
+        return False  # the dispatcher doesn't know the few ops of `prim`
     return torch._C._dispatch_has_kernel_for_dispatch_key(name(), "CompositeImplicitAutograd")
 
 

@@ -126,7 +126,7 @@ def measure_loss(
         saves = build().saved_leaves(loss)
         outputs = build()
         trace = trace_memory(lambda mark: outputs.run(loss, mark), device=device)
-    tangents = _tangents(leaves, outputs.differentiable, trace.result)
+    tangents: tuple[Tangent | None, ...] = trace.result
     return LossMeasurement(
         kept=trace.live_at("loss"),
         forward_peak=trace.peak_between(None, "loss"),
@@ -147,14 +147,16 @@ class _Outputs:
             i for i, t in enumerate(leaves) if isinstance(t, torch.Tensor) and t.requires_grad
         ]
 
-    def run(self, loss: Loss | None, mark: Callable[[str], None]) -> tuple[Any, ...]:
+    def run(self, loss: Loss | None, mark: Callable[[str], None]) -> tuple[Tangent | None, ...]:
         with torch.enable_grad():
             value = loss_value(loss, self.outputs)
         torch.clear_autocast_cache()
         mark("loss")
         wanted = [self.leaves[i] for i in self.differentiable]
         with autocast_off():
-            return torch.autograd.grad(value, wanted, allow_unused=True)
+            grads = torch.autograd.grad(value, wanted, allow_unused=True)
+        # Only descriptions leave: the profiler would mistake what is freed after its session.
+        return _tangents(self.leaves, self.differentiable, grads)
 
     def saved_leaves(self, loss: Loss | None) -> tuple[bool, ...]:
         seen: set[int] = set()
