@@ -9,6 +9,7 @@ import copy
 import dataclasses
 import functools
 import os
+import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -18,15 +19,17 @@ from torch.utils import _pytree as pytree
 
 from graphopt import registry
 from graphopt.budget import Budget
-from graphopt.comparison import non_finite, observe, unequal
+from graphopt.comparison import Observation, non_finite, observe, unequal
 from graphopt.errors import (
     BudgetError,
+    GraphoptError,
     ModelError,
     NonFiniteError,
     UnsupportedError,
     UsageError,
     VerificationError,
     first_line,
+    innermost_user_frame,
 )
 from graphopt.instruments import Instrument, Verify
 from graphopt.ir import capture as _capture
@@ -319,7 +322,7 @@ def verify_capture(source: nn.Module, program: Program, context: PassContext) ->
             loss=context.loss if context.data is None else None,
             seed=context.seed,
         )
-        expected = run(source)
+        expected = _run_source(run, source)
         _check_finite(expected.outputs, "the model's output")
         _check_finite(expected.gradients, "the gradient of")
         got = run(emitted)
@@ -339,6 +342,22 @@ def verify_capture(source: nn.Module, program: Program, context: PassContext) ->
                 hint="does forward depend on something besides its inputs, buffers and torch's "
                 "random numbers?",
             )
+
+
+def _run_source(run: Callable[[nn.Module], Observation], source: nn.Module) -> Observation:
+    """Run the user's model; what it raises is the model's own problem, and said to be."""
+    try:
+        return run(source)
+    except GraphoptError:
+        raise
+    except Exception as error:  # user code may raise anything
+        frames = "".join(traceback.format_tb(error.__traceback__))
+        raise ModelError(
+            f"{type(source).__name__} itself fails on the example inputs: "
+            f"{type(error).__name__}: {first_line(error)}",
+            user_line=innermost_user_frame(frames),
+            hint="run one forward and backward of the model with these inputs first",
+        ) from error
 
 
 def _budget(budget: Any, memory_scope: str | None) -> Budget:
