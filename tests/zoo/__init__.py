@@ -5,13 +5,14 @@
 """
 
 from tests.zoo import control, pretrained, sequence, structure, vision
-from tests.zoo.registry import ZOO, ZooModel, floating_leaves, probe_loss
+from tests.zoo.registry import ZOO, ZooModel, floating_leaves, plain_loss, probe_loss
 
 __all__ = [
     "ZOO",
     "ZooModel",
     "control",
     "floating_leaves",
+    "plain_loss",
     "pretrained",
     "probe_loss",
     "sequence",

@@ -24,6 +24,16 @@ def floating_leaves(outputs: object) -> list[Tensor]:
     ]
 
 
+def plain_loss(outputs: object) -> Tensor:
+    """The model's own scalar loss, else the sum of its floating outputs' sums."""
+    own = getattr(outputs, "loss", None)
+    if own is None and isinstance(outputs, dict):
+        own = outputs.get("loss")
+    if isinstance(own, Tensor) and own.ndim == 0:
+        return own
+    return torch.stack([leaf.sum().float() for leaf in floating_leaves(outputs)]).sum()
+
+
 def probe_loss(outputs: object) -> Tensor:
     """The model's own scalar loss, else a fixed cosine-weighted mean of its floating outputs.
 
