@@ -64,16 +64,16 @@ class _Buffers:
     def __init__(self, module: nn.Module) -> None:
         self.owners = [(part, dict(part._buffers)) for part in module.modules()]
         unique = {id(t): t for _, held in self.owners for t in held.values() if t is not None}
-        self.copies = [(t, t._version, t.detach().clone()) for t in unique.values()]
+        # Always copied back: BatchNorm writes running statistics without a new `_version`.
+        self.copies = [(t, t.detach().clone()) for t in unique.values()]
 
     def restore(self) -> None:
         for part, held in self.owners:
             part._buffers.clear()
             part._buffers.update(held)
         with torch.no_grad():
-            for tensor, version, copy in self.copies:
-                if tensor._version != version:
-                    tensor.copy_(copy)
+            for tensor, copy in self.copies:
+                tensor.copy_(copy)
 
 
 def _twin(value: Any) -> Any:
