@@ -76,6 +76,26 @@ def is_repeatable(node: fx.Node) -> bool:
     return not (is_random(node) or is_data_dependent(node) or is_effectful(node))
 
 
+def out_overload(target: object) -> tuple[torch._ops.OpOverload, str] | None:
+    """The overload of an op that writes into a given tensor, and the name of that argument."""
+    if not isinstance(target, torch._ops.OpOverload):
+        return None
+    inputs = [a.name for a in target._schema.arguments]
+    for name in target.overloadpacket.overloads():
+        overload = getattr(target.overloadpacket, name)
+        written = [a.name for a in overload._schema.arguments if _is_written(a)]
+        others = [a.name for a in overload._schema.arguments if not _is_written(a)]
+        types = [str(a.type) for a in overload._schema.arguments if not _is_written(a)]
+        same = [str(a.type) for a in target._schema.arguments]
+        if len(written) == 1 and others == inputs and types == same and written[0] not in inputs:
+            return overload, written[0]
+    return None
+
+
+def _is_written(argument: torch.Argument) -> bool:
+    return argument.alias_info is not None and argument.alias_info.is_write
+
+
 def _returns(target: torch._ops.OpOverload) -> bool:
     return bool(target._schema.returns)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import operator
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -17,7 +17,7 @@ import torch
 from torch import fx
 
 from graphopt.ir.joint import JointInput, JointView
-from graphopt.ir.ops import is_random, recomputed_form
+from graphopt.ir.ops import is_random, out_overload, recomputed_form
 from graphopt.ir.storage import Role, StorageMap
 from graphopt.runtime.plan import Operand, PlannedStep
 from graphopt.runtime.stages import Cut, Instance, Line, Ref, write_stages
@@ -28,13 +28,17 @@ class Step:
     """One entry of a sequence.
 
     Attributes:
-        kind: `run` a node; `turn` from forward to backward (the loss); `commit` the new value of a
+        kind: `run` nodes in a row; `turn` from forward to backward (the loss); `commit` the new value of a
             mutated operand; `hand_over` a final gradient.
-        node: The node run, or whose value is committed or handed over.
+        nodes: The nodes run.
+        reuse: Node run -> the argument whose memory takes its result.
+        node: The node whose value is committed or handed over.
         of: The operand committed to, or whose gradient it is.
     """
 
     kind: Literal["run", "turn", "commit", "hand_over"]
+    nodes: tuple[fx.Node, ...] = ()
+    reuse: Mapping[fx.Node, fx.Node] = field(default_factory=dict)
     node: fx.Node | None = None
     of: JointInput | None = None
 
@@ -89,7 +93,10 @@ class _Lowering:
         else:
             if self.cuts[-1].gradients:
                 self.cuts.append(Cut())
-            self._commit(step) if step.kind == "commit" else self._run(step.node)
+            if step.kind == "commit":
+                self._commit(step)
+            for node in step.nodes:
+                self._run(node, step.reuse.get(node))
 
     def _turn(self) -> None:
         self._collect_results()
@@ -108,12 +115,13 @@ class _Lowering:
         self.cuts[-1].lines.append(Line(copy, arguments, {}, written, pinned=True))
         self.mutates.add(step.of.node.name)
 
-    def _run(self, node: fx.Node | None) -> None:
-        assert node is not None
+    def _run(self, node: fx.Node, reused: fx.Node | None) -> None:
         again = self.made[node] > 0
         form = recomputed_form(node) if again else None
         target, args = (form.target, form.args) if form else (node.target, node.args)
         kwargs = {} if form else node.kwargs
+        if reused is not None:
+            target, kwargs = written_over(node, reused)
         projections = [u for u in node.users if self.storage.role[u] is Role.PROJECTION]
         scalars = [u for u in node.users if self._is_scalar_part(u)]
         for value in (node, *projections):
@@ -204,6 +212,14 @@ class _Lowering:
             random=any(is_random(node) for node in self.view.graph.nodes),
             mutates=frozenset(self.mutates),
         )
+
+
+def written_over(node: fx.Node, reused: fx.Node) -> tuple[Any, dict[str, Any]]:
+    """The call that leaves a node's result in the memory of one of its arguments."""
+    found = out_overload(node.target)
+    assert found is not None, f"{node.target} cannot write over its arguments"
+    overload, name = found
+    return overload, {**node.kwargs, name: reused}
 
 
 def _unchanged(kind: str, what: Any) -> Any:

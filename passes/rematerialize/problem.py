@@ -11,6 +11,7 @@ from graphopt.cost import OpMeasurement
 from graphopt.ir.joint import JointInput, JointView
 from graphopt.ir.ops import is_data_dependent, is_effectful, is_random, is_repeatable
 from graphopt.ir.storage import Role, StorageMap, is_tuple
+from graphopt.passes.rematerialize.clusters import Cluster, find_clusters
 from graphopt.passes.rematerialize.prepare import depends_on_tangents, reads_replaced_operand
 from graphopt.runtime.lower import Step
 from graphopt.solvers import Task, TaskGraph, Value
@@ -88,23 +89,24 @@ class _Builder:
     value_of: dict[fx.Node, int] = field(default_factory=dict)
     task_of: dict[fx.Node, int] = field(default_factory=dict)
     after: list[tuple[int, int]] = field(default_factory=list)
+    effects: list[int] = field(default_factory=list)
     waiting: list[tuple[JointInput, fx.Node]] = field(default_factory=list)
 
     def build(self) -> Problem:
         self.mutated = {operand.node for operand in self.committed}
         self.kept = self._kept()
         late = depends_on_tangents(self.view)
-        computations = [n for n in self.view.graph.nodes if self._is_task(n)]
-        first_late = next((i for i, n in enumerate(computations) if n in late), len(computations))
-        for node in computations[:first_late]:
-            self._add_computation(node)
+        clusters = find_clusters(self.view, self.storage, self.measured, late)
+        first_late = next((i for i, c in enumerate(clusters) if c.last in late), len(clusters))
+        for cluster in clusters[:first_late]:
+            self._add_cluster(cluster)
         self._add_commits()
         if self.turn is not None:
             self._add_turn()
             gradients = self._final_gradients()
-            for node in computations[first_late:]:
-                self._add_computation(node)
-                self._hand_over(gradients.get(node, ()))
+            for cluster in clusters[first_late:]:
+                self._add_cluster(cluster)
+                self._hand_over([g for n in cluster.nodes for g in gradients.get(n, ())])
             self._hand_over(gradients.get(None, ()), flush=True)
         graph = TaskGraph(tuple(self.tasks), tuple(self.values), tuple(dict.fromkeys(self.after)))
         return Problem(graph, tuple(self.steps), self.value_of)
@@ -117,30 +119,45 @@ class _Builder:
 
     # -- computations ------------------------------------------------------------------------
 
-    def _add_computation(self, node: fx.Node) -> None:
+    def _add_cluster(self, cluster: Cluster) -> None:
         index = len(self.tasks)
-        found = self.measured[node]
-        outputs, unread = self._outputs(node, index, found)
-        repeatable = is_repeatable(node) and not reads_replaced_operand(
-            node, self.mutated, self.storage.base
-        )
+        for node in cluster.nodes:
+            self.task_of[node] = index
+        inputs = tuple(dict.fromkeys(v for n in cluster.nodes for v in self._inputs(n)))
+        outputs, unread = self._outputs(cluster.last, index)
+        made = sum(self.values[v].bytes for v in outputs)
         self._add_task(
-            Step("run", node),
+            Step("run", nodes=tuple(cluster.nodes), reuse=cluster.reuse),
             Task(
-                duration=self.duration(node),
-                inputs=self._inputs(node),
+                duration=sum(self.duration(n) for n in cluster.nodes),
+                inputs=inputs,
                 outputs=tuple(outputs),
-                workspace=found.workspace + unread,
-                recomputable=repeatable,
-                name=node.name,
+                workspace=max(0, self._peak(cluster, unread) - made),
+                recomputable=all(self._is_repeatable(n) for n in cluster.nodes),
+                name=cluster.last.name,
             ),
         )
-        self.task_of[node] = index
-        self._order_sizes(node, index)
-        self._order_effects(node, index)
+        for node in cluster.nodes:
+            self._order_sizes(node, index)
+            self._order_effects(node, index)
 
-    def _outputs(self, node: fx.Node, index: int, found: OpMeasurement) -> tuple[list[int], int]:
+    def _is_repeatable(self, node: fx.Node) -> bool:
+        return is_repeatable(node) and not reads_replaced_operand(
+            node, self.mutated, self.storage.base
+        )
+
+    def _peak(self, cluster: Cluster, unread: int) -> int:
+        """Most bytes beyond the inputs while the chain runs in its one buffer."""
+        live = peak = 0
+        for node in cluster.nodes:
+            found = self.measured[node]
+            live = live if node in cluster.reuse else live + sum(found.output_bytes)
+            peak = max(peak, live + found.workspace)
+        return max(peak, live + unread)
+
+    def _outputs(self, node: fx.Node, index: int) -> tuple[list[int], int]:
         """Value ids of the results that somebody names, and the bytes of those nobody does."""
+        found = self.measured[node]
         if not is_tuple(node):
             return [self._add_value(node, sum(found.output_bytes), index)], 0
         named = {
@@ -172,7 +189,7 @@ class _Builder:
             argument = pending.pop()
             owner = self.storage.base[argument]
             source = owner.args[0] if self.storage.role[owner] is Role.PROJECTION else owner
-            if source in self.task_of and source is not node:
+            if self.task_of.get(source, index) != index:
                 self.after.append((self.task_of[source], index))
             fresh = [
                 a
@@ -185,11 +202,9 @@ class _Builder:
     def _order_effects(self, node: fx.Node, index: int) -> None:
         """Random draws and effects keep their order among themselves."""
         if is_random(node) or is_effectful(node) or is_data_dependent(node):
-            if self.effects:
+            if self.effects and self.effects[-1] != index:
                 self.after.append((self.effects[-1], index))
             self.effects.append(index)
-
-    effects: list[int] = field(default_factory=list)
 
     # -- the end of forward --------------------------------------------------------------------
 
@@ -198,7 +213,7 @@ class _Builder:
             owner = self.storage.base[node]
             inputs = (self.value_of[owner],) if owner in self.value_of else ()
             index = self._add_task(
-                Step("commit", node, operand),
+                Step("commit", node=node, of=operand),
                 Task(0, inputs, recomputable=False, name=f"commit {operand.name}"),
             )
             self.after += [(t, index) for t in self._readers(operand.node)]
@@ -251,7 +266,7 @@ class _Builder:
             owner = self.storage.base[node]
             inputs = (self.value_of[owner],) if owner in self.value_of else ()
             index = self._add_task(
-                Step("hand_over", node, operand),
+                Step("hand_over", node=node, of=operand),
                 Task(0, inputs, recomputable=False, name=f"gradient of {operand.name}"),
             )
             if self.turn is not None:
