@@ -127,7 +127,7 @@ class BudgetInfeasible(GraphoptError):  # noqa: N818 - the design fixes this nam
     def _text(self) -> str:
         lines = [super()._text()]
         if self.smallest is not None:
-            lines.append(f"smallest budget that could be met: {self.field}={self.smallest:g}")
+            lines.append(f"smallest budget that could be met: {self.field}={_plain(self.smallest)}")
         if self.obstacle:
             lines.append(f"in the way: {self.obstacle}")
         lines.append("proven infeasible" if self.proven else "not proven infeasible")
@@ -226,6 +226,10 @@ def innermost_user_frame(trace: str) -> str | None:
         return None
     place, code = mine[-1]
     return f"{place}: {code}" if code else place
+
+
+def _plain(amount: float) -> str:
+    return str(int(amount)) if amount == int(amount) else f"{amount:g}"
 
 
 def _where(node: Any, op: Any, user_line: str | None) -> tuple[str | None, str | None, str | None]:

@@ -1,0 +1,154 @@
+"""`graphopt optimize` and `graphopt explain`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from graphopt.cli.app import common, model_options, planning_options
+from graphopt.cli.console import message, progress, show, show_json
+from graphopt.cli.models import dynamic_axes, load_model
+
+
+@click.command()
+@model_options
+@click.option("--budget", "-b", metavar="TEXT", help="Such as memory=50% or memory=2GiB,flops=1e9.")
+@click.option("--passes", "-p", metavar="TEXT", help="A pipeline instead of the budget's choice.")
+@click.option("--memory-scope", type=click.Choice(["activations", "step"]), help="What counts.")
+@click.option("--no-verify", is_flag=True, help="Don't check the claims of passes.")
+@click.option("--html", metavar="FILE", help="Write a page that compares before and after.")
+@click.option("--dump-dir", metavar="DIR", help="Write the program after every pass there.")
+@click.option("--output", "-o", metavar="PATH", help="Save the optimised module there.")
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+@planning_options
+@common
+def optimize(
+    model: str,
+    dynamic: str,
+    evaluation: bool,
+    trust: bool,
+    budget: str | None,
+    passes: str | None,
+    memory_scope: str | None,
+    no_verify: bool,
+    html: str | None,
+    dump_dir: str | None,
+    output: str | None,
+    as_json: bool,
+    time_limit: float,
+    seed: int,
+    cost_model: str,
+    quiet: bool,
+) -> None:
+    """Make a module that does the job of MODEL under a budget, and report what it took."""
+    from graphopt import api, registry
+    from graphopt.budget import Budget
+    from graphopt.errors import UsageError
+    from graphopt.files import ensure_writable
+
+    if budget is None and passes is None:
+        raise UsageError("nothing to do", hint="give --budget, such as memory=50%, or --passes")
+    # Everything that can be wrong in the request is found before anything long begins.
+    wanted = Budget.parse(budget)
+    if passes is not None:
+        registry.parse(passes)
+    for path in (html, output):
+        if path is not None:
+            ensure_writable(path)
+    instruments = _instruments(dump_dir)
+    loaded = load_model(model, trust=trust, evaluation=evaluation)
+    with progress(quiet) as told:
+        result = api.optimize(
+            loaded.model,
+            wanted,
+            loaded.args,
+            example_kwargs=loaded.kwargs,
+            passes=passes,
+            dynamic=dynamic_axes(dynamic),
+            time_limit=time_limit,
+            seed=seed,
+            verify=not no_verify,
+            memory_scope=memory_scope,
+            cost_model=cost_model,
+            instruments=instruments,
+            progress=told,
+        )
+        if html is not None:
+            told("writing the page")
+            _write_html(html, loaded, result, dynamic)
+        if output is not None:
+            told("saving")
+            _save(output, result)
+    for path in (dump_dir, html, output):
+        if path is not None:
+            message(f"wrote {path}")
+    if as_json:
+        show_json(result.report.to_dict())
+    else:
+        show(result.report.table())
+
+
+def _instruments(dump_dir: str | None) -> list[Any]:
+    from graphopt.instruments import Dump
+
+    if dump_dir is None:
+        return []
+    from graphopt.inspect import dump
+
+    return [Dump(dump_dir, dump)]
+
+
+def _write_html(path: str, loaded: Any, result: Any, dynamic: str) -> None:
+    from graphopt import api, inspect
+    from graphopt.files import write_text
+
+    before = api.capture(loaded.model, loaded.args, loaded.kwargs, dynamic=dynamic_axes(dynamic))
+    write_text(path, inspect.compare_html(before, result.program))
+
+
+def _save(path: str, result: Any) -> None:
+    from graphopt.files import write_with
+
+    write_with(path, result.save)
+
+
+@click.command()
+@model_options
+@click.option("--composite", default="cp-lrp", show_default=True, help="Which rules apply where.")
+@click.option("--target", default="argmax", show_default=True, help="argmax or a class index.")
+@click.option("--json", "as_json", is_flag=True, help="Print the explanation as JSON.")
+@common
+def explain(
+    model: str,
+    dynamic: str,
+    evaluation: bool,
+    trust: bool,
+    composite: str,
+    target: str,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Say which inputs the output of MODEL rests on."""
+    from graphopt import api
+
+    loaded = load_model(model, trust=trust, evaluation=evaluation)
+    index = int(target) if target.lstrip("-").isdigit() else target
+    with progress(quiet) as told:
+        told("building the explanation")
+        module = api.explain(
+            loaded.model,
+            loaded.args,
+            example_kwargs=loaded.kwargs,
+            composite=composite,
+            target=index,
+        )
+        told("explaining")
+        explanation = module(*loaded.args, **loaded.kwargs)
+    totals = {k: [float(x) for x in v.flatten(1).sum(1)] for k, v in explanation.relevance.items()}
+    ledger = {k: [float(x) for x in v] for k, v in explanation.ledger.items()}
+    data = {"schema_version": 1, "relevance": totals, "ledger": ledger}
+    if as_json:
+        show_json(data)
+    else:
+        show(data)
