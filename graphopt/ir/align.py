@@ -1,9 +1,14 @@
-"""Compare two traces of one model: which nodes correspond, and in which arguments they differ."""
+"""Compare two traces of one model: which nodes correspond, and in which arguments they differ.
+
+Traces of one model in two modes, dtypes or on two devices differ in literals, and in ops that do
+nothing in one of them: ``contiguous`` is recorded only where it copies, and a ``to`` that converts
+nothing is an alias of its input, so that the tracer may wire its users to either.
+"""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,48 +17,220 @@ from torch import fx
 
 from graphopt.ir.graphs import lookup
 
+Values = dict[str, tuple[Any, Any]]
+
+_CONVERSIONS = frozenset({"aten::to", "aten::type_as"})
+_LAYOUT = frozenset({"aten::contiguous"})
+_IDENTITIES = frozenset({"aten::contiguous", "aten::lift_fresh_copy", "aten::lift_fresh"})
+_DROPOUTS = frozenset(
+    f"aten::{name}{suffix}"
+    for name in ("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout")
+    for suffix in ("", "_")
+)
+
 
 @dataclass
-class Alignment:
-    """Corresponding nodes of two graphs (sub-graphs included) and what is left over.
+class Comparison:
+    """How the second of two traces differs from the first.
 
     Attributes:
-        pairs: Corresponding nodes, in order.
-        first: Nodes that only the first graph has.
-        second: Nodes that only the second graph has.
+        pairs: Corresponding nodes, in order, sub-graphs included.
+        values: Nodes of the first graph -> literal arguments that differ: place -> (first, second).
+        alone: Nodes that only the first graph has, other than ops that change nothing.
+        branching: Nodes (of either graph) that differ in more than literals.
     """
 
     pairs: list[tuple[fx.Node, fx.Node]] = field(default_factory=list)
-    first: list[fx.Node] = field(default_factory=list)
-    second: list[fx.Node] = field(default_factory=list)
+    values: dict[fx.Node, Values] = field(default_factory=dict)
+    alone: list[fx.Node] = field(default_factory=list)
+    branching: list[fx.Node] = field(default_factory=list)
 
 
-def align(first: fx.GraphModule, second: fx.GraphModule) -> Alignment:
-    """Pair the nodes of two graphs in order, by op and module path."""
-    result = Alignment()
-    _align(first, second, result)
-    return result
+def compare(first: fx.GraphModule, second: fx.GraphModule) -> Comparison:
+    """Compare two traces.
+
+    The first graph is completed where that changes nothing: it gets the layout copies that only
+    the second one recorded, and where it took an alias of a value, it takes the value that the
+    second one does.
+    """
+    return _Comparer(first, second).result
 
 
-def _align(first: fx.GraphModule, second: fx.GraphModule, result: Alignment) -> None:
-    mine, theirs = _computing(first), _computing(second)
-    my_keys = [_key(first, node) for node in mine]
-    their_keys = [_key(second, node) for node in theirs]
-    pairs: list[tuple[fx.Node, fx.Node]] = []
-    if my_keys == their_keys:
-        pairs = list(zip(mine, theirs, strict=True))
-    else:
-        matcher = difflib.SequenceMatcher(None, my_keys, their_keys, autojunk=False)
-        for tag, a, b, c, d in matcher.get_opcodes():
-            if tag == "equal":
-                pairs += zip(mine[a:b], theirs[c:d], strict=True)
-            else:
-                result.first += mine[a:b]
-                result.second += theirs[c:d]
-    for one, other in pairs:
-        result.pairs.append((one, other))
-        for a, b in zip(_inner(first, one), _inner(second, other), strict=False):
-            _align(a, b, result)
+class _Comparer:
+    def __init__(self, first: fx.GraphModule, second: fx.GraphModule) -> None:
+        self.result = Comparison()
+        self.partner: dict[fx.Node, fx.Node] = {}  # of the second graph -> of the first
+        self.paired: set[fx.Node] = set()
+        self.mine: list[fx.Node] = []
+        self.other: list[fx.Node] = []
+        self._align(first, second)
+        for node in self.other:
+            self._adopt(node)
+        for node in self.mine:
+            if name_of(node) not in _IDENTITIES:
+                self.result.alone.append(node)
+        for one, two in self.result.pairs:
+            self._compare(one, two)
+
+    def _align(self, first: fx.GraphModule, second: fx.GraphModule) -> None:
+        mine, theirs = _computing(first), _computing(second)
+        my_keys = [_key(first, node) for node in mine]
+        their_keys = [_key(second, node) for node in theirs]
+        pairs: list[tuple[fx.Node, fx.Node]] = []
+        if my_keys == their_keys:
+            pairs = list(zip(mine, theirs, strict=True))
+        else:
+            matcher = difflib.SequenceMatcher(None, my_keys, their_keys, autojunk=False)
+            for tag, a, b, c, d in matcher.get_opcodes():
+                if tag == "equal":
+                    pairs += zip(mine[a:b], theirs[c:d], strict=True)
+                else:
+                    self.mine += mine[a:b]
+                    self.other += theirs[c:d]
+        for one, two in pairs:
+            self.result.pairs.append((one, two))
+            self.partner[two] = one
+            self.paired.add(one)
+            for a, b in zip(_inner(first, one), _inner(second, two), strict=False):
+                self._align(a, b)
+
+    def _adopt(self, node: fx.Node) -> None:
+        """Copy a layout op that only the second graph has into the first, where it does nothing."""
+        name = name_of(node)
+        source = node.args[0] if node.args else None
+        if name not in _IDENTITIES or not isinstance(source, fx.Node):
+            self.result.branching.append(node)
+            return
+        mine = self.partner.get(source)
+        if name not in _LAYOUT or mine is None:
+            return
+        with mine.graph.inserting_after(mine):
+            new = mine.graph.create_node("call_function", node.target, (mine, *node.args[1:]))
+            new.meta = dict(mine.meta)
+        self.partner[node] = new
+        self.paired.add(new)
+
+    def _compare(self, one: fx.Node, two: fx.Node) -> None:
+        _spell_out(one, two)
+        found: Values = {}
+        rewired: dict[fx.Node, fx.Node] = {}
+        matching = self._arguments("args", one.args, two.args, found, rewired)
+        matching &= self._arguments("kwargs", dict(one.kwargs), dict(two.kwargs), found, rewired)
+        if not matching:
+            self.result.branching.append(one)
+            return
+        for old, new in rewired.items():
+            one.replace_input_with(old, new)
+        if found:
+            self.result.values[one] = found
+
+    def _arguments(
+        self, place: str, a: Any, b: Any, found: Values, rewired: dict[fx.Node, fx.Node]
+    ) -> bool:
+        if isinstance(a, fx.Node) or isinstance(b, fx.Node):
+            nodes = isinstance(a, fx.Node) and isinstance(b, fx.Node)
+            return nodes and self._same(a, b, rewired)
+        if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
+            if len(a) != len(b):
+                return False
+            parts = enumerate(zip(a, b, strict=True))
+            return all(
+                [self._arguments(f"{place}.{i}", x, y, found, rewired) for i, (x, y) in parts]
+            )
+        if isinstance(a, dict) and isinstance(b, dict):
+            if list(a) != list(b):
+                return False
+            return all([self._arguments(f"{place}.{k}", a[k], b[k], found, rewired) for k in a])
+        if isinstance(a, slice) and isinstance(b, slice):
+            before = len(found)
+            parts = [(a.start, b.start), (a.stop, b.stop), (a.step, b.step)]
+            same = all([self._arguments(place, x, y, found, rewired) for x, y in parts])
+            return same and len(found) == before
+        if not _equal(a, b):
+            found[place] = (a, b)
+        return True
+
+    def _same(self, one: fx.Node, two: fx.Node, rewired: dict[fx.Node, fx.Node]) -> bool:
+        if one.op == "get_attr" and two.op == "get_attr":
+            return _same_read(one, two)
+        partner = self.partner.get(two)
+        if partner is one:
+            return True
+        mine, chain = self._root(one)
+        theirs, _ = _plain_root(two)
+        if theirs.op == "get_attr" or mine.op == "get_attr":
+            if not (theirs.op == mine.op and _same_read(mine, theirs)):
+                return False
+        elif self.partner.get(theirs) is not mine:
+            return False
+        if partner is not None and all(node in self.paired for node in chain):
+            rewired[one] = partner
+        return True
+
+    def _root(self, node: fx.Node) -> tuple[fx.Node, list[fx.Node]]:
+        """Follow a value through ops that change nothing; also the ops that were passed."""
+        chain = []
+        while node not in self.paired or _is_alias(node):
+            alone = node not in self.paired and name_of(node) in _DROPOUTS
+            if not (alone or _is_alias(node)) or not isinstance(node.args[0], fx.Node):
+                break
+            chain.append(node)
+            node = node.args[0]
+        return node, chain
+
+
+def _plain_root(node: fx.Node) -> tuple[fx.Node, list[fx.Node]]:
+    chain = []
+    while _is_alias(node) and isinstance(node.args[0], fx.Node):
+        chain.append(node)
+        node = node.args[0]
+    return node, chain
+
+
+def _is_alias(node: fx.Node) -> bool:
+    """Whether a node's value is its input's: a conversion to what it was already, a layout op."""
+    name = name_of(node)
+    if name in _IDENTITIES:
+        return True
+    if name not in _CONVERSIONS or not isinstance(node.args[0], fx.Node):
+        return False
+    before, after = node.args[0].meta.get("val"), node.meta.get("val")
+    if not (isinstance(before, torch.Tensor) and isinstance(after, torch.Tensor)):
+        return False
+    return before.dtype == after.dtype and before.device == after.device
+
+
+def name_of(node: fx.Node) -> str:
+    """``aten::relu`` for a call of an op, else an empty text."""
+    target = node.target
+    return target._schema.name if isinstance(target, torch._ops.OpOverload) else ""
+
+
+def is_dropout(node: fx.Node) -> bool:
+    """Whether a node is a dropout called as ``(input, p, train)``."""
+    return name_of(node) in _DROPOUTS and len(node.args) == 3
+
+
+def _spell_out(one: fx.Node, two: fx.Node) -> None:
+    """Write out default arguments where only one of two calls does."""
+    if not isinstance(one.target, torch._ops.OpOverload):
+        return
+    if len(one.args) == len(two.args) and set(one.kwargs) == set(two.kwargs):
+        return
+    schema = one.target._schema.arguments
+    positional = [a for a in schema if not a.kwarg_only]
+    count = max(len(one.args), len(two.args))
+    names = [a.name for a in schema if a.name in one.kwargs or a.name in two.kwargs]
+    for node in (one, two):
+        kwargs = dict(node.kwargs)
+        args = list(node.args)
+        for argument in positional[len(args) : count]:
+            args.append(kwargs.pop(argument.name, argument.default_value))
+        defaults = {a.name: a.default_value for a in schema}
+        filled = positional[:count]
+        keep = [name for name in names if all(name != a.name for a in filled)]
+        node.args = tuple(args)
+        node.kwargs = {name: kwargs.get(name, defaults[name]) for name in keep}
 
 
 def _computing(module: fx.GraphModule) -> list[fx.Node]:
@@ -75,73 +252,15 @@ def _inner(module: fx.GraphModule, node: fx.Node) -> list[fx.GraphModule]:
     return [value for value in values if isinstance(value, fx.GraphModule)]
 
 
-Same = Callable[[fx.Node, fx.Node], bool]
-
-
-def differences(first: fx.Node, second: fx.Node, same: Same) -> dict[str, tuple[Any, Any]] | None:
-    """Literal arguments in which two corresponding nodes differ.
-
-    Args:
-        first: A node of the first graph.
-        second: The corresponding node of the second.
-        same: Whether a node of the first graph and one of the second stand for one value.
-
-    Returns:
-        Argument place -> (value in the first, value in the second); None where the nodes differ in
-        more than literals.
-    """
-    found: dict[str, tuple[Any, Any]] = {}
-    matching = _compare("args", first.args, second.args, same, found)
-    matching &= _compare("kwargs", dict(first.kwargs), dict(second.kwargs), same, found)
-    return found if matching else None
-
-
-def _compare(place: str, a: Any, b: Any, same: Same, found: dict[str, tuple[Any, Any]]) -> bool:
-    if isinstance(a, fx.Node) or isinstance(b, fx.Node):
-        return isinstance(a, fx.Node) and isinstance(b, fx.Node) and same(a, b)
-    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
-        if len(a) != len(b):
-            return False
-        parts = enumerate(zip(a, b, strict=True))
-        return all([_compare(f"{place}.{i}", x, y, same, found) for i, (x, y) in parts])
-    if isinstance(a, dict) and isinstance(b, dict):
-        if list(a) != list(b):
-            return False
-        return all([_compare(f"{place}.{k}", a[k], b[k], same, found) for k in a])
-    if isinstance(a, slice) and isinstance(b, slice):
-        parts = [(a.start, b.start), (a.stop, b.stop), (a.step, b.step)]
-        return all(_compare(place, x, y, same, {}) and _equal(x, y) for x, y in parts)
-    if not _equal(a, b):
-        found[place] = (a, b)
-    return True
-
-
 def _equal(a: Any, b: Any) -> bool:
-    if isinstance(a, fx.Node):
-        return True
-    return type(a) is type(b) and (a == b or (a != a and b != b))
-
-
-def correspondence(alignment: Alignment) -> Same:
-    """``same`` for nodes that `align` paired; reads of the same tensor are the same value."""
-    partner = {id(second): first for first, second in alignment.pairs}
-
-    def same(first: fx.Node, second: fx.Node) -> bool:
-        if first.op == "get_attr" and second.op == "get_attr":
-            return _same_read(first, second)
-        return partner.get(id(second)) is first
-
-    return same
+    return type(a) is type(b) and bool(a == b or (a != a and b != b))
 
 
 def _same_read(first: fx.Node, second: fx.Node) -> bool:
-    modules = [n.graph.owning_module for n in (first, second)]
-    values = [lookup(m, str(n.target)) for m, n in zip(modules, (first, second), strict=True)]
-    if isinstance(values[0], fx.GraphModule):
-        return isinstance(values[1], fx.GraphModule)
-    lifted = "lifted_tensor"
-    both = lifted in str(first.target) and lifted in str(second.target)
-    return first.target == second.target or both
+    values = [lookup(n.graph.owning_module, str(n.target)) for n in (first, second)]
+    if isinstance(values[0], fx.GraphModule) or isinstance(values[1], fx.GraphModule):
+        return isinstance(values[0], fx.GraphModule) and isinstance(values[1], fx.GraphModule)
+    return first.target == second.target and values[0].shape == values[1].shape
 
 
 def all_graphs(module: fx.GraphModule) -> Iterator[fx.GraphModule]:

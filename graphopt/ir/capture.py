@@ -22,6 +22,7 @@ from graphopt.errors import (
 )
 from graphopt.ir import literals, mode
 from graphopt.ir import signature as signatures
+from graphopt.ir.align import all_graphs
 from graphopt.ir.graphs import bind_graph, clean_graph, free_sizes
 from graphopt.ir.program import Program
 from graphopt.ir.signature import Signature, Tree
@@ -120,59 +121,112 @@ def _capture(
     flags = {training: overridden_flags(model, training) for training in (True, False)}
     skeleton = build(model, flags)
     train = trace(model, signature, flat, dynamic, training=True)
+    needs = literals.needed(train.graph)
+    found = literals.Literals()
+    if any(needs):  # one more trace finds out both, where the graphs differ in nothing else
+        found, same_outputs = _moved_trace(model, train, flat, dynamic, skeleton, evaluated=True)
+        if found == literals.Literals() and same_outputs:
+            module = bind_graph(train.graph, skeleton.root)
+            return Program(module, None, train.signature, skeleton, literals=found)
+        _forget(train.graph)
     evaluated = trace(model, signature, flat, dynamic, training=False)
     branches = mode.find_switches(train.graph, evaluated.graph)
     if not branches and not signatures.same_tree(
         train.signature.out_spec, evaluated.signature.out_spec
     ):
         branches = ("",)
-    found = _tie_literals(model, train, evaluated if branches else None, flat, dynamic, skeleton)
+    second = evaluated if branches else None
+    if any(needs):
+        found = _tie_literals(model, train, second, flat, dynamic, skeleton)
     module = bind_graph(train.graph, skeleton.root)
-    if not branches:
+    if second is None:
         return Program(module, None, train.signature, skeleton, literals=found)
-    second = bind_graph(evaluated.graph, skeleton.root)
     return Program(
         module,
-        second,
+        bind_graph(second.graph, skeleton.root),
         train.signature,
         skeleton,
         literals=found,
         branches=branches,
-        eval_signature=evaluated.signature,
+        eval_signature=second.signature,
     )
+
+
+def _forget(module: fx.GraphModule) -> None:
+    """Drop what an attempt to find switches and ties has noted."""
+    for inner in all_graphs(module):
+        for node in inner.graph.nodes:
+            node.meta.pop("mode", None)
+            node.meta.pop("ties", None)
 
 
 def _tie_literals(
     model: nn.Module,
     train: Trace,
-    evaluated: Trace | None,
+    second: Trace | None,
     flat: list[torch.Tensor],
     dynamic: Any,
     skeleton: Skeleton,
 ) -> literals.Literals:
-    """Find out which dtype and device literals follow the model, by tracing a moved copy."""
-    if not any(True for t in (*model.parameters(), *model.buffers(), *flat)):
-        return literals.Literals()
-    result = literals.Literals("the model can't be copied to find out", "it can't be copied")
+    """Find out which dtype and device literals follow the model, by tracing moved copies."""
+    found = literals.Literals()
     for meta in (True, False):
-        try:
-            moved = literals.variant(model, flat, meta=meta)
-            with contextlib.ExitStack() as stack:
-                stack.enter_context(untouched(moved.model))
-                for known, training in ((train, True), (evaluated, False)):
-                    if known is None:
-                        continue
-                    other = trace(
-                        moved.model, known.signature, moved.inputs, dynamic, training=training
-                    )
-                    result = literals.tie(known.graph, other.graph, skeleton.root, meta=meta)
-        except CaptureError as error:
-            result = literals.Literals(error.message, error.message)
-            continue
-        except Exception as error:  # a model whose deepcopy fails
-            return literals.Literals(f"the model can't be copied ({error})", f"({error})")
-        return result
-    return result
+        found, _ = _moved_trace(model, train, flat, dynamic, skeleton, meta=meta)
+        if found.dtype is None and second is not None:
+            found, _ = _moved_trace(
+                model, second, flat, dynamic, skeleton, meta=meta, evaluated=False, training=False
+            )
+        if found.dtype is None:
+            break
+    return found
+
+
+def _moved_trace(
+    model: nn.Module,
+    known: Trace,
+    flat: list[torch.Tensor],
+    dynamic: Any,
+    skeleton: Skeleton,
+    *,
+    meta: bool = True,
+    evaluated: bool = False,
+    training: bool = True,
+) -> tuple[literals.Literals, bool]:
+    """Trace a moved copy of the model and tie the literals of a known trace by it.
+
+    Args:
+        model: The model.
+        known: Its trace, whose nodes are marked.
+        flat: Its inputs.
+        dynamic: As for `capture`.
+        skeleton: Where its parameters are.
+        meta: Whether the copy lies on the meta device.
+        evaluated: Whether the copy is in eval mode while ``known`` is in training mode.
+        training: The mode of the copy, where that is not so.
+
+    Returns:
+        What follows, and whether the outputs have the same structure.
+    """
+    try:
+        moved = literals.variant(model, flat, meta=meta)
+        with untouched(moved.model):
+            other = trace(
+                moved.model,
+                known.signature,
+                moved.inputs,
+                dynamic,
+                training=training and not evaluated,
+            )
+    except CaptureError as error:
+        return literals.Literals(error.message, error.message), False
+    except Exception as error:  # a model whose deepcopy fails
+        why = f"the model can't be copied to find out ({error})"
+        return literals.Literals(why, why), False
+    same = signatures.same_tree(known.signature.out_spec, other.signature.out_spec)
+    found = literals.tie(
+        known.graph, other.graph, skeleton.root, meta=meta, modes=evaluated
+    )
+    return found, same
 
 
 def overridden_flags(model: nn.Module, training: bool) -> dict[str, bool]:
@@ -213,7 +267,7 @@ def trace(
         module.training = training
     wrapper = FlatCall(model, signature)
     wrapper.training = training
-    inputs = _at_least_two(flat) if isinstance(dynamic, str) else list(flat)
+    inputs = _distinct(_at_least_two(flat) if isinstance(dynamic, str) else flat)
     shapes = dimensions(signature, inputs, dynamic)
     exported = _export(wrapper, tuple(inputs), shapes)
     module = exported.module(check_guards=False)
@@ -230,6 +284,17 @@ def _at_least_two(flat: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         torch.cat([t.detach(), t.detach()]).requires_grad_(t.requires_grad) if t.ndim else t
         for t in flat
     ]
+
+
+def _distinct(flat: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Give an input that comes twice (``labels=ids``) an object for each: export keeps one."""
+    seen: set[int] = set()
+    result = []
+    for tensor in flat:
+        again = id(tensor) in seen
+        seen.add(id(tensor))
+        result.append(tensor.clone() if again else tensor)
+    return result
 
 
 def dimensions(signature: Signature, flat: Sequence[torch.Tensor], dynamic: Any) -> Any:

@@ -8,7 +8,7 @@ fixed (the float32 inside an RMSNorm).
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,9 +16,9 @@ import torch
 from torch import fx, nn
 
 from graphopt.errors import UnsupportedError
-from graphopt.ir.align import align, all_graphs, correspondence, differences
+from graphopt.ir import mode
+from graphopt.ir.align import Comparison, all_graphs, compare
 from graphopt.ir.graphs import copy_graph, lookup, set_argument
-from graphopt.ir.mode import owner_of
 
 _FINFO = ("min", "max", "eps", "tiny", "smallest_normal", "resolution")
 CONSTANT = ""  # the "argument place" of a constant that follows
@@ -110,7 +110,47 @@ def _moved(tensor: torch.Tensor, dtype: torch.dtype, meta: bool) -> torch.Tensor
     return empty.requires_grad_(tensor.requires_grad)
 
 
-def tie(module: fx.GraphModule, moved: fx.GraphModule, root: nn.Module, *, meta: bool) -> Literals:
+def needed(module: fx.GraphModule) -> tuple[bool, bool]:
+    """Whether a graph holds literals that might follow (a dtype, a device)."""
+    dtype = device = False
+    for inner in all_graphs(module):
+        for node in inner.graph.nodes:
+            if node.op == "get_attr":
+                constant = "lifted_tensor" in str(node.target)
+                dtype, device = dtype or constant, device or constant
+                continue
+            if node.op == "call_function":
+                values = list(_literals([node.args, node.kwargs]))
+                dtype |= any(isinstance(v, torch.dtype) or _is_extreme(v) for v in values)
+                device |= any(isinstance(v, torch.device) or v == "cpu" for v in values)
+    return dtype, device
+
+
+def _literals(value: Any) -> Iterator[Any]:
+    if isinstance(value, (list, tuple)):
+        for part in value:
+            yield from _literals(part)
+    elif isinstance(value, Mapping):
+        yield from _literals(list(value.values()))
+    elif not isinstance(value, fx.Node):
+        yield value
+
+
+def _is_extreme(value: Any) -> bool:
+    dtypes = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+    return isinstance(value, float) and any(
+        value == getattr(torch.finfo(d), name) for d in dtypes for name in _FINFO
+    )
+
+
+def tie(
+    module: fx.GraphModule,
+    moved: fx.GraphModule,
+    root: nn.Module,
+    *,
+    meta: bool,
+    modes: bool = False,
+) -> Literals:
     """Tie the literals of a graph that differ from those of its moved variant.
 
     Sets ``meta["ties"]`` of the graph's nodes.
@@ -120,30 +160,52 @@ def tie(module: fx.GraphModule, moved: fx.GraphModule, root: nn.Module, *, meta:
         moved: The graph of its `variant`.
         root: The tree that holds the parameters.
         meta: Whether the variant lay on the meta device.
+        modes: Whether the variant also was in eval mode; other literals that differ are then
+            mode switches.
 
     Returns:
         What follows, and why the rest doesn't.
     """
-    alignment = align(module, moved)
-    same = correspondence(alignment)
-    if alignment.first or alignment.second:
-        return _refused(next(iter((*alignment.first, *alignment.second))))
+    found = compare(module, moved)
+    alone = mode.switch_alone(found.alone) if modes else found.alone
+    for node in (*found.branching, *alone):
+        return _refused(node)
     sources = _Sources(module, root)
-    ties: list[tuple[fx.Node, dict[str, Tie]]] = []
-    for mine, other in alignment.pairs:
-        found = differences(mine, other, same)
-        if found is None:
-            return _refused(mine)
-        places = {place: _classify(*values) for place, values in found.items()}
-        made = {p: sources.tie(mine, kind, found[p][0]) for p, kind in places.items() if kind}
-        if len(made) < len(found) or None in made.values():
-            return _refused(mine)
-        ties.append((mine, made))  # type: ignore[arg-type]
-    for node, made in ties:
-        if made:
-            node.meta["ties"] = made
+    marks = []
+    for node, values in found.values.items():
+        kinds = {place: _classify(*pair) for place, pair in values.items()}
+        rest = {place: pair for place, pair in values.items() if not kinds[place]}
+        ties = {p: sources.tie(node, k, values[p][0]) for p, k in kinds.items() if k}
+        if (rest and not modes) or None in ties.values():
+            return _refused(node)
+        marks.append((node, ties, rest))
+    for node, ties, rest in marks:
+        mode.mark(node, rest)
+        if ties:
+            node.meta["ties"] = ties
+    _tie_constants(module, found, sources)
     fixed = None if meta else "tracing on the meta device failed, so that devices can't be tied"
     return Literals(None, fixed)
+
+
+def _tie_constants(module: fx.GraphModule, found: Comparison, sources: _Sources) -> None:
+    """Constants that the model's code makes in its own dtype or on its own device follow it."""
+    for one, two in found.pairs:
+        reads = [n for n in one.all_input_nodes if n.op == "get_attr"]
+        others = [n for n in two.all_input_nodes if n.op == "get_attr"]
+        for mine, other in zip(reads, others, strict=False):
+            a = lookup(mine.graph.owning_module, str(mine.target))
+            b = lookup(other.graph.owning_module, str(other.target))
+            if not isinstance(a, torch.Tensor) or "lifted_tensor" not in str(mine.target):
+                continue
+            ties = {}
+            if a.dtype != b.dtype:
+                ties["dtype"] = sources.tie(one, "dtype", a.dtype)
+            if a.device != b.device:
+                ties["device"] = sources.tie(one, "device", a.device)
+            made = tuple(t for t in ties.values() if t is not None)
+            if made:
+                mine.meta["ties"] = {CONSTANT: made}
 
 
 def _refused(node: fx.Node) -> Literals:
@@ -182,7 +244,7 @@ class _Sources:
             floating = kind.startswith("device") or tensor.is_floating_point()
             return floating and Tie("", kind).value(tensor) == value
 
-        prefix = owner_of(node)
+        prefix = mode.owner_of(node)
         while True:
             inside = f"{prefix}." if prefix else ""
             for path, tensor in self.tensors.items():

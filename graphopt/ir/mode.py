@@ -11,26 +11,19 @@ Where the traces differ in more than literals (a branch on ``self.training``), b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import fx
 
 from graphopt.errors import UnsupportedError
-from graphopt.ir.align import Same, align, correspondence, differences
+from graphopt.ir.align import all_graphs, compare, is_dropout, name_of
 from graphopt.ir.graphs import bind_graph, copy_graph, set_argument
 
 if TYPE_CHECKING:
     from graphopt.ir.program import Program
 
-# (input, p, train) -> input unchanged in eval mode; the code may then skip the call altogether
-_DROPOUTS = frozenset(
-    f"aten::{name}{suffix}"
-    for name in ("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout")
-    for suffix in ("", "_")
-)
 WHOLE = ""  # the "argument place" of a node that runs in one mode only
 
 
@@ -61,55 +54,38 @@ def find_switches(train: fx.GraphModule, evaluated: fx.GraphModule) -> tuple[str
         Nothing where the train graph with its switches expresses both modes; else the paths of the
         modules around what differs, whose mode decides which of the graphs has to run.
     """
-    alignment = align(train, evaluated)
-    same = _through_dropout(correspondence(alignment))
-    branching: list[fx.Node] = list(alignment.second)
-    for node in alignment.first:
-        values = _switch_alone(node)
-        if values is None:
-            branching.append(node)
-        else:
-            node.meta["mode"] = ModeSwitch(owner_of(node), values)
-    for mine, other in alignment.pairs:
-        found = differences(mine, other, same)
-        if found is None:
-            branching.append(mine)
-        elif found:
-            mine.meta["mode"] = ModeSwitch(owner_of(mine), found)
-            other.meta["mode"] = ModeSwitch(owner_of(other), found)
+    found = compare(train, evaluated)
+    branching = [*found.branching, *switch_alone(found.alone)]
+    partners = dict(found.pairs)
+    for node, values in found.values.items():
+        mark(node, values)
+        mark(partners[node], values)
     return _around(branching)
 
 
-def _switch_alone(node: fx.Node) -> dict[str, tuple[Any, Any]] | None:
-    """How a node that only the train trace has can be switched off, or None."""
-    if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
-        return None
-    name = node.target._schema.name
-    if name in _DROPOUTS and len(node.args) == 3 and node.args[2] is True:
-        return {"args.2": (True, False)}
-    counts = name == "aten::add_" and not node.users
-    target = node.args[0] if node.args else None
-    if counts and isinstance(target, fx.Node) and target.op == "get_attr":
-        return {WHOLE: (True, False)}  # BatchNorm counts its batches
-    return None
+def mark(node: fx.Node, values: Mapping[str, tuple[Any, Any]]) -> None:
+    """Note that arguments of a node depend on its module's mode."""
+    if values:
+        node.meta["mode"] = ModeSwitch(owner_of(node), dict(values))
 
 
-def _through_dropout(same: Same) -> Same:
-    """Extend ``same``: a dropout that only the train trace has stands for its input."""
-
-    def extended(first: fx.Node, second: fx.Node) -> bool:
-        while not same(first, second):
-            mode = first.meta.get("mode")
-            if mode is None or "args.2" not in mode.values or not first.args:
-                return False
-            if getattr(first.target, "_schema", None) is None:
-                return False
-            if first.target._schema.name not in _DROPOUTS:  # type: ignore[union-attr]
-                return False
-            first = first.args[0]  # type: ignore[assignment]
-        return True
-
-    return extended
+def switch_alone(nodes: Sequence[fx.Node]) -> list[fx.Node]:
+    """Mark nodes that only the train trace has; returns those that can't be switched off."""
+    rest = []
+    for node in nodes:
+        read = node.args[0] if node.args else None
+        if is_dropout(node) and node.args[2] is True:
+            mark(node, {"args.2": (True, False)})
+        elif (
+            name_of(node) == "aten::add_"
+            and not node.users
+            and isinstance(read, fx.Node)
+            and read.op == "get_attr"
+        ):
+            mark(node, {WHOLE: (True, False)})  # BatchNorm counts its batches
+        else:
+            rest.append(node)
+    return rest
 
 
 def _around(nodes: list[fx.Node]) -> tuple[str, ...]:
@@ -161,8 +137,6 @@ def specialize(program: Program, training: bool | Mapping[str, bool]) -> fx.Grap
 
 
 def _set_switches(module: fx.GraphModule, training: Callable[[str], bool]) -> None:
-    from graphopt.ir.align import all_graphs
-
     for inner in all_graphs(module):
         for node in list(inner.graph.nodes):
             mode: ModeSwitch | None = node.meta.pop("mode", None)
