@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Any, ClassVar, Final, Literal
 
 from graphopt.errors import BudgetError, suggest
@@ -239,16 +240,16 @@ def _quantity(name: str, value: Any, rule: _Rule) -> Quantity:
     match = _QUANTITY.fullmatch(value.strip())
     if match is None:
         raise BudgetError(f"{name}={value}: not a quantity", hint=_example(name, rule))
-    amount = float(match[1].replace("_", ""))
-    unit = match[2]
+    amount, unit = match[1].replace("_", ""), match[2]
     if unit == "%":
-        return Quantity(amount, "%")
-    if not unit:
-        return Quantity(_whole(amount), rule.unit)
-    scale = _SCALES[rule.unit].get(unit.lower())
+        return Quantity(_whole(float(amount)), "%")
+    scale = _SCALES[rule.unit].get(unit.lower()) if unit else 1
     if scale is None:
         raise BudgetError(f"{name}={value}: unknown unit {unit!r}", hint=_example(name, rule))
-    return Quantity(_whole(round(amount * scale, 9)), rule.unit)
+    if not math.isfinite(float(amount)):
+        raise BudgetError(f"{name}={value}: not a finite amount")
+    # Decimal: 1.1 kB are 1100 bytes, not 1100.0000000000002.
+    return Quantity(_whole(float(Decimal(amount) * Decimal(str(scale)))), rule.unit)
 
 
 def _check_sense(name: str, quantity: Quantity, rule: _Rule) -> None:

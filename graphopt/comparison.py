@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from graphopt.cost.losses import loss_value
+from graphopt.cost.losses import default_loss, loss_value
 from graphopt.cost.preserve import autocast_off, preserved
 from graphopt.errors import NothingToTrainError
 
@@ -65,7 +65,7 @@ def observe(
         kwargs: Keyword inputs.
         training: True: one step with gradients in train mode; False: a forward in eval mode
             without gradients; None: one step in the modes that the submodules have.
-        loss: ``loss(outputs)``; None: `default_loss`.
+        loss: ``loss(outputs)``; None: `probe_loss`.
         seed: Seed of all random draws.
 
     Returns:
@@ -150,6 +150,30 @@ def non_finite(tensors: Mapping[str, torch.Tensor]) -> str | None:
     return None
 
 
+def probe_loss(outputs: Any) -> torch.Tensor:
+    """The model's own scalar loss if its outputs have one, else a weighted sum of all of them.
+
+    A plain sum has zero gradient through softmax and normalisation, so that wrong gradients could
+    not be seen; the weights are cosines of the position.
+
+    Raises:
+        NothingToTrainError: No output is floating.
+    """
+    own = default_loss(outputs)
+    leaves = [t for t in pytree.tree_leaves(outputs) if isinstance(t, torch.Tensor)]
+    if any(own is leaf for leaf in leaves):
+        return own
+    total = own.new_zeros(())
+    for leaf in leaves:
+        if leaf.is_complex():
+            leaf = torch.view_as_real(leaf)
+        if leaf.is_floating_point():
+            flat = leaf.reshape(-1)
+            weights = torch.arange(flat.numel(), device=flat.device).remainder(97).to(flat.dtype)
+            total = total + (flat * weights.cos()).sum()
+    return total
+
+
 def _private(value: Any) -> Any:
     if not isinstance(value, torch.Tensor):
         return value
@@ -161,7 +185,7 @@ def _private(value: Any) -> Any:
 
 def _backward(outputs: Any, loss: Callable[..., Any] | None) -> None:
     try:
-        value = loss_value(loss, outputs)
+        value = loss_value(loss or probe_loss, outputs)
     except NothingToTrainError:
         return
     with autocast_off():
