@@ -45,9 +45,10 @@ class CostModel(Protocol):
 
 @dataclass(frozen=True)
 class AnalyticCost:
-    """A roofline: an op takes its launch overhead plus the longer of computing and moving bytes.
+    """A roofline: an op takes its launch overhead, plus computing, plus moving its bytes.
 
-    After Williams, Waterman and Patterson, "Roofline: an insightful visual performance model"
+    The ops of a graph run one by one, and none of PyTorch's overlaps both perfectly: the sum ranks
+    them better than the longer of the two. After Williams, Waterman and Patterson, "Roofline: an insightful visual performance model"
     (2009), with one ceiling for each kind of arithmetic.
 
     Attributes:
@@ -70,7 +71,7 @@ class AnalyticCost:
         if moved == 0:
             return 0.0
         arithmetic = flops(node, self.symbols) / self.roofline.rate(str(node.target), _dtype(node))
-        return self.roofline.overhead + max(arithmetic, moved / self.roofline.bandwidth)
+        return self.roofline.overhead + arithmetic + moved / self.roofline.bandwidth
 
     def prepare(self, nodes: Iterable[fx.Node], progress: Progress | None = None) -> None:
         """Nothing to prepare: every figure is computed."""

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-_VERSION = 1
+_VERSION = 2
 _MEMORY: dict[str, Roofline] = {}
 
 
@@ -34,7 +34,7 @@ class Roofline:
         matmul: FLOPs per second of a large matrix product in float32.
         conv: FLOPs per second of a convolution in float32.
         low_precision: Speed of bfloat16 products relative to float32.
-        bandwidth: Bytes per second read and written by a large elementwise op.
+        bandwidth: Bytes per second read and written by an elementwise op (in cache on a CPU).
         overhead: Seconds that a call of the smallest op takes.
     """
 
@@ -113,14 +113,24 @@ def _write(path: Path, found: Roofline) -> None:
                 os.unlink(temporary)
 
 
-@torch.no_grad()
 def _calibrate(device: torch.device) -> Roofline:
+    """Measures one thread: plans need the ratios, which a busy machine distorts with several."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return _measure(device)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@torch.no_grad()
+def _measure(device: torch.device) -> Roofline:
     big = device.type == "cuda"
     size = 4096 if big else 384
     a = torch.full((size, size), 0.5, device=device)
     image = torch.full((64 if big else 4, 32, 32, 32), 0.5, device=device)
     kernel = torch.full((32, 32, 3, 3), 0.5, device=device)
-    flat = torch.full(((1 << 26) if big else (1 << 22),), 0.5, device=device)
+    flat = torch.full(((1 << 26) if big else (1 << 18),), 0.5, device=device)
     tiny = torch.zeros(8, device=device)
     half = a.to(torch.bfloat16)
     conv_flops = 2.0 * image.numel() * 32 * 9

@@ -25,7 +25,9 @@ class UnknownSizeError(ValueError):
     """A size that depends on the data, such as the number of non-zero elements."""
 
 
-def concrete(size: Size, symbols: Substitution | None = None) -> int:
+def concrete(
+    size: Size | torch.SymFloat | torch.SymBool, symbols: Substitution | None = None
+) -> int:
     """Number behind a size.
 
     Args:
