@@ -106,6 +106,7 @@ def joint_view(
     fake_inputs: Sequence[Any],
     *,
     differentiable: Iterable[int] | None = None,
+    grad: bool = True,
 ) -> JointView:
     """Derives the joint graph of a flat forward module.
 
@@ -115,6 +116,7 @@ def joint_view(
         fake_inputs: One fake tensor a placeholder, symbolic where the program is; their
             `requires_grad` counts.
         differentiable: Positions of the flat outputs that receive a gradient; None: all that can.
+        grad: False: the forward pass alone, as under `torch.no_grad`.
 
     Returns:
         The joint view. If nothing requires a gradient it has no tangents and no gradients.
@@ -127,7 +129,7 @@ def joint_view(
     clones: frozenset[int] = frozenset()
     while True:
         staged, results = _stage(module, wanted, clones)
-        joint = _trace(staged, tuple(fake_inputs))
+        joint = _trace(staged, tuple(fake_inputs), grad)
         aliases = _differentiable_aliases(joint, results)
         if aliases <= clones:
             return _describe(joint, results)
@@ -182,11 +184,11 @@ def _staged_output(
     return value
 
 
-def _trace(module: fx.GraphModule, fake_inputs: tuple[Any, ...]) -> Any:
+def _trace(module: fx.GraphModule, fake_inputs: tuple[Any, ...], grad: bool) -> Any:
     """Runs AOTAutograd; global state is as before afterwards, whatever happens."""
     grad_enabled = torch.is_grad_enabled()
     try:
-        with contextlib.ExitStack() as stack, torch.enable_grad():
+        with contextlib.ExitStack() as stack, torch.set_grad_enabled(grad):
             return aot_export_joint_with_descriptors(stack, module, fake_inputs)
     except Exception as error:
         raise UnsupportedError(

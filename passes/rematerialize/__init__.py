@@ -1,1 +1,5 @@
-"""Rematerialization: keep a memory budget by recomputing values in the backward pass."""
+"""Rematerialization: a training step, or a forward pass, within a given peak memory."""
+
+from graphopt.passes.rematerialize.rematerialize import Rematerialize
+
+__all__ = ["Rematerialize"]

@@ -24,10 +24,12 @@ class TurnCosts:
     Attributes:
         tangent_bytes: Output position -> bytes of its gradient.
         workspace: Bytes beyond outputs and tangents at the loss's worst moment.
+        hold_outputs: Whether the caller keeps the outputs during backward.
     """
 
     tangent_bytes: Mapping[int, int]
     workspace: int = 0
+    hold_outputs: bool = False
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,7 @@ class _Builder:
     waiting: list[tuple[JointInput, fx.Node]] = field(default_factory=list)
 
     def build(self) -> Problem:
+        self.hold_outputs = self.turn is None or self.turn.hold_outputs
         self.mutated = {operand.node for operand in self.committed}
         self.kept = self._kept()
         late = depends_on_tangents(self.view)
@@ -169,7 +172,7 @@ class _Builder:
 
     def _add_value(self, node: fx.Node, size: int, producer: int) -> int:
         self.value_of[node] = len(self.values)
-        self.values.append(Value(size, producer, keep=node in self.kept))
+        self.values.append(Value(size, producer, keep=self.hold_outputs and node in self.kept))
         return self.value_of[node]
 
     def _inputs(self, node: fx.Node) -> tuple[int, ...]:
@@ -279,3 +282,30 @@ class _Builder:
     def _gradient_bytes(self, node: fx.Node) -> int:
         owner = self.storage.base[node]
         return self.values[self.value_of[owner]].bytes if owner in self.value_of else 0
+
+
+def live_at_peak(graph: TaskGraph, sequence: Sequence[int]) -> set[int]:
+    """Values that are live when a sequence needs most bytes."""
+    last_use: dict[tuple[int, int], int] = {}
+    born: dict[int, int] = {}
+    for step, task in enumerate(sequence):
+        for value in graph.tasks[task].inputs:
+            last_use[value, born[value]] = step
+        for value in graph.tasks[task].outputs:
+            born[value] = step
+            last_use[value, step] = step
+    for value, step in born.items():
+        if graph.values[value].keep:
+            last_use[value, step] = len(sequence)
+    ends: dict[int, list[int]] = {}
+    for (value, _), end in last_use.items():
+        ends.setdefault(end, []).append(value)
+    live: set[int] = set()
+    most, found = -1, set()
+    for step, task in enumerate(sequence):
+        live.update(graph.tasks[task].outputs)
+        size = sum(graph.values[v].bytes for v in live) + graph.tasks[task].workspace
+        if size > most:
+            most, found = size, set(live)
+        live.difference_update(ends.get(step, ()))
+    return found

@@ -1,0 +1,234 @@
+"""The pass `rematerialize`: plan, emit, measure, and tighten until the budget is kept."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from graphopt.budget import Quantity
+from graphopt.errors import BudgetError, NothingToTrainError
+from graphopt.ir.program import Program
+from graphopt.measure import measure_step
+from graphopt.passes.rematerialize.planner import MemoryPlanner
+from graphopt.passes.rematerialize.problem import Problem
+from graphopt.passes.rematerialize.search import Plan, PlanSettings, find_plan, make_problem
+from graphopt.passes.rematerialize.situation import CallKey, Situation
+from graphopt.pipeline import Pass, PassContext, PassResult, Position, Preserves
+from graphopt.report import MemoryReport, PlanReport
+
+_ATTEMPTS = 4
+
+
+@dataclass(frozen=True)
+class Rematerialize(Pass):
+    """Recomputes values instead of keeping them, so that a step keeps a peak.
+
+    The step is planned on its joint forward and backward graph and runs as planned; outputs,
+    gradients and buffers are those of the model. Random draws are made once, statistics are
+    updated once, effects happen once. After Bartan et al., "Moccasin: Efficient Tensor
+    Rematerialization for Neural Networks" (ICML 2023).
+
+    Attributes:
+        memory: Peak bytes of one forward and backward above parameters, gradients and inputs, or
+            a share of the source model's. In eval mode: of the forward pass under `no_grad`.
+        scope: `activations`, or `step`: parameters, gradients and optimizer state count too.
+        cost_model: `analytic` (roofline) or `profiled` (every op is timed).
+        hold_outputs: Whether the training loop keeps the model's outputs during backward.
+        time_limit: Seconds for the search; None: the pipeline's.
+        seed: Of the search; None: the pipeline's.
+    """
+
+    name: ClassVar[str] = "rematerialize"
+    serves: ClassVar[tuple[str, ...]] = ("memory",)
+    position: ClassVar[int] = Position.PLAN
+    preserves: ClassVar[Preserves] = Preserves(outputs=1e-5, gradients=1e-5, buffers=1e-5)
+    planners: ClassVar[tuple[type, ...]] = (MemoryPlanner,)
+
+    memory: Quantity | None = None
+    scope: str | None = None
+    cost_model: str | None = None
+    hold_outputs: bool = False
+    time_limit: float | None = None
+    seed: int | None = None
+
+    def run(self, program: Program, context: PassContext) -> PassResult:
+        """Plans the program for the example inputs.
+
+        Raises:
+            BudgetError: No budget was given.
+            NothingToTrainError: A training step without anything that requires a gradient.
+            BudgetInfeasible: No plan was found; carries the smallest budget that would do.
+        """
+        if self.memory is None:
+            raise BudgetError("rematerialize needs a budget", hint="rematerialize{memory=50%}")
+        return _Run(self, self.memory, program, context).result()
+
+
+class _Run:
+    def __init__(
+        self, options: Rematerialize, memory: Quantity, program: Program, context: PassContext
+    ) -> None:
+        self.options, self.memory = options, memory
+        self.program, self.context = program, context
+        self.module = program.replace(planner=None).emit()
+        source: nn.Module = context.source if context.source is not None else self.module
+        self.source = source
+        self.module.train(source.training)
+        self.training = source.training
+        self.inputs = program.signature.flatten_inputs(context.args, context.kwargs)
+        if self.training and not self._trainable():
+            raise NothingToTrainError(
+                "Neither a parameter nor an input requires a gradient, so that there is no "
+                "training step to plan.",
+                hint="Set requires_grad, or call .eval() for a budget on the forward pass.",
+            )
+
+    def _trainable(self) -> bool:
+        tensors = (*self.module.parameters(), *self.inputs)
+        return any(t.requires_grad for t in tensors)
+
+    def result(self) -> PassResult:
+        """Measures the source, plans, emits and measures again."""
+        self.context.progress("measuring the source model")
+        eager = self._measure(self.source)
+        fixed = self._fixed_bytes()
+        asked = self.memory.bytes_of(eager + fixed)
+        settings = self._settings(asked - fixed)
+        planner = MemoryPlanner(settings, self.training)
+        with torch.set_grad_enabled(self.training):
+            key = CallKey.of(self.module, self.inputs)
+            situation = planner.situation(self.module, key, self.inputs)
+            problem = make_problem(situation, settings, self.context.progress)
+            plan, measured, program = self._kept(planner, key, situation, problem)
+        return PassResult(
+            program,
+            changed=True,
+            report={
+                "memory": MemoryReport(
+                    eager_peak=eager + fixed,
+                    budget=asked,
+                    predicted_peak=plan.peak + fixed,
+                    measured_peak=measured + fixed,
+                    scope=self.options.scope or "activations",
+                    mode="train" if self.training else "eval",
+                ),
+                "plan": PlanReport(
+                    status=plan.status,
+                    overhead=plan.overhead,
+                    lower_bound=plan.lower_bound,
+                    gap=max(0.0, plan.overhead - plan.lower_bound),
+                    recomputed_flops=plan.recomputed_flops,
+                    step_flops=plan.step_flops,
+                    seconds=plan.seconds,
+                    cost_model=settings.cost_model,
+                ),
+            },
+        )
+
+    def _settings(self, budget: int) -> PlanSettings:
+        options, context = self.options, self.context
+        return PlanSettings(
+            budget=budget,
+            time_limit=options.time_limit or context.time_limit,
+            seed=context.seed if options.seed is None else options.seed,
+            cost_model=options.cost_model or context.cost_model,
+            loss=_bound_loss(context),
+            hold_outputs=options.hold_outputs,
+        )
+
+    def _kept(
+        self, planner: MemoryPlanner, key: CallKey, situation: Situation, problem: Problem
+    ) -> tuple[Plan, int, Program]:
+        """Plans and measures until what runs keeps the budget."""
+        asked = planner.settings.budget
+        allowed, start = asked, None
+        for _ in range(_ATTEMPTS):
+            settings = replace(planner.settings, budget=allowed)
+            plan = find_plan(
+                situation, settings, problem, start=start, progress=self.context.progress
+            )
+            if not plan.keeps_budget:
+                break
+            planner.adopt(key, situation, plan, problem)
+            program = self.program.replace(planner=planner)
+            module = program.emit()
+            module.train(self.training)
+            self.context.progress("measuring the planned module")
+            measured = self._measure(module)
+            if measured <= asked:
+                return plan, measured, program
+            allowed -= measured - asked
+            start = plan.sequence
+        raise plan.infeasible(asked)
+
+    def _measure(self, module: nn.Module) -> int:
+        with torch.set_grad_enabled(self.training):
+            found = measure_step(
+                module,
+                self.context.args,
+                self.context.kwargs,
+                loss=_bound_loss(self.context),
+                forward_only=not self.training,
+                hold_outputs=self.options.hold_outputs,
+            )
+        return found.peak
+
+    def _fixed_bytes(self) -> int:
+        """What `scope=step` counts besides activations."""
+        if self.options.scope != "step":
+            return 0
+        parameters = {p.untyped_storage().data_ptr(): p for p in self.source.parameters()}
+        held = sum(p.nbytes for p in parameters.values())
+        if self.training:
+            held += sum(p.nbytes for p in parameters.values() if p.requires_grad)
+        held += sum(b.nbytes for b in self.source.buffers())
+        return held + _optimizer_bytes(self.context.optimizer, self.source)
+
+
+def _optimizer_bytes(optimizer: Any, source: nn.Module) -> int:
+    """Bytes of the state of an optimizer, as it is or as its first step would make it."""
+    if optimizer is None:
+        return 0
+    tensors = [
+        value
+        for state in optimizer.state.values()
+        for value in state.values()
+        if isinstance(value, torch.Tensor)
+    ]
+    if tensors:
+        return sum(t.nbytes for t in tensors)
+    return _fresh_optimizer_bytes(optimizer)
+
+
+def _fresh_optimizer_bytes(optimizer: Any) -> int:
+    groups: list[Mapping[str, Any]] = optimizer.param_groups
+    clones = []
+    for group in groups:
+        parameters = [p.detach().clone().requires_grad_() for p in group["params"]]
+        for parameter in parameters:
+            parameter.grad = torch.zeros_like(parameter)
+        clones.append({**group, "params": parameters})
+    twin = type(optimizer)(clones)
+    twin.step()
+    return sum(
+        value.nbytes
+        for state in twin.state.values()
+        for value in state.values()
+        if isinstance(value, torch.Tensor)
+    )
+
+
+def _bound_loss(context: PassContext) -> Any:
+    """`loss(outputs)`; a loss with targets takes those of the first batch."""
+    if context.loss is None or context.data is None:
+        return context.loss
+    batch = next(iter(context.data))
+    if not (isinstance(batch, tuple | list) and len(batch) == 2):
+        return context.loss
+    targets = batch[1]
+    loss = context.loss
+    return lambda outputs: loss(outputs, targets)

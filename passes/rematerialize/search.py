@@ -1,0 +1,223 @@
+"""Finding a plan for a situation: costs, order, solver, and what to say where there is none."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from graphopt import solvers
+from graphopt.cost.losses import Loss
+from graphopt.cost.models import CostModel, analytic, profiled
+from graphopt.errors import BudgetInfeasible
+from graphopt.passes.rematerialize.problem import Problem, live_at_peak
+from graphopt.passes.rematerialize.situation import Situation
+from graphopt.pipeline import Progress, silent
+from graphopt.solvers import Solution, TaskGraph
+
+# Durations are whole numbers to the solver: picoseconds.
+_UNIT = 1e12
+
+
+@dataclass(frozen=True)
+class PlanSettings:
+    """How to plan.
+
+    Attributes:
+        budget: Bytes that a call may take at its peak, above parameters, gradients and inputs.
+        time_limit: Seconds that the search may take.
+        seed: Of the search.
+        cost_model: `analytic` or `profiled`.
+        loss: The loss; None for the default one.
+        hold_outputs: Whether callers keep the outputs during backward.
+    """
+
+    budget: int
+    time_limit: float = 60.0
+    seed: int = 0
+    cost_model: str = "analytic"
+    loss: Loss | None = field(default=None, compare=False)
+    hold_outputs: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able form, without the loss."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "loss"}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> PlanSettings:
+        """Reads what `to_dict` wrote."""
+        return cls(**data)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.to_dict() | {"loss": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        for name, value in state.items():
+            object.__setattr__(self, name, value)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A sequence for one joint graph, and what is known about it.
+
+    Attributes:
+        sequence: Task indices of the situation's problem.
+        fingerprint: Of the joint graph.
+        budget: Bytes allowed when it was made.
+        peak: Bytes predicted.
+        status: As the solver says.
+        overhead: Added duration, as a share of the step's.
+        lower_bound: No plan within the budget adds less (within `scope`).
+        recomputed_flops: FLOPs done more than once.
+        step_flops: FLOPs of the step without recomputation.
+        seconds: Time spent planning.
+        scope: For which plans the bound holds.
+        smallest: The smallest peak found.
+        smallest_bound: No plan has a smaller peak (within `scope`).
+        obstacle: What is live at the smallest peak.
+    """
+
+    sequence: tuple[int, ...]
+    fingerprint: str
+    budget: int
+    peak: int
+    status: str
+    overhead: float
+    lower_bound: float
+    recomputed_flops: int
+    step_flops: int
+    seconds: float
+    scope: str
+    smallest: int
+    smallest_bound: int
+    obstacle: str = ""
+
+    @property
+    def keeps_budget(self) -> bool:
+        """Whether the predicted peak is within the budget."""
+        return self.peak <= self.budget
+
+    def infeasible(self, asked: int | None = None) -> BudgetInfeasible:
+        """The error that says that no plan was found, and what would do."""
+        asked = self.budget if asked is None else asked
+        return BudgetInfeasible(
+            f"No plan keeps a peak of {asked:,} bytes.",
+            field="memory",
+            requested=asked,
+            smallest=self.smallest,
+            obstacle=self.obstacle,
+            proven=self.smallest_bound > asked,
+            bound=self.smallest_bound,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able form."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Plan:
+        """Reads what `to_dict` wrote."""
+        return cls(**{**data, "sequence": tuple(data["sequence"])})
+
+
+def find_plan(
+    situation: Situation,
+    settings: PlanSettings,
+    problem: Problem,
+    *,
+    start: Sequence[int] | None = None,
+    progress: Progress = silent,
+) -> Plan:
+    """The best plan found in the time given; if none keeps the budget, the one of least peak.
+
+    Args:
+        situation: The joint graph.
+        settings: Budget, time and costs.
+        problem: The situation's problem.
+        start: A sequence to begin with.
+        progress: Told how the search goes.
+    """
+    order = best_order(problem.graph, settings, progress)
+    graph = problem.graph.reordered(order)
+    place = {task: position for position, task in enumerate(order)}
+    solution = solvers.solve(
+        graph,
+        settings.budget,
+        time_limit=_patience(graph, settings.time_limit),
+        seed=settings.seed,
+        on_progress=_watch(progress, graph),
+        start=None if start is None else [place[task] for task in start],
+    )
+    sequence = tuple(order[task] for task in solution.sequence)
+    return _describe(situation, settings, problem, solution, sequence)
+
+
+def make_problem(
+    situation: Situation, settings: PlanSettings, progress: Progress = silent
+) -> Problem:
+    """The problem with durations of the chosen cost model."""
+    model: CostModel = profiled() if settings.cost_model == "profiled" else analytic()
+    progress("measuring the ops")
+    model.prepare(situation.computations)
+    return situation.problem(
+        lambda node: round(model.seconds(node) * _UNIT),
+        progress=lambda done, total: progress("measuring the ops", done / max(1, total)),
+    )
+
+
+def best_order(graph: TaskGraph, settings: PlanSettings, progress: Progress) -> list[int]:
+    """The order of least peak before anything is recomputed."""
+    progress("ordering the step")
+    if not hasattr(solvers, "reorder"):
+        return list(range(len(graph.tasks)))
+    return list(solvers.reorder(graph, time_limit=0.15 * settings.time_limit, seed=settings.seed))
+
+
+def _patience(graph: TaskGraph, limit: float) -> float:
+    return limit
+
+
+def _watch(progress: Progress, graph: TaskGraph) -> Callable[[Any], None]:
+    def report(state: Any) -> None:
+        progress(f"planning: {state}", None)
+
+    return report
+
+
+def _describe(
+    situation: Situation,
+    settings: PlanSettings,
+    problem: Problem,
+    solution: Solution,
+    sequence: tuple[int, ...],
+) -> Plan:
+    flops = [sum(situation.flops(n) for n in step.nodes) for step in problem.steps]
+    done, once = sum(flops[t] for t in sequence), sum(flops)
+    base = max(1, problem.graph.duration)
+    return Plan(
+        sequence=sequence,
+        fingerprint=situation.fingerprint,
+        budget=settings.budget,
+        peak=solution.peak,
+        status=solution.status,
+        overhead=solution.duration / base - 1,
+        lower_bound=max(0.0, solution.lower_bound / base - 1),
+        recomputed_flops=done - once,
+        step_flops=once,
+        seconds=solution.seconds,
+        scope=solution.scope,
+        smallest=solution.min_peak,
+        smallest_bound=solution.min_peak_bound,
+        obstacle=_obstacle(problem, sequence),
+    )
+
+
+def _obstacle(problem: Problem, sequence: Sequence[int]) -> str:
+    """The largest values that are live where the plan peaks."""
+    live = live_at_peak(problem.graph, sequence)
+    sizes = problem.graph.values
+    owners = {value: node for node, value in problem.value_of.items()}
+    largest = sorted(live, key=lambda v: -sizes[v].bytes)[:4]
+    named = [f"{owners[v].name} ({sizes[v].bytes:,} B)" for v in largest if v in owners]
+    return "live together: " + ", ".join(named) if named else ""
