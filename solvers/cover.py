@@ -38,8 +38,11 @@ def working_set(arrays: Arrays) -> int:
     """Most bytes any single task needs at once; no plan in any order has a lower peak."""
     needed = arrays.out_bytes + arrays.workspace
     inputs = np.zeros(len(arrays.duration), np.int64)
-    np.add.at(inputs, np.repeat(np.arange(len(inputs)), np.diff(arrays.in_ptr)),
-              arrays.bytes[arrays.in_idx])
+    np.add.at(
+        inputs,
+        np.repeat(np.arange(len(inputs)), np.diff(arrays.in_ptr)),
+        arrays.bytes[arrays.in_idx],
+    )
     return int((needed + inputs).max())
 
 
@@ -73,8 +76,12 @@ def cover_bound(
             break
         chosen = sorted({*chosen, *fresh})
         found = _relaxation(
-            arrays, budget, chosen, time_limit / rounds,
-            None if step_limit is None else step_limit / rounds, workers,
+            arrays,
+            budget,
+            chosen,
+            time_limit / rounds,
+            None if step_limit is None else step_limit / rounds,
+            workers,
         )
         if found.infeasible:
             return found

@@ -136,7 +136,20 @@ def _mixed_stage(a, s, stage, end1, end2, live, t, link, mark):  # noqa: ANN001,
 
 @njit(cache=True, nogil=True)
 def anneal(  # noqa: ANN201, PLR0913, C901
-    a, budget, cut, best_cut, best, options, opt_ptr, gap_cut, pool, steps, t0, t1, price, seed  # noqa: ANN001
+    a,
+    budget,
+    cut,
+    best_cut,
+    best,
+    options,
+    opt_ptr,
+    gap_cut,
+    pool,
+    steps,
+    t0,
+    t1,
+    price,
+    seed,  # noqa: ANN001
 ):
     """Simulated annealing over cuts; `cut` is the state, `best_cut` and `best` the incumbent.
 

@@ -95,8 +95,9 @@ class _Run:
         evict(plan, self.incumbent.budget, now + min(self.left(), 5.0))
         self.incumbent.offer(plan.sequence(), "eviction")
         if self.left() > 2:
-            bound = cover_bound(self.arrays, self.incumbent.budget,
-                                time_limit=min(10.0, self.left() * 0.2))
+            bound = cover_bound(
+                self.arrays, self.incumbent.budget, time_limit=min(10.0, self.left() * 0.2)
+            )
             self.incumbent.raise_bound(self.graph.duration + bound.extra)
         self.drop_set()
 
@@ -117,15 +118,30 @@ class _Run:
             hot = mean * (1.0 if cycle % 2 == 0 else 0.3)
             while (part := (inc.elapsed - t0) / round_time) < 1 and self.left() > 0.02:
                 before = inc.elapsed
-                temp = hot * (0.003 ** part)
-                price = D.anneal(a, inc.budget, cut, best_cut, best, space.options,
-                                 space.opt_ptr, space.gap_cut, space.pool, rate,
-                                 temp, temp * 0.99, price, self.seed)
+                temp = hot * (0.003**part)
+                price = D.anneal(
+                    a,
+                    inc.budget,
+                    cut,
+                    best_cut,
+                    best,
+                    space.options,
+                    space.opt_ptr,
+                    space.gap_cut,
+                    space.pool,
+                    rate,
+                    temp,
+                    temp * 0.99,
+                    price,
+                    self.seed,
+                )
                 self.seed += 1
                 took = inc.elapsed - before
                 rate = int(max(50, min(2 * rate, rate * 0.1 / max(took, 1e-4))))
-                if best[0] == 0 and self.graph.duration + best[1] < inc.duration or (
-                    not inc.feasible
+                if (
+                    best[0] == 0
+                    and self.graph.duration + best[1] < inc.duration
+                    or (not inc.feasible)
                 ):
                     _, stage, _ = D.evaluate(a, best_cut)
                     inc.offer(D.to_sequence(stage), "drop set")

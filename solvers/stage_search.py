@@ -9,322 +9,290 @@ neighbouring tasks or to every task of the same class (repeated blocks).
 # ruff: noqa: ANN001, ANN201, ANN202 -- compiled: types are inferred
 from __future__ import annotations
 
-import numpy as np
+import math
+
 from numba import njit
 
 from graphopt.solvers.stage_state import (
-    EXCESS,
-    EXTRA,
-    LOGGED,
-    MOST,
-    TASKS,
-    add,
+    INNER,
+    JIT,
     end_of,
     flush,
+    keep_if_best,
     last_use,
+    load_best,
     next_use,
-    remove,
+    push,
+    rand,
     run_after,
     run_before,
     runs_in,
-    undo,
+    work,
+)
+from graphopt.solvers.table import (
+    ADD,
+    BYTES,
+    CHAIN,
+    COUNT,
+    DROP,
+    DURATION,
+    EXCESS,
+    EXTRA,
+    JOBS,
+    LIMIT,
+    LISTED,
+    LOGGED,
+    MEMBER,
+    MOST,
+    NEVER,
+    N_TASKS,
+    OUT_IDX,
+    OUT_PTR,
+    OVER,
+    POOL,
+    POOLED,
+    PULL,
+    PUSH,
+    RECOMPUTABLE,
+    RUNS,
+    TASKS,
+    TIDY,
+    TOTAL,
 )
 
 EVICT, RELEASE, SWAP, SHIFT, EVICT_RUN, RELEASE_RUN, EVICT_CLASS, RELEASE_CLASS = range(8)
 KINDS = 8
 
 
-@njit(cache=True, nogil=True)
-def recompute(a, st, stage, task, chain, pull, limit, stack):
-    """Recomputes `task` in `stage`, and dead inputs with it.
-
-    Args:
-        a: the task graph.
-        st: the state.
-        stage: where.
-        task: what.
-        chain: probability that a dead input is recomputed rather than kept alive.
-        pull: probability that a later recomputation of a dead input is brought forward.
-        limit: most tasks to recompute; inputs of further ones are kept alive.
-        stack: scratch, one entry a task.
-    """
-    n = len(a.duration)
-    stack[0] = task
-    height = 1
-    while height > 0:
-        height -= 1
-        task = stack[height]
-        if runs_in(st, task, stage):
-            continue
-        first = height
-        for i in range(a.in_ptr[task], a.in_ptr[task + 1]):
-            value = a.in_idx[i]
-            producer = a.producer[value]
-            if not a.recomputable[producer] or a.bytes[value] == 0:
-                continue
-            start = run_before(st, producer, stage)
-            following = run_after(st, producer, stage, n)
-            if start == stage or end_of(a, st, value, start, following) >= stage:
-                continue
-            if following < n and np.random.random() < pull:
-                remove(a, st, following, producer)
-            elif limit <= 1 or np.random.random() >= chain:
-                continue
-            if height < len(stack):
-                stack[height] = producer
-                height += 1
-                limit -= 1
-        if not add(a, st, stage, task):
-            height = first
-
-
-@njit(cache=True, nogil=True)
-def tidy(a, st, stage, push, stack):
-    """Removes the recomputations of a stage that nothing uses; may push others to later stages."""
-    n = len(a.duration)
-    node = st.head[stage]
-    while node >= 0:
-        task = st.node_task[node]
-        node = st.node_next[node]
-        following = run_after(st, task, stage, n)
-        here = False
-        later = 2 * n
-        for i in range(a.out_ptr[task], a.out_ptr[task + 1]):
-            value = a.out_idx[i]
-            for j in range(a.use_ptr[value], a.use_ptr[value + 1]):
-                if runs_in(st, a.use_idx[j], stage):
-                    here = True
-            later = min(later, next_use(a, st, value, stage))
-        if here:
-            continue
-        if later >= following or later >= n:
-            remove(a, st, stage, task)
-        elif np.random.random() < push:
-            remove(a, st, stage, task)
-            recompute(a, st, later, task, 1.0, 1.0, 20, stack)
-
-
-@njit(cache=True, nogil=True)
-def _evict(a, st, task, longest, chain, pull, limit, stack):
+@njit(**INNER)
+def _evict(x, task, longest):
     """Drops an output of `task` in one gap between uses and recomputes it after the gap."""
-    n = len(a.duration)
-    outputs = a.out_ptr[task + 1] - a.out_ptr[task]
-    if outputs == 0 or not a.recomputable[task]:
-        return
-    value = a.out_idx[a.out_ptr[task] + int(np.random.random() * outputs)]
-    if longest:
-        position = task
-        target = -1
-        width = 1
-        while True:
-            following = next_use(a, st, value, position)
-            if following >= n:
-                break
-            if following - position > width and not runs_in(st, task, following):
-                width = following - position
-                target = following
-            position = following
-    else:
-        target = next_use(a, st, value, task + int(np.random.random() * (n - task)))
-        if target >= n:
-            target = last_use(a, st, value, task, n)
-    if target > task and not runs_in(st, task, target):
-        recompute(a, st, target, task, chain, pull, limit, stack)
+    n = x[TOTAL, N_TASKS]
+    outputs = x[OUT_PTR, task + 1] - x[OUT_PTR, task]
+    value = x[OUT_IDX, x[OUT_PTR, task] + int(rand(x) * outputs)]
+    position = task
+    if not longest:
+        position = task + int(rand(x) * (n - task))
+    target = -1
+    width = 0
+    while True:
+        following = next_use(x, value, position)
+        if following >= n:
+            break
+        if following - position > width and not runs_in(x, task, following):
+            width = following - position
+            target = following
+        position = following
+        if not longest:
+            break
+    if target > task:
+        push(x, ADD, target, task)
 
 
-@njit(cache=True, nogil=True)
-def _relieve(a, st, tries, pool, chain, pull, limit, stack):
+@njit(**INNER)
+def _relieve(x, tries):
     """Evicts a value from a stage that is over budget; the best of a few at random."""
-    n = len(a.duration)
-    stage = int(np.random.random() * n)
+    n = x[TOTAL, N_TASKS]
+    stage = int(rand(x) * n)
     seen = 0
-    while st.over[stage] <= 0 and seen <= n:
+    while x[OVER, stage] <= 0 and seen <= n:
         stage = stage + 1 if stage + 1 < n else 0
         seen += 1
     best = -1.0
     task = -1
     target = -1
     for _ in range(tries):
-        other = pool[int(np.random.random() * len(pool))]
-        if other >= stage or runs_in(st, other, stage):
+        other = x[POOL, int(rand(x) * x[TOTAL, POOLED])]
+        if other >= stage or runs_in(x, other, stage):
             continue
-        start = run_before(st, other, stage)
-        following = run_after(st, other, stage, n)
+        start = run_before(x, other, stage)
+        following = run_after(x, other, stage, n)
         held = 0
         first = 2 * n
-        for i in range(a.out_ptr[other], a.out_ptr[other + 1]):
-            value = a.out_idx[i]
-            if end_of(a, st, value, start, following) > stage:
-                use = next_use(a, st, value, stage - 1)
-                if use > stage:
-                    held += a.bytes[value]
-                    first = min(first, use)
+        for i in range(x[OUT_PTR, other], x[OUT_PTR, other + 1]):
+            value = x[OUT_IDX, i]
+            use = next_use(x, value, stage - 1)
+            if use > stage and use < n and end_of(x, value, start, following) > stage:
+                held += x[BYTES, value]
+                first = min(first, use)
         if held == 0 or first >= n:
             continue
-        score = np.random.random() * min(held, st.over[stage]) / (a.duration[other] + 1e-9)
+        score = rand(x) * min(held, x[OVER, stage]) / (x[DURATION, other] + 1e-9)
         if score > best:
             best = score
             task = other
             target = first
     if task >= 0:
-        recompute(a, st, target, task, chain, pull, limit, stack)
+        push(x, ADD, target, task)
 
 
-@njit(cache=True, nogil=True)
-def _release(a, st, task, push, stack):
+@njit(**INNER)
+def _release(x, task):
     """Takes back one recomputation of `task`, and what only served it."""
-    stage = st.runs[task, int(np.random.random() * st.count[task])]
-    remove(a, st, stage, task)
-    tidy(a, st, stage, push, stack)
+    stage = x[RUNS + int(rand(x) * x[COUNT, task]), task]
+    push(x, TIDY, stage, stage)
+    push(x, DROP, stage, task)
 
 
-@njit(cache=True, nogil=True)
-def _shift(a, st, task, stack):
+@njit(**INNER)
+def _shift(x, task):
     """Moves one recomputation of `task` to another stage of the same gap, or a later use."""
-    n = len(a.duration)
-    stage = st.runs[task, int(np.random.random() * st.count[task])]
-    outputs = a.out_ptr[task + 1] - a.out_ptr[task]
-    if outputs == 0:
-        return
-    remove(a, st, stage, task)
-    value = a.out_idx[a.out_ptr[task] + int(np.random.random() * outputs)]
-    if np.random.random() < 0.5:
-        target = next_use(a, st, value, stage)
+    n = x[TOTAL, N_TASKS]
+    stage = x[RUNS + int(rand(x) * x[COUNT, task]), task]
+    outputs = x[OUT_PTR, task + 1] - x[OUT_PTR, task]
+    value = x[OUT_IDX, x[OUT_PTR, task] + int(rand(x) * outputs)]
+    if rand(x) < 0.5:
+        target = next_use(x, value, stage)
     else:
-        start = run_before(st, task, stage)
-        low = last_use(a, st, value, start, stage) + 1
-        target = low + int(np.random.random() * (stage - low))
-    chain = 1.0 if np.random.random() < 0.6 else 0.0
+        low = last_use(x, value, run_before(x, task, stage - 1), stage) + 1
+        target = low + int(rand(x) * (stage - low))
+    push(x, TIDY, stage, stage)
     if task < target < n:
-        recompute(a, st, target, task, chain, 1.0, 20, stack)
-    tidy(a, st, stage, 0.5, stack)
+        push(x, ADD, target, task)
+    push(x, DROP, stage, task)
 
 
-@njit(cache=True, nogil=True)
-def _limit(n):
-    """How long a chain may get: mostly short, sometimes a third of the graph."""
-    return 1 + int(np.exp(np.random.random() ** 2 * np.log(2.0 + n / 3)))
+@njit(**INNER)
+def _length(x):
+    """How long a chain or a run may get: mostly short, sometimes a third of the graph."""
+    return 1 + int(math.exp(rand(x) ** 2 * math.log(2.0 + x[TOTAL, N_TASKS] / 3)))
 
 
-@njit(cache=True, nogil=True)
-def _group(a, st, task, kind, low, high, member, stack):
-    """Evicts or releases a run of neighbours, or all tasks of a class, within [low, high)."""
-    for other in range(high - 1, low - 1, -1):
-        if task >= 0 and member[other] != member[task]:
-            continue
-        if kind == 0:
-            if st.count[other] == 0:
-                _evict(a, st, other, True, 1.0, 1.0, high - low + 2, stack)
-        elif st.count[other] > 0:
-            _release(a, st, other, 0.7, stack)
-
-
-@njit(cache=True, nogil=True)
-def _move(a, st, kind, pool, member, stack):
-    """One random move of a kind."""
-    n = len(a.duration)
-    size = len(pool)
-    task = pool[int(np.random.random() * size)]
-    tasks = st.stats[TASKS]
-    if tasks > 0:
-        chosen = st.listed[int(np.random.random() * tasks)]
-    elif kind != EVICT_RUN and kind != EVICT_CLASS:
+@njit(**INNER)
+def _move(x, kind, phase):
+    """Jobs for one random move of a kind; returns whether there are any."""
+    n = x[TOTAL, N_TASKS]
+    tasks = x[TOTAL, TASKS]
+    if tasks == 0 and kind != EVICT_RUN and kind != EVICT_CLASS:
         kind = EVICT
-    if kind == RELEASE or kind == SWAP:
-        _release(a, st, chosen, 0.7, stack)
-        flush(a, st)
-    if kind == EVICT or kind == SWAP:
-        chain = 1.0 if np.random.random() < 0.7 else np.random.random()
-        pull = 0.9 if np.random.random() < 0.8 else 0.2
-        for _ in range(1 + int(np.random.random() * 1.5)):
-            if st.stats[EXCESS] > 0 and np.random.random() < 0.8:
-                tries = 4 + int(np.random.random() * 40)
-                _relieve(a, st, tries, pool, chain, pull, _limit(n), stack)
+    if phase == 1 and kind != SWAP:
+        return False
+    task = x[POOL, int(rand(x) * x[TOTAL, POOLED])]
+    if tasks > 0 and kind not in (EVICT, EVICT_RUN, EVICT_CLASS) and phase == 0:
+        task = x[LISTED, int(rand(x) * tasks)]
+    x[TOTAL, CHAIN] = 1000 if rand(x) < 0.7 else int(rand(x) * 1000)
+    x[TOTAL, PULL] = 900 if rand(x) < 0.8 else 200
+    x[TOTAL, PUSH] = 700
+    x[TOTAL, LIMIT] = _length(x)
+    if kind == EVICT or phase == 1:
+        for _ in range(1 + int(rand(x) * 1.5)):
+            if x[TOTAL, EXCESS] > 0 and rand(x) < 0.8:
+                _relieve(x, 4 + int(rand(x) * 40))
             else:
-                longest = np.random.random() < 0.5
-                _evict(a, st, task, longest, chain, pull, _limit(n), stack)
-                task = pool[int(np.random.random() * size)]
+                _evict(x, task, rand(x) < 0.5)
+                task = x[POOL, int(rand(x) * x[TOTAL, POOLED])]
+    elif kind == RELEASE or kind == SWAP:
+        _release(x, task)
     elif kind == SHIFT:
-        _shift(a, st, chosen, stack)
-    elif kind == EVICT_RUN or kind == RELEASE_RUN:
-        length = 1 + _limit(n)
-        low = int(np.random.random() * n)
-        _group(a, st, -1, int(kind == RELEASE_RUN), low, min(n, low + length), member, stack)
-    elif kind == EVICT_CLASS or kind == RELEASE_CLASS:
+        _shift(x, task)
+    else:
+        _group(x, task, kind)
+    return x[TOTAL, JOBS] > 0
+
+
+@njit(**INNER)
+def _group(x, task, kind):
+    """Evicts or releases a run of neighbours, or tasks of one class."""
+    n = x[TOTAL, N_TASKS]
+    low = int(rand(x) * n)
+    high = n
+    one_class = kind == EVICT_CLASS or kind == RELEASE_CLASS
+    if not one_class:
+        high = min(n, low + 1 + _length(x))
+    elif rand(x) < 0.5:
         low = 0
-        high = n
-        if np.random.random() < 0.5:
-            low = int(np.random.random() * n)
-            high = low + int(np.random.random() * (n - low))
-        if kind == RELEASE_CLASS:
-            task = chosen
-        _group(a, st, task, int(kind == RELEASE_CLASS), low, high, member, stack)
+    else:
+        high = low + int(rand(x) * (n - low))
+    x[TOTAL, CHAIN] = 1000
+    x[TOTAL, PULL] = 1000
+    x[TOTAL, LIMIT] = 4 * (high - low) + 2
+    evict = kind == EVICT_RUN or kind == EVICT_CLASS
+    for other in range(low, high):
+        if one_class and x[MEMBER, other] != x[MEMBER, task]:
+            continue
+        if not evict and x[COUNT, other] > 0:
+            _release(x, other)
+        elif evict and x[COUNT, other] == 0 and x[RECOMPUTABLE, other]:
+            if x[OUT_PTR, other + 1] > x[OUT_PTR, other]:
+                _evict(x, other, True)
 
 
-@njit(cache=True, nogil=True)
-def _pick(weights):
+@njit(**INNER)
+def _weigh(score):
+    """Fills `score[:, 2]`, the weight of a kind of move, from its successes for its work."""
+    most = 0.0
+    for kind in range(KINDS):
+        score[kind, 0] *= 0.98
+        score[kind, 1] *= 0.98
+        score[kind, 2] = (score[kind, 1] + 0.5) / (score[kind, 0] + 10.0)
+        most = max(most, score[kind, 2])
+    for kind in range(KINDS):
+        score[kind, 2] = max(score[kind, 2], 0.02 * most)
+
+
+@njit(**INNER)
+def _pick(x, score):
     """A kind of move, by weight."""
-    total = np.random.random() * weights.sum()
-    for kind in range(len(weights)):
-        total -= weights[kind]
+    total = 0.0
+    for kind in range(KINDS):
+        total += score[kind, 2]
+    total *= rand(x)
+    for kind in range(KINDS):
+        total -= score[kind, 2]
         if total < 0:
             return kind
     return 0
 
 
-@njit(cache=True, nogil=True)
-def anneal(a, st, best, best_count, best_runs, pool, member, score, steps, t0, t1, price, seed):
-    """Simulated annealing; `st` is the state, `best*` the incumbent, both changed in place.
+@njit(**JIT)
+def anneal(x, score, steps, t0, t1, price, reload):
+    """Simulated annealing on the state of the table, which also keeps the incumbent.
 
     Args:
-        a: the task graph.
-        st: the current state.
-        best: (excess, extra duration) of the best state.
-        best_count: its recomputations a task.
-        best_runs: their stages.
-        pool: tasks worth evicting.
-        member: per task, the class of tasks that look alike.
+        x: the table.
         score: per kind of move, (work, successes) so far, changed in place; kinds that succeed
             more often for their work are tried more often.
         steps: moves to make.
         t0: first temperature, in units of duration.
         t1: last temperature.
         price: duration that one byte of excess is worth; adapted on the way and returned.
-        seed: of the random numbers.
+        reload: whether to begin from the incumbent.
     """
-    np.random.seed(seed)
-    stack = np.empty(4 * len(a.duration) + 64, np.int64)
+    if reload:
+        load_best(x)
+    keep_if_best(x)
     infeasible = 0
-    extra = st.stats[EXTRA]
-    excess = st.stats[EXCESS]
-    weights = np.ones(len(score))
+    extra = x[TOTAL, EXTRA]
+    excess = x[TOTAL, EXCESS]
+    temperature = t0
     for step in range(steps):
         if step % 100 == 0:
-            score *= 0.98
-            weights = (score[:, 1] + 0.5) / (score[:, 0] + 10.0)
-            weights = np.maximum(weights, 0.02 * weights.max())
-        kind = _pick(weights)
-        temperature = t0 * (t1 / t0) ** (step / steps)
-        st.stats[MOST] = int(extra + min(1e18, price * excess + 12 * temperature))
-        _move(a, st, kind, pool, member, stack)
-        score[kind, 0] += 1 + st.stats[LOGGED]
-        flush(a, st)
-        delta = st.stats[EXTRA] - extra + price * (st.stats[EXCESS] - excess)
-        if delta <= 0 or np.random.random() < np.exp(-delta / temperature):
+            temperature = t0 * (t1 / t0) ** (step / steps)
+            _weigh(score)
+        kind = _pick(x, score)
+        x[TOTAL, MOST] = int(extra + min(1e17, price * excess + 12 * temperature))
+        for phase in range(2):
+            if _move(x, kind, phase):
+                work(x, False)
+                flush(x)
+        score[kind, 0] += 1 + x[TOTAL, LOGGED]
+        delta = x[TOTAL, EXTRA] - extra + price * (x[TOTAL, EXCESS] - excess)
+        if delta <= 0 or rand(x) < math.exp(-delta / temperature):
             score[kind, 1] += delta < 0
-            st.stats[LOGGED] = 0
-            extra = st.stats[EXTRA]
-            excess = st.stats[EXCESS]
-            if excess < best[0] or (excess == best[0] and extra < best[1]):
-                best[0] = excess
-                best[1] = extra
-                best_count[:] = st.count
-                best_runs[:] = st.runs
+            x[TOTAL, LOGGED] = 0
+            extra = x[TOTAL, EXTRA]
+            excess = x[TOTAL, EXCESS]
+            if delta < 0:
+                keep_if_best(x)
         else:
-            undo(a, st)
+            work(x, True)
+            flush(x)
         infeasible += excess > 0
         if step % 100 == 99:
-            price *= 1.15 if infeasible > 60 else (0.9 if infeasible < 20 else 1.0)
+            if infeasible > 60:
+                price *= 1.15
+            elif infeasible < 20:
+                price *= 0.9
             infeasible = 0
-    st.stats[MOST] = 2**62
+    x[TOTAL, MOST] = NEVER
     return price

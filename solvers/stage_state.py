@@ -4,391 +4,480 @@ The state is any set of recomputations (stage, task < stage); see `stages.py` fo
 in plain Python. Adding or removing one changes the lifetimes of its task's inputs and outputs
 only, so the bytes live in every stage, their excess over the budget and the total duration are
 kept up to date in time linear in the stages that those lifetimes span.
+
+All functions work on the array of `table.py`, called x.
 """
 
-# ruff: noqa: ANN001, ANN201 -- compiled: types are inferred
+# ruff: noqa: ANN001, ANN201, ANN202 -- compiled: types are inferred
 from __future__ import annotations
 
-from typing import NamedTuple
-
-import numpy as np
 from numba import njit
 
-from graphopt.solvers.arrays import Array, Arrays
+from graphopt.solvers.table import (
+    ADD,
+    BEST_COUNT,
+    BEST_EXCESS,
+    BEST_EXTRA,
+    BEST_RUNS,
+    BYTES,
+    CHAIN,
+    COUNT,
+    DIRTY,
+    DROP,
+    DURATION,
+    EXCESS,
+    EXTRA,
+    FREE,
+    HEAD,
+    IN_IDX,
+    IN_PTR,
+    IS_DIRTY,
+    JOB,
+    JOBS,
+    JOB_STAGE,
+    JOB_TASK,
+    KEEP,
+    LIMIT,
+    LISTED,
+    LOCAL,
+    LOG,
+    LOGGED,
+    LOG_SIZE,
+    LOG_STAGE,
+    LOG_TASK,
+    MARK,
+    MAX_RUNS,
+    MOST,
+    NEVER,
+    NODES,
+    NODE_NEXT,
+    NODE_TASK,
+    N_TASKS,
+    OUT_BYTES,
+    OUT_IDX,
+    OUT_PTR,
+    OVER,
+    PLACE,
+    PRODUCER,
+    PULL,
+    PUSH,
+    PUT,
+    RANDOM,
+    RECOMPUTABLE,
+    RUNS,
+    SOILED,
+    STAMP,
+    TASKS,
+    TIDY,
+    TOTAL,
+    USE_IDX,
+    USE_PTR,
+    WORKSPACE,
+)
 
-MAX_RUNS = 8  # recomputations a task may have
-EXTRA, EXCESS, LOGGED, DIRTY, TASKS, STAMP, NODES, MOST = range(8)
-
-
-class State(NamedTuple):
-    """A set of recomputations and what follows from it.
-
-    Attributes:
-        count: per task, how often it is recomputed.
-        runs: per task, the stages that recompute it, ascending.
-        head: per stage, the node of its last recomputation, or -1.
-        node_task: per node, the task.
-        node_next: per node, the node of the recomputation before it in the stage, or -1.
-        free: stack of unused nodes; `stats[NODES]` is its height.
-        over: per stage, peak bytes minus the budget.
-        local: per stage, peak bytes minus the bytes live on entering the stage.
-        listed: tasks that are recomputed, in any order.
-        place: per task, its index in `listed`, or -1.
-        log: changes since the last commit: (added, stage, task).
-        dirty: stages whose `local` is out of date.
-        is_dirty: per stage, whether it is in `dirty`.
-        mark: scratch per value.
-        stats: totals, see the constants above.
-    """
-
-    count: Array
-    runs: Array
-    head: Array
-    node_task: Array
-    node_next: Array
-    free: Array
-    over: Array
-    local: Array
-    listed: Array
-    place: Array
-    log: Array
-    dirty: Array
-    is_dirty: Array
-    mark: Array
-    stats: Array
-
-
-def new_state(arrays: Arrays, budget: int) -> State:
-    """The state without recomputation."""
-    from graphopt.solvers.stages import StagePlan
-
-    n, nodes = len(arrays.duration), 4 * len(arrays.duration) + 64
-    local = arrays.out_bytes + arrays.workspace
-    over = StagePlan(arrays).peaks() - budget
-    stats = np.zeros(8, np.int64)
-    stats[EXCESS] = np.maximum(over, 0).sum()
-    stats[NODES] = nodes
-    stats[MOST] = 2**62
-    return State(
-        count=np.zeros(n, np.int64),
-        runs=np.zeros((n, MAX_RUNS), np.int64),
-        head=np.full(n, -1, np.int64),
-        node_task=np.zeros(nodes, np.int64),
-        node_next=np.full(nodes, -1, np.int64),
-        free=np.arange(nodes, dtype=np.int64),
-        over=over,
-        local=local.copy(),
-        listed=np.zeros(n, np.int64),
-        place=np.full(n, -1, np.int64),
-        log=np.zeros((8 * n + 1024, 3), np.int64),
-        dirty=np.zeros(n, np.int64),
-        is_dirty=np.zeros(n, np.int64),
-        mark=np.full(len(arrays.bytes), -1, np.int64),
-        stats=stats,
-    )
+# Only what Python calls needs a wrapper; leaving the others' out halves the time to compile.
+JIT = {"cache": True, "nogil": True, "no_cfunc_wrapper": True, "error_model": "numpy"}
+INNER = {
+    "nogil": True,
+    "no_cfunc_wrapper": True,
+    "no_cpython_wrapper": True,
+    "error_model": "numpy",
+}
 
 
-@njit(cache=True, nogil=True)
-def run_before(st, task, stage):
+@njit(**INNER)
+def rand(x):
+    """A random number in [0, 1); the generator's state is part of the table."""
+    state = (x[TOTAL, RANDOM] * 25214903917 + 11) & 281474976710655
+    x[TOTAL, RANDOM] = state
+    return (state >> 16) * 2.3283064365386963e-10
+
+
+@njit(**INNER)
+def run_before(x, task, stage):
     """The last stage <= `stage` in which the task runs (its own stage is <= `stage`)."""
     result = task
-    for i in range(st.count[task]):
-        if st.runs[task, i] <= stage:
-            result = st.runs[task, i]
+    for i in range(x[COUNT, task]):
+        if x[RUNS + i, task] <= stage:
+            result = x[RUNS + i, task]
         else:
             break
     return result
 
 
-@njit(cache=True, nogil=True)
-def run_after(st, task, stage, n):
+@njit(**INNER)
+def run_after(x, task, stage, n):
     """The first stage > `stage` in which the task runs; 2 n if there is none."""
-    for i in range(st.count[task]):
-        if st.runs[task, i] > stage:
-            return st.runs[task, i]
+    for i in range(x[COUNT, task]):
+        if x[RUNS + i, task] > stage:
+            return x[RUNS + i, task]
     return 2 * n
 
 
-@njit(cache=True, nogil=True)
-def runs_in(st, task, stage):
+@njit(**INNER)
+def runs_in(x, task, stage):
     """Whether the task runs in the stage."""
     if task == stage:
         return True
-    for i in range(st.count[task]):
-        if st.runs[task, i] == stage:
+    for i in range(x[COUNT, task]):
+        if x[RUNS + i, task] == stage:
             return True
     return False
 
 
-@njit(cache=True, nogil=True)
-def last_use(a, st, value, low, high):
+@njit(**INNER)
+def last_use(x, value, low, high):
     """The last stage in [low, high) that uses the value; `low` if there is none."""
     result = low
-    for j in range(a.use_ptr[value], a.use_ptr[value + 1]):
-        user = a.use_idx[j]
+    for j in range(x[USE_PTR, value], x[USE_PTR, value + 1]):
+        user = x[USE_IDX, j]
         if result < user < high:
             result = user
-        for i in range(st.count[user]):
-            s = st.runs[user, i]
+        for i in range(x[COUNT, user]):
+            s = x[RUNS + i, user]
             if result < s < high:
                 result = s
     return result
 
 
-@njit(cache=True, nogil=True)
-def next_use(a, st, value, after):
+@njit(**INNER)
+def next_use(x, value, after):
     """The first stage > `after` that uses the value; 2 n if there is none."""
-    result = 2 * len(a.duration)
-    for j in range(a.use_ptr[value], a.use_ptr[value + 1]):
-        user = a.use_idx[j]
+    result = 2 * x[TOTAL, N_TASKS]
+    for j in range(x[USE_PTR, value], x[USE_PTR, value + 1]):
+        user = x[USE_IDX, j]
         if after < user < result:
             result = user
-        for i in range(st.count[user]):
-            s = st.runs[user, i]
+        for i in range(x[COUNT, user]):
+            s = x[RUNS + i, user]
             if after < s < result:
                 result = s
     return result
 
 
-@njit(cache=True, nogil=True)
-def end_of(a, st, value, start, following):
+@njit(**INNER)
+def end_of(x, value, start, following):
     """The last stage that needs the instance created in `start`; n: it lives to the end."""
-    n = len(a.duration)
-    if following > n and a.keep[value]:
+    n = x[TOTAL, N_TASKS]
+    if following > n and x[KEEP, value]:
         return n
-    return last_use(a, st, value, start, following)
+    return last_use(x, value, start, following)
 
 
-@njit(cache=True, nogil=True)
-def _soil(st, stage, n):
-    if stage < n and not st.is_dirty[stage]:
-        st.is_dirty[stage] = 1
-        st.dirty[st.stats[DIRTY]] = stage
-        st.stats[DIRTY] += 1
+@njit(**INNER)
+def _soil(x, stage, n):
+    if stage < n and not x[IS_DIRTY, stage]:
+        x[IS_DIRTY, stage] = 1
+        x[DIRTY, x[TOTAL, SOILED]] = stage
+        x[TOTAL, SOILED] += 1
 
 
-@njit(cache=True, nogil=True)
-def _span(st, low, high, size, n):
+@njit(**INNER)
+def _span(x, low, high, size, n):
     """Adds `size` to the bytes live on entering the stages low..high."""
-    over = st.over
+    over = x[OVER]
     before = 0
     after = 0
     for s in range(low, min(high, n - 1) + 1):
         before += max(over[s], 0)
         over[s] += size
         after += max(over[s], 0)
-    st.stats[EXCESS] += after - before
+    x[TOTAL, EXCESS] += after - before
 
 
-@njit(cache=True, nogil=True)
-def _link(a, st, stage, task):
-    i = st.count[task]
-    while i > 0 and st.runs[task, i - 1] > stage:
-        st.runs[task, i] = st.runs[task, i - 1]
+@njit(**INNER)
+def _link(x, stage, task):
+    i = x[COUNT, task]
+    while i > 0 and x[RUNS + i - 1, task] > stage:
+        x[RUNS + i, task] = x[RUNS + i - 1, task]
         i -= 1
-    st.runs[task, i] = stage
-    st.count[task] += 1
-    if st.place[task] < 0:
-        st.place[task] = st.stats[TASKS]
-        st.listed[st.stats[TASKS]] = task
-        st.stats[TASKS] += 1
-    st.stats[NODES] -= 1
-    node = st.free[st.stats[NODES]]
-    st.node_task[node] = task
+    x[RUNS + i, task] = stage
+    x[COUNT, task] += 1
+    if x[PLACE, task] < 0:
+        x[PLACE, task] = x[TOTAL, TASKS]
+        x[LISTED, x[TOTAL, TASKS]] = task
+        x[TOTAL, TASKS] += 1
+    x[TOTAL, NODES] -= 1
+    node = x[FREE, x[TOTAL, NODES]]
+    x[NODE_TASK, node] = task
     previous = -1
-    current = st.head[stage]
-    while current >= 0 and st.node_task[current] > task:
+    current = x[HEAD, stage]
+    while current >= 0 and x[NODE_TASK, current] > task:
         previous = current
-        current = st.node_next[current]
-    st.node_next[node] = current
+        current = x[NODE_NEXT, current]
+    x[NODE_NEXT, node] = current
     if previous < 0:
-        st.head[stage] = node
+        x[HEAD, stage] = node
     else:
-        st.node_next[previous] = node
-    st.stats[EXTRA] += a.duration[task]
+        x[NODE_NEXT, previous] = node
+    x[TOTAL, EXTRA] += x[DURATION, task]
 
 
-@njit(cache=True, nogil=True)
-def _unlink(a, st, stage, task):
+@njit(**INNER)
+def _unlink(x, stage, task):
     i = 0
-    while st.runs[task, i] != stage:
+    while x[RUNS + i, task] != stage:
         i += 1
-    st.count[task] -= 1
-    while i < st.count[task]:
-        st.runs[task, i] = st.runs[task, i + 1]
+    x[COUNT, task] -= 1
+    while i < x[COUNT, task]:
+        x[RUNS + i, task] = x[RUNS + i + 1, task]
         i += 1
-    if st.count[task] == 0:
-        st.stats[TASKS] -= 1
-        other = st.listed[st.stats[TASKS]]
-        st.listed[st.place[task]] = other
-        st.place[other] = st.place[task]
-        st.place[task] = -1
+    if x[COUNT, task] == 0:
+        x[TOTAL, TASKS] -= 1
+        other = x[LISTED, x[TOTAL, TASKS]]
+        x[LISTED, x[PLACE, task]] = other
+        x[PLACE, other] = x[PLACE, task]
+        x[PLACE, task] = -1
     previous = -1
-    current = st.head[stage]
-    while st.node_task[current] != task:
+    current = x[HEAD, stage]
+    while x[NODE_TASK, current] != task:
         previous = current
-        current = st.node_next[current]
+        current = x[NODE_NEXT, current]
     if previous < 0:
-        st.head[stage] = st.node_next[current]
+        x[HEAD, stage] = x[NODE_NEXT, current]
     else:
-        st.node_next[previous] = st.node_next[current]
-    st.free[st.stats[NODES]] = current
-    st.stats[NODES] += 1
-    st.stats[EXTRA] -= a.duration[task]
+        x[NODE_NEXT, previous] = x[NODE_NEXT, current]
+    x[FREE, x[TOTAL, NODES]] = current
+    x[TOTAL, NODES] += 1
+    x[TOTAL, EXTRA] -= x[DURATION, task]
 
 
-@njit(cache=True, nogil=True)
-def _lifetimes(a, st, stage, task, sign):
+@njit(**INNER)
+def _lifetimes(x, stage, task, sign):
     """Accounts for the recomputation of `task` in `stage`, which is not linked at this moment."""
-    n = len(a.duration)
-    for i in range(a.in_ptr[task], a.in_ptr[task + 1]):
-        value = a.in_idx[i]
-        producer = a.producer[value]
-        start = run_before(st, producer, stage)
-        end = end_of(a, st, value, start, run_after(st, producer, stage, n))
+    n = x[TOTAL, N_TASKS]
+    for i in range(x[IN_PTR, task], x[IN_PTR, task + 1]):
+        value = x[IN_IDX, i]
+        producer = x[PRODUCER, value]
+        start = run_before(x, producer, stage)
+        end = end_of(x, value, start, run_after(x, producer, stage, n))
         if end < stage:
-            _span(st, end + 1, stage, sign * a.bytes[value], n)
-            _soil(st, end, n)
-    start = run_before(st, task, stage)
-    following = run_after(st, task, stage, n)
-    for i in range(a.out_ptr[task], a.out_ptr[task + 1]):
-        value = a.out_idx[i]
-        if end_of(a, st, value, start, following) >= stage:
-            end = last_use(a, st, value, start, stage)
-            _span(st, end + 1, stage, -sign * a.bytes[value], n)
-            _soil(st, end, n)
-    _soil(st, stage, n)
+            _span(x, end + 1, stage, sign * x[BYTES, value], n)
+            _soil(x, end, n)
+    start = run_before(x, task, stage)
+    following = run_after(x, task, stage, n)
+    for i in range(x[OUT_PTR, task], x[OUT_PTR, task + 1]):
+        value = x[OUT_IDX, i]
+        if end_of(x, value, start, following) >= stage:
+            end = last_use(x, value, start, stage)
+            _span(x, end + 1, stage, -sign * x[BYTES, value], n)
+            _soil(x, end, n)
+    _soil(x, stage, n)
 
 
-@njit(cache=True, nogil=True)
-def add(a, st, stage, task):
-    """Recomputes `task` in `stage`, if there is room and the duration is not past `stats[MOST]`."""
-    if (
-        st.count[task] >= MAX_RUNS
-        or st.stats[NODES] == 0
-        or st.stats[LOGGED] >= len(st.log)
-        or not a.recomputable[task]
-        or runs_in(st, task, stage)
-        or st.stats[EXTRA] > st.stats[MOST]
-    ):
-        return False
-    _lifetimes(a, st, stage, task, 1)
-    _link(a, st, stage, task)
-    _note(st, 1, stage, task)
-    return True
+@njit(**INNER)
+def push(x, job, stage, task):
+    """Puts a job on the stack of work to do."""
+    top = x[TOTAL, JOBS]
+    if top < x[TOTAL, LOG_SIZE]:
+        x[JOB, top] = job
+        x[JOB_STAGE, top] = stage
+        x[JOB_TASK, top] = task
+        x[TOTAL, JOBS] = top + 1
 
 
-@njit(cache=True, nogil=True)
-def remove(a, st, stage, task):
-    """Takes back the recomputation of `task` in `stage`."""
-    if st.stats[LOGGED] >= len(st.log):
-        return False
-    _unlink(a, st, stage, task)
-    _lifetimes(a, st, stage, task, -1)
-    _note(st, 0, stage, task)
-    return True
+@njit(**INNER)
+def _may_add(x, stage, task):
+    """Whether the task can be recomputed in the stage, and the duration is not past `MOST`."""
+    return (
+        task < stage
+        and x[COUNT, task] < MAX_RUNS
+        and x[TOTAL, NODES] > 0
+        and x[RECOMPUTABLE, task]
+        and not runs_in(x, task, stage)
+        and x[TOTAL, EXTRA] <= x[TOTAL, MOST]
+    )
 
 
-@njit(cache=True, nogil=True)
-def _note(st, added, stage, task):
-    k = st.stats[LOGGED]
-    st.log[k, 0] = added
-    st.log[k, 1] = stage
-    st.log[k, 2] = task
-    st.stats[LOGGED] = k + 1
+@njit(**INNER)
+def _call_inputs(x, stage, task):
+    """Asks for the dead inputs of a task that is to be recomputed in the stage.
+
+    A later recomputation of a dead input is brought forward with probability PULL / 1000; else
+    the input is recomputed with probability CHAIN / 1000, at most LIMIT of them; else it is kept
+    alive.
+    """
+    n = x[TOTAL, N_TASKS]
+    for i in range(x[IN_PTR, task], x[IN_PTR, task + 1]):
+        value = x[IN_IDX, i]
+        producer = x[PRODUCER, value]
+        if not x[RECOMPUTABLE, producer] or x[BYTES, value] == 0:
+            continue
+        start = run_before(x, producer, stage)
+        following = run_after(x, producer, stage, n)
+        if start == stage or end_of(x, value, start, following) >= stage:
+            continue
+        pull = following < n and rand(x) * 1000 < x[TOTAL, PULL]
+        if pull or (x[TOTAL, LIMIT] > 0 and rand(x) * 1000 < x[TOTAL, CHAIN]):
+            x[TOTAL, LIMIT] -= 1
+            push(x, ADD, stage, producer)
+            if pull:
+                push(x, DROP, following, producer)
 
 
-@njit(cache=True, nogil=True)
-def undo(a, st):
-    """Takes back everything since the last commit."""
-    for k in range(st.stats[LOGGED] - 1, -1, -1):
-        stage = st.log[k, 1]
-        task = st.log[k, 2]
-        if st.log[k, 0]:
-            _unlink(a, st, stage, task)
-            _lifetimes(a, st, stage, task, -1)
+@njit(**INNER)
+def _tidy(x, stage, below):
+    """Finds the last recomputation of a task < `below` that its stage does not need.
+
+    Nothing uses it, or only later stages do; it is removed or, with probability PUSH / 1000,
+    moved to the first later use.
+    """
+    n = x[TOTAL, N_TASKS]
+    node = x[HEAD, stage]
+    while node >= 0:
+        task = x[NODE_TASK, node]
+        node = x[NODE_NEXT, node]
+        if task >= below:
+            continue
+        here = False
+        later = 2 * n
+        for i in range(x[OUT_PTR, task], x[OUT_PTR, task + 1]):
+            value = x[OUT_IDX, i]
+            use = next_use(x, value, stage - 1)
+            if use == stage:
+                here = True
+                break
+            later = min(later, use)
+        if here:
+            continue
+        useless = later >= n or later >= run_after(x, task, stage, n)
+        if useless or rand(x) * 1000 < x[TOTAL, PUSH]:
+            push(x, TIDY, stage, task)
+            if not useless:
+                push(x, ADD, later, task)
+            push(x, DROP, stage, task)
+            return
+
+
+@njit(**INNER)
+def work(x, undoing):
+    """Does all jobs, or takes back everything since the last commit."""
+    while True:
+        if undoing:
+            if x[TOTAL, LOGGED] == 0:
+                return
+            last = x[TOTAL, LOGGED] - 1
+            x[TOTAL, LOGGED] = last
+            added = x[LOG, last] == 0
+            stage = x[LOG_STAGE, last]
+            task = x[LOG_TASK, last]
         else:
-            _lifetimes(a, st, stage, task, 1)
-            _link(a, st, stage, task)
-    st.stats[LOGGED] = 0
-    flush(a, st)
+            if x[TOTAL, JOBS] == 0:
+                return
+            last = x[TOTAL, JOBS] - 1
+            x[TOTAL, JOBS] = last
+            job = x[JOB, last]
+            stage = x[JOB_STAGE, last]
+            task = x[JOB_TASK, last]
+            if job == TIDY:
+                _tidy(x, stage, task)
+                continue
+            added = job != DROP
+            if added and not _may_add(x, stage, task):
+                continue
+            if not added and (task == stage or not runs_in(x, task, stage)):
+                continue
+            if x[TOTAL, LOGGED] >= x[TOTAL, LOG_SIZE]:
+                continue
+            if job == ADD:
+                _call_inputs(x, stage, task)
+            x[LOG, x[TOTAL, LOGGED]] = added
+            x[LOG_STAGE, x[TOTAL, LOGGED]] = stage
+            x[LOG_TASK, x[TOTAL, LOGGED]] = task
+            x[TOTAL, LOGGED] += 1
+        if not added:
+            _unlink(x, stage, task)
+        _lifetimes(x, stage, task, 1 if added else -1)
+        if added:
+            _link(x, stage, task)
 
 
-@njit(cache=True, nogil=True)
-def flush(a, st):
+@njit(**INNER)
+def flush(x):
     """Brings `local`, `over` and the excess up to date."""
-    for k in range(st.stats[DIRTY]):
-        stage = st.dirty[k]
-        st.is_dirty[stage] = 0
-        if st.head[stage] < 0:
-            new = a.out_bytes[stage] + a.workspace[stage]
+    for k in range(x[TOTAL, SOILED]):
+        stage = x[DIRTY, k]
+        x[IS_DIRTY, stage] = 0
+        if x[HEAD, stage] < 0:
+            new = x[OUT_BYTES, stage] + x[WORKSPACE, stage]
         else:
-            new = _stage_peak(a, st, stage)
-        if new != st.local[stage]:
-            before = max(st.over[stage], 0)
-            st.over[stage] += new - st.local[stage]
-            st.local[stage] = new
-            st.stats[EXCESS] += max(st.over[stage], 0) - before
-    st.stats[DIRTY] = 0
+            new = _stage_peak(x, stage)
+        if new != x[LOCAL, stage]:
+            before = max(x[OVER, stage], 0)
+            x[OVER, stage] += new - x[LOCAL, stage]
+            x[LOCAL, stage] = new
+            x[TOTAL, EXCESS] += max(x[OVER, stage], 0) - before
+    x[TOTAL, SOILED] = 0
 
 
-@njit(cache=True, nogil=True)
-def _stage_peak(a, st, stage):
+@njit(**INNER)
+def _stage_peak(x, stage):
     """Peak of a stage minus the bytes live on entering it, walked backwards from its last step.
 
     The walk counts relative to the bytes live after the stage; on entering, `live` is what the
     walk has come down to.
     """
-    n = len(a.duration)
-    st.stats[STAMP] += 1
-    stamp = st.stats[STAMP]
+    n = x[TOTAL, N_TASKS]
+    x[TOTAL, STAMP] += 1
+    stamp = x[TOTAL, STAMP]
     live = 0
     peak = 0
     task = stage
-    node = st.head[stage]
+    node = x[HEAD, stage]
     while True:
-        for i in range(a.in_ptr[task], a.in_ptr[task + 1]):
-            value = a.in_idx[i]
-            if st.mark[value] != stamp:
-                following = run_after(st, a.producer[value], stage, n)
-                if end_of(a, st, value, stage, following) <= stage:
-                    st.mark[value] = stamp
-                    live += a.bytes[value]
-        dies = a.workspace[task]
+        for i in range(x[IN_PTR, task], x[IN_PTR, task + 1]):
+            value = x[IN_IDX, i]
+            if x[MARK, value] != stamp:
+                following = run_after(x, x[PRODUCER, value], stage, n)
+                if end_of(x, value, stage, following) <= stage:
+                    x[MARK, value] = stamp
+                    live += x[BYTES, value]
+        dies = x[WORKSPACE, task]
         born = 0
-        following = run_after(st, task, stage, n)
-        for i in range(a.out_ptr[task], a.out_ptr[task + 1]):
-            value = a.out_idx[i]
-            if st.mark[value] == stamp or end_of(a, st, value, stage, following) > stage:
-                born += a.bytes[value]
+        following = run_after(x, task, stage, n)
+        for i in range(x[OUT_PTR, task], x[OUT_PTR, task + 1]):
+            value = x[OUT_IDX, i]
+            if x[MARK, value] == stamp or end_of(x, value, stage, following) > stage:
+                born += x[BYTES, value]
             else:
-                dies += a.bytes[value]
+                dies += x[BYTES, value]
         peak = max(peak, live + dies)
         live -= born
         if node < 0:
             return peak - live
-        task = st.node_task[node]
-        node = st.node_next[node]
+        task = x[NODE_TASK, node]
+        node = x[NODE_NEXT, node]
 
 
-@njit(cache=True, nogil=True)
-def load(a, st, count, runs):
-    """Replaces the state by the recomputations given as `count` and `runs`."""
-    clear(a, st)
-    for task in range(len(a.duration)):
-        for i in range(count[task]):
-            st.stats[LOGGED] = 0
-            add(a, st, runs[task, i], task)
-    st.stats[LOGGED] = 0
-    flush(a, st)
+@njit(**INNER)
+def load_best(x):
+    """Replaces the state by the incumbent."""
+    x[TOTAL, LOGGED] = 0
+    x[TOTAL, MOST] = NEVER
+    for task in range(x[TOTAL, N_TASKS]):
+        for phase in range(2):
+            if phase == 0:
+                for i in range(x[COUNT, task]):
+                    push(x, DROP, x[RUNS + i, task], task)
+            else:
+                for i in range(x[BEST_COUNT, task]):
+                    push(x, PUT, x[BEST_RUNS + i, task], task)
+            work(x, False)
+            x[TOTAL, LOGGED] = 0
+    flush(x)
 
 
-@njit(cache=True, nogil=True)
-def clear(a, st):
-    """Removes all recomputations."""
-    for task in range(len(a.duration)):
-        while st.count[task] > 0:
-            st.stats[LOGGED] = 0
-            remove(a, st, st.runs[task, st.count[task] - 1], task)
-    st.stats[LOGGED] = 0
-    flush(a, st)
+@njit(**INNER)
+def keep_if_best(x):
+    """Makes the state the incumbent if it has less excess, or as much and a shorter duration."""
+    excess = x[TOTAL, EXCESS]
+    if excess > x[TOTAL, BEST_EXCESS]:
+        return
+    if excess == x[TOTAL, BEST_EXCESS] and x[TOTAL, EXTRA] >= x[TOTAL, BEST_EXTRA]:
+        return
+    x[TOTAL, BEST_EXCESS] = excess
+    x[TOTAL, BEST_EXTRA] = x[TOTAL, EXTRA]
+    for task in range(x[TOTAL, N_TASKS]):
+        x[BEST_COUNT, task] = x[COUNT, task]
+        for i in range(x[COUNT, task]):
+            x[BEST_RUNS + i, task] = x[RUNS + i, task]
