@@ -165,7 +165,7 @@ def _measure_calls(calls: dict[Hashable, Call], seconds: bool, progress: Progres
     total = len(fresh) + len(untimed)
     cuda = [d for d in {call.device for call in calls.values()} if d.type == "cuda"]
     done = 0
-    with torch.random.fork_rng(devices=cuda), torch.no_grad():
+    with torch.random.fork_rng(devices=cuda), torch.enable_grad():
         for start in range(0, len(fresh), _SESSION):
             chunk = fresh[start : start + _SESSION]
             for device in {call.device for _, call in chunk}:

@@ -17,6 +17,7 @@ from torch._functorch._aot_autograd import descriptors as _desc
 from torch._functorch.aot_autograd import aot_export_joint_with_descriptors
 
 from graphopt.errors import UnsupportedError
+from graphopt.ir.rnn import split_dropout_layers
 
 InputKind = Literal["parameter", "buffer", "input", "tangent"]
 OutputKind = Literal["output", "mutation", "gradient"]
@@ -165,6 +166,7 @@ def _stage(
             computed.append(position)
             values.append(_staged_output(graph, copied[value], position, wanted, clones))
     graph.output(tuple(values))
+    split_dropout_layers(graph)
     return fx.GraphModule(module, graph), _Results(computed, passthrough, duplicates)
 
 

@@ -103,7 +103,11 @@ class _CompiledStage:
             table.pop(name) if name in stage.frees and not keep else table[name]
             for name in stage.takes
         ]
-        table.update(zip(stage.gives, self.function(arguments), strict=True))
+        # Nothing here requires a gradient, so nothing is recorded; but some ops (oneDNN's RNN)
+        # keep what their backward needs only in this mode.
+        with torch.enable_grad():
+            results = self.function(arguments)
+        table.update(zip(stage.gives, results, strict=True))
 
 
 class _Call:

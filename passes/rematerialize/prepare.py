@@ -17,6 +17,7 @@ def prepare(view: JointView) -> dict[JointInput, fx.Node]:
     * Metadata asserts go.
     * The backward of a training BatchNorm does not read running statistics: its arguments go, so
       that new statistics are needed by nobody but their commit.
+    * oneDNN's RNN layers run in training mode where a backward pass follows.
     * Where a mutated operand is read in the backward pass, a copy taken in forward is read.
 
     Args:
@@ -27,6 +28,7 @@ def prepare(view: JointView) -> dict[JointInput, fx.Node]:
     """
     _drop_asserts(view.graph)
     _free_batch_norm_backward(view.graph)
+    _keep_rnn_workspace(view.graph)
     committed = {
         output.of: output.node
         for output in view.outputs_of("mutation")
@@ -60,6 +62,16 @@ def _free_batch_norm_backward(graph: fx.Graph) -> None:
     ):
         if node.args[7] is True:
             node.args = (*node.args[:3], None, None, *node.args[5:])
+
+
+def _keep_rnn_workspace(graph: fx.Graph) -> None:
+    """oneDNN's RNN is traced in inference mode, but its backward needs what training keeps."""
+    op = getattr(aten, "mkldnn_rnn_layer", None)
+    if op is None:
+        return
+    for node in graph.find_nodes(op="call_function", target=op.default):
+        if any(user.args[1] == 3 and user.users for user in node.users):
+            node.args = (*node.args[:15], True)
 
 
 def _snapshot(graph: fx.Graph, operand: fx.Node, late: set[fx.Node]) -> None:
