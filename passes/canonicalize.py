@@ -46,12 +46,14 @@ class CanonicalizeReport:
         functionalized: In-place ops that became functional.
         inlined: Regions that were spliced in.
         removed: Dead nodes that were dropped.
-        kept: In-place ops and regions that stay: ``{"node", "op", "reason"}``.
+        updates: Writes to parameters, buffers and inputs; they are effects and stay.
+        kept: Other in-place ops and regions that stay: ``{"node", "op", "reason"}``.
     """
 
     functionalized: int = 0
     inlined: int = 0
     removed: int = 0
+    updates: int = 0
     kept: list[dict[str, str]] = field(default_factory=list)
 
     @property
@@ -107,7 +109,8 @@ def canonicalize(module: fx.GraphModule, report: CanonicalizeReport, options: Ca
         kept = _once(module, report, options)
         if before == (report.functionalized, report.inlined, report.removed):
             break
-    report.kept += kept
+    report.updates += sum(entry["reason"].startswith(functionalize.EFFECT) for entry in kept)
+    report.kept += [e for e in kept if not e["reason"].startswith(functionalize.EFFECT)]
     module.graph.lint()
     module.recompile()
 

@@ -11,6 +11,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from graphopt.ir.aliases import affected, is_sure_view, opname, shares, writes
 
+EFFECT = "writes to the memory of"
+"""How the reason begins where an op changes what the graph doesn't own."""
+
 _AUTOCAST = ("AutocastCPU", "AutocastCUDA")
 # Random in-place ops whose functional twin draws the same numbers in the same order.
 _SAME_DRAWS = frozenset("dropout feature_dropout alpha_dropout feature_alpha_dropout".split())
@@ -71,13 +74,23 @@ def functional_twin(target: torch._ops.OpOverload) -> torch._ops.OpOverload | No
         return None
     if torch.Tag.nondeterministic_seeded in target.tags and name not in _SAME_DRAWS:
         return None
-    twin = getattr(packet, target._overloadname, None)
-    if twin is None or twin._schema.is_mutable:
-        return None
-    if any(torch._C._dispatch_has_kernel_for_dispatch_key(twin.name(), k) for k in _AUTOCAST):
-        return None
-    names = [a.name for a in target._schema.arguments]
-    return twin if [a.name for a in twin._schema.arguments] == names else None
+    signature = _signature(target)
+    for overload in packet.overloads():
+        twin = getattr(packet, overload)
+        if _signature(twin) == signature and not twin._schema.is_mutable:
+            return None if _autocast_knows(twin) else twin
+    return None
+
+
+def _signature(target: torch._ops.OpOverload) -> list[tuple[str, str]]:
+    """Names and types of the arguments; the first one's name differs between twins."""
+    arguments = target._schema.arguments
+    return [("", str(a.type)) if i == 0 else (a.name, str(a.type)) for i, a in enumerate(arguments)]
+
+
+def _autocast_knows(target: torch._ops.OpOverload) -> bool:
+    name = target.name()
+    return any(torch._C._dispatch_has_kernel_for_dispatch_key(name, key) for key in _AUTOCAST)
 
 
 def _in_place(target: torch._ops.OpOverload) -> bool:
@@ -111,7 +124,7 @@ def _stale(node: fx.Node, written: fx.Node) -> list[fx.Node]:
     for holder in affected(written):
         if holder.op in ("placeholder", "get_attr"):
             what = "an input" if holder.op == "placeholder" else f"{holder.target}"
-            raise _Refused(f"writes to the memory of {what}")
+            raise _Refused(f"{EFFECT} {what}")
         if holder is node or not any(user > node for user in holder.users):
             continue
         if holder > node:  # made from the result of this very op
