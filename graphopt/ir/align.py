@@ -95,20 +95,39 @@ class _Comparer:
                 self._align(a, b)
 
     def _adopt(self, node: fx.Node) -> None:
-        """Copy a layout op that only the second graph has into the first, where it does nothing."""
+        """Copy an op that does nothing in the first trace, and is only in the second, into it."""
         name = name_of(node)
         source = node.args[0] if node.args else None
-        if name not in _IDENTITIES or not isinstance(source, fx.Node):
+        mine = self.partner.get(source) if isinstance(source, fx.Node) else None
+        if name in _CONVERSIONS and mine is not None and _follows(mine, source, node):
+            new = self._insert(node, mine)
+            self.result.pairs.append((new, node))
+        elif name not in _IDENTITIES:
             self.result.branching.append(node)
-            return
-        mine = self.partner.get(source)
-        if name not in _LAYOUT or mine is None:
-            return
-        with mine.graph.inserting_after(mine):
-            new = mine.graph.create_node("call_function", node.target, (mine, *node.args[1:]))
-            new.meta = dict(mine.meta)
+        elif name in _LAYOUT and mine is not None:
+            self._insert(node, mine)
+
+    def _insert(self, node: fx.Node, mine: fx.Node) -> fx.Node:
+        """Put a copy of a node of the second graph into the first, where the second has it."""
+        value = mine.meta["val"]
+        place: fx.Node = node
+        while place.op != "output" and getattr(self.partner.get(place), "graph", None) is not mine.graph:
+            place = place.next
+        before = self.partner.get(place) or mine.graph.output_node()
+
+        def mapped(arg: Any) -> Any:
+            if isinstance(arg, torch.dtype):
+                return value.dtype
+            return value.device if isinstance(arg, torch.device) else arg
+
+        args = (mine, *(mapped(arg) for arg in node.args[1:]))
+        kwargs = {key: mapped(arg) for key, arg in node.kwargs.items()}
+        with mine.graph.inserting_before(before):
+            new = mine.graph.create_node("call_function", node.target, args, kwargs)
+        new.meta = {**node.meta, "val": value}
         self.partner[node] = new
         self.paired.add(new)
+        return new
 
     def _compare(self, one: fx.Node, two: fx.Node) -> None:
         _spell_out(one, two)
@@ -161,7 +180,9 @@ class _Comparer:
         if theirs.op == "get_attr" or mine.op == "get_attr":
             if not (theirs.op == mine.op and _same_read(mine, theirs)):
                 return False
-        elif self.partner.get(theirs) is not mine:
+        elif self.partner.get(theirs) is not mine and (
+            partner is None or self._root(partner)[0] is not mine
+        ):
             return False
         if partner is not None and all(node in self.paired for node in chain):
             rewired[one] = partner
@@ -177,6 +198,14 @@ class _Comparer:
             chain.append(node)
             node = node.args[0]
         return node, chain
+
+
+def _follows(mine: fx.Node, source: Any, node: fx.Node) -> bool:
+    """Whether a conversion in the second graph is one to the dtype that the model has there."""
+    a, b, c = (n.meta.get("val") for n in (mine, source, node))
+    if not all(isinstance(v, torch.Tensor) for v in (a, b, c)):
+        return False
+    return c.dtype not in (a.dtype, b.dtype) or (c.dtype == b.dtype and c.device != a.device)
 
 
 def _plain_root(node: fx.Node) -> tuple[fx.Node, list[fx.Node]]:
@@ -260,7 +289,13 @@ def _same_read(first: fx.Node, second: fx.Node) -> bool:
     values = [lookup(n.graph.owning_module, str(n.target)) for n in (first, second)]
     if isinstance(values[0], fx.GraphModule) or isinstance(values[1], fx.GraphModule):
         return isinstance(values[0], fx.GraphModule) and isinstance(values[1], fx.GraphModule)
-    return first.target == second.target and values[0].shape == values[1].shape
+    same = first.target == second.target or (is_constant(first) and is_constant(second))
+    return same and values[0].shape == values[1].shape
+
+
+def is_constant(node: fx.Node) -> bool:
+    """Whether a node reads a tensor that the model's code makes anew in each call."""
+    return node.op == "get_attr" and "lifted_tensor" in str(node.target)
 
 
 def all_graphs(module: fx.GraphModule) -> Iterator[fx.GraphModule]:

@@ -120,36 +120,102 @@ def _capture(
 ) -> Program:
     flags = {training: overridden_flags(model, training) for training in (True, False)}
     skeleton = build(model, flags)
+    session = _Session(model, flat, dynamic, skeleton)
     train = trace(model, signature, flat, dynamic, training=True)
-    needs = literals.needed(train.graph)
-    found = literals.Literals()
-    if any(needs):  # one more trace finds out both, where the graphs differ in nothing else
-        found, same_outputs = _moved_trace(model, train, flat, dynamic, skeleton, evaluated=True)
-        if found == literals.Literals() and same_outputs:
-            module = bind_graph(train.graph, skeleton.root)
-            return Program(module, None, train.signature, skeleton, literals=found)
-        _forget(train.graph)
+    if session.find_all(train):
+        module = bind_graph(train.graph, skeleton.root)
+        return Program(module, None, train.signature, skeleton, literals=literals.Literals())
     evaluated = trace(model, signature, flat, dynamic, training=False)
     branches = mode.find_switches(train.graph, evaluated.graph)
-    if not branches and not signatures.same_tree(
-        train.signature.out_spec, evaluated.signature.out_spec
-    ):
+    if not branches and not _same_outputs(train, evaluated):
         branches = ("",)
-    second = evaluated if branches else None
-    if any(needs):
-        found = _tie_literals(model, train, second, flat, dynamic, skeleton)
     module = bind_graph(train.graph, skeleton.root)
-    if second is None:
+    if not branches:
+        found = session.tie(train, training=True)
         return Program(module, None, train.signature, skeleton, literals=found)
+    found = session.tie(train, training=True).also(session.tie(evaluated, training=False))
     return Program(
         module,
-        bind_graph(second.graph, skeleton.root),
+        bind_graph(evaluated.graph, skeleton.root),
         train.signature,
         skeleton,
         literals=found,
         branches=branches,
-        eval_signature=second.signature,
+        eval_signature=evaluated.signature,
     )
+
+
+def _same_outputs(one: Trace, other: Trace) -> bool:
+    return signatures.same_tree(one.signature.out_spec, other.signature.out_spec)
+
+
+class _Session:
+    """Finds out which literals follow the model, by tracing moved copies of it."""
+
+    def __init__(
+        self, model: nn.Module, flat: list[torch.Tensor], dynamic: Any, skeleton: Skeleton
+    ) -> None:
+        self.model = model
+        self.flat = flat
+        self.dynamic = dynamic
+        self.root = skeleton.root
+        self.on_meta: dict[bool, Trace | str] = {}
+
+    def moved(self, known: Trace, *, meta: bool, training: bool) -> Trace | str:
+        """The trace of a copy in another dtype (and on the meta device), or why there is none."""
+        if meta and training in self.on_meta:
+            return self.on_meta[training]
+        result: Trace | str
+        try:
+            copied = literals.variant(self.model, self.flat, meta=meta)
+            with untouched(copied.model):
+                result = trace(
+                    copied.model, known.signature, copied.inputs, self.dynamic, training=training
+                )
+        except CaptureError as error:
+            result = error.message
+        except Exception as error:  # a model whose deepcopy fails
+            result = f"the model can't be copied to find out ({error})"
+        if meta:
+            self.on_meta[training] = result
+        return result
+
+    def find_all(self, train: Trace) -> bool:
+        """Find switches and ties with one more trace, in eval mode, another dtype and device.
+
+        That succeeds where the traces differ in literals only; else nothing is noted.
+        """
+        if not any(literals.needed(train.graph)):
+            return False
+        other = self.moved(train, meta=True, training=False)
+        if isinstance(other, str) or not _same_outputs(train, other):
+            return False
+        found = literals.tie(train.graph, other.graph, self.root, meta=True, modes=True)
+        if found == literals.Literals():
+            return True
+        _forget(train.graph)
+        return False
+
+    def tie(self, known: Trace, *, training: bool) -> literals.Literals:
+        """Tie the literals of a trace in one mode."""
+        needs = literals.needed(known.graph)
+        if not any(needs):
+            return literals.Literals()
+        on_meta = self.moved(known, meta=True, training=training) if needs[1] else "not needed"
+        if isinstance(on_meta, Trace):
+            found = literals.tie(known.graph, on_meta.graph, self.root, meta=True)
+            if found == literals.Literals():
+                return found
+        moved = self.moved(known, meta=False, training=training)
+        if isinstance(moved, str):
+            return literals.Literals(moved, moved)
+        found = literals.tie(known.graph, moved.graph, self.root, meta=False)
+        device: str | None = None
+        if isinstance(on_meta, Trace):
+            device = literals.tie_devices(known.graph, on_meta.graph, self.root)
+        elif needs[1]:
+            device = on_meta
+        return literals.Literals(found.dtype, device)
 
 
 def _forget(module: fx.GraphModule) -> None:
@@ -158,75 +224,6 @@ def _forget(module: fx.GraphModule) -> None:
         for node in inner.graph.nodes:
             node.meta.pop("mode", None)
             node.meta.pop("ties", None)
-
-
-def _tie_literals(
-    model: nn.Module,
-    train: Trace,
-    second: Trace | None,
-    flat: list[torch.Tensor],
-    dynamic: Any,
-    skeleton: Skeleton,
-) -> literals.Literals:
-    """Find out which dtype and device literals follow the model, by tracing moved copies."""
-    found = literals.Literals()
-    for meta in (True, False):
-        found, _ = _moved_trace(model, train, flat, dynamic, skeleton, meta=meta)
-        if found.dtype is None and second is not None:
-            found, _ = _moved_trace(
-                model, second, flat, dynamic, skeleton, meta=meta, evaluated=False, training=False
-            )
-        if found.dtype is None:
-            break
-    return found
-
-
-def _moved_trace(
-    model: nn.Module,
-    known: Trace,
-    flat: list[torch.Tensor],
-    dynamic: Any,
-    skeleton: Skeleton,
-    *,
-    meta: bool = True,
-    evaluated: bool = False,
-    training: bool = True,
-) -> tuple[literals.Literals, bool]:
-    """Trace a moved copy of the model and tie the literals of a known trace by it.
-
-    Args:
-        model: The model.
-        known: Its trace, whose nodes are marked.
-        flat: Its inputs.
-        dynamic: As for `capture`.
-        skeleton: Where its parameters are.
-        meta: Whether the copy lies on the meta device.
-        evaluated: Whether the copy is in eval mode while ``known`` is in training mode.
-        training: The mode of the copy, where that is not so.
-
-    Returns:
-        What follows, and whether the outputs have the same structure.
-    """
-    try:
-        moved = literals.variant(model, flat, meta=meta)
-        with untouched(moved.model):
-            other = trace(
-                moved.model,
-                known.signature,
-                moved.inputs,
-                dynamic,
-                training=training and not evaluated,
-            )
-    except CaptureError as error:
-        return literals.Literals(error.message, error.message), False
-    except Exception as error:  # a model whose deepcopy fails
-        why = f"the model can't be copied to find out ({error})"
-        return literals.Literals(why, why), False
-    same = signatures.same_tree(known.signature.out_spec, other.signature.out_spec)
-    found = literals.tie(
-        known.graph, other.graph, skeleton.root, meta=meta, modes=evaluated
-    )
-    return found, same
 
 
 def overridden_flags(model: nn.Module, training: bool) -> dict[str, bool]:

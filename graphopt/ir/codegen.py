@@ -140,7 +140,7 @@ class _Writer:
         for index, line in enumerate(self.lines):
             dead = [
                 name
-                for name in dict.fromkeys((*line.uses, *line.defines))
+                for name in dict.fromkeys((*sorted(line.uses), *line.defines))
                 if last[name] == index and name not in keep
             ]
             pad = "    " * line.depth
@@ -183,7 +183,7 @@ class _Writer:
         text = attribute(str(node.target))
         tie = node.meta.get("ties", {}).get("")
         if tie is not None:
-            text = f"{text}.to({', '.join(self._tie(t) for t in tie)})"
+            text = f"{text}.to({', '.join(f'{t.kind}={self._tie(t)}' for t in tie)})"
         self.env[node] = _Text(text)
 
     def _call(self, module: fx.GraphModule, node: fx.Node, depth: int) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -223,6 +223,23 @@ def _put(old: Any, rest: Sequence[str], value: Any) -> Any:
     parts = list(old)
     parts[int(rest[0])] = _put(parts[int(rest[0])], rest[1:], value)
     return type(old)(parts)
+
+
+def arguments(node: fx.Node) -> Iterator[tuple[str, Any]]:
+    """All innermost arguments of a node with their places."""
+    yield from _arguments("args", node.args)
+    yield from _arguments("kwargs", node.kwargs)
+
+
+def _arguments(place: str, value: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, (list, tuple)):
+        for index, part in enumerate(value):
+            yield from _arguments(f"{place}.{index}", part)
+    elif isinstance(value, Mapping):
+        for key, part in value.items():
+            yield from _arguments(f"{place}.{key}", part)
+    else:
+        yield place, value
 
 
 def get_argument(node: fx.Node, place: str) -> Any:

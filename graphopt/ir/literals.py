@@ -17,8 +17,8 @@ from torch import fx, nn
 
 from graphopt.errors import UnsupportedError
 from graphopt.ir import mode
-from graphopt.ir.align import Comparison, all_graphs, compare
-from graphopt.ir.graphs import copy_graph, lookup, set_argument
+from graphopt.ir.align import Comparison, all_graphs, compare, is_constant, name_of
+from graphopt.ir.graphs import arguments, copy_graph, get_argument, lookup, set_argument
 
 _FINFO = ("min", "max", "eps", "tiny", "smallest_normal", "resolution")
 CONSTANT = ""  # the "argument place" of a constant that follows
@@ -67,6 +67,10 @@ class Literals:
     dtype: str | None = None
     device: str | None = None
 
+    def also(self, other: Literals) -> Literals:
+        """What follows in two graphs."""
+        return Literals(self.dtype or other.dtype, self.device or other.device)
+
 
 @dataclass(frozen=True)
 class Variant:
@@ -81,7 +85,9 @@ class Variant:
 def variant(
     model: nn.Module, inputs: Sequence[torch.Tensor], *, meta: bool
 ) -> Variant:
-    """A weightless copy of a model in float64 (float32 where it has float64), on the meta device.
+    """A weightless copy of a model in another dtype, on the meta device.
+
+    The dtype is bfloat16: half precision is what models make exceptions for.
 
     Args:
         model: The model; it isn't changed.
@@ -90,7 +96,7 @@ def variant(
     """
     tensors = [*model.parameters(), *model.buffers()]
     floating = [t.dtype for t in (*tensors, *inputs) if t.is_floating_point()]
-    other = torch.float32 if torch.float64 in floating else torch.float64
+    other = torch.float64 if torch.bfloat16 in floating else torch.bfloat16
     memo = {id(t): _moved(t, other, meta) for t in tensors}
     return Variant(
         copy.deepcopy(model, memo),
@@ -116,8 +122,7 @@ def needed(module: fx.GraphModule) -> tuple[bool, bool]:
     for inner in all_graphs(module):
         for node in inner.graph.nodes:
             if node.op == "get_attr":
-                constant = "lifted_tensor" in str(node.target)
-                dtype, device = dtype or constant, device or constant
+                dtype, device = dtype or is_constant(node), device or is_constant(node)
                 continue
             if node.op == "call_function":
                 values = list(_literals([node.args, node.kwargs]))
@@ -184,21 +189,51 @@ def tie(
         if ties:
             node.meta["ties"] = ties
     _tie_constants(module, found, sources)
-    fixed = None if meta else "tracing on the meta device failed, so that devices can't be tied"
-    return Literals(None, fixed)
+    return Literals(None, None if meta else "devices were not compared")
+
+
+def tie_devices(module: fx.GraphModule, moved: fx.GraphModule, root: nn.Module) -> str | None:
+    """Tie the device literals of a graph whose variant on the meta device has other ops.
+
+    Some operations are recorded differently on that device.  That is no matter as long as the nodes
+    concerned hold no device.
+
+    Returns:
+        Why devices can't follow, or None where they do.
+    """
+    found = compare(module, moved)
+    partners = dict(found.pairs)
+    sources = _Sources(module, root)
+    for inner in all_graphs(module):
+        for node in inner.graph.nodes:
+            reads = [] if name_of(node).startswith("aten::lift_fresh") else _constants(node)
+            places = {p: v for p, v in arguments(node) if isinstance(v, torch.device)}
+            sizes = [lookup(inner, str(n.target)).ndim for n in reads]
+            other = partners.get(node)
+            if other is None and (places or any(sizes)):
+                return f"node {node.name} ({node.target}) makes a tensor on a fixed device"
+            for place, device in places.items() if other is not None else ():
+                if get_argument(other, place) == device:
+                    continue
+                made = sources.tie(node, "device", device)
+                if made is None:
+                    return f"nothing says on which device node {node.name} shall be"
+                node.meta.setdefault("ties", {})[place] = made
+    _tie_constants(module, found, sources)
+    return None
 
 
 def _tie_constants(module: fx.GraphModule, found: Comparison, sources: _Sources) -> None:
     """Constants that the model's code makes in its own dtype or on its own device follow it."""
     for one, two in found.pairs:
-        reads = [n for n in one.all_input_nodes if n.op == "get_attr"]
-        others = [n for n in two.all_input_nodes if n.op == "get_attr"]
-        for mine, other in zip(reads, others, strict=False):
+        reads, others = _constants(one), _constants(two)
+        if len(reads) != len(others):
+            continue
+        for mine, other in zip(reads, others, strict=True):
             a = lookup(mine.graph.owning_module, str(mine.target))
             b = lookup(other.graph.owning_module, str(other.target))
-            if not isinstance(a, torch.Tensor) or "lifted_tensor" not in str(mine.target):
-                continue
-            ties = {}
+            known = mine.meta.get("ties", {}).get(CONSTANT, ())
+            ties: dict[str, Tie | None] = {t.kind: t for t in known}
             if a.dtype != b.dtype:
                 ties["dtype"] = sources.tie(one, "dtype", a.dtype)
             if a.device != b.device:
@@ -206,6 +241,17 @@ def _tie_constants(module: fx.GraphModule, found: Comparison, sources: _Sources)
             made = tuple(t for t in ties.values() if t is not None)
             if made:
                 mine.meta["ties"] = {CONSTANT: made}
+
+
+def _constants(node: fx.Node) -> list[fx.Node]:
+    """The constants that a node reads, directly or through the copy that makes them fresh."""
+    result = []
+    for read in node.all_input_nodes:
+        while name_of(read) in ("aten::lift_fresh_copy", "aten::lift_fresh"):
+            read = read.all_input_nodes[0]
+        if is_constant(read):
+            result.append(read)
+    return result
 
 
 def _refused(node: fx.Node) -> Literals:

@@ -151,13 +151,18 @@ def _unflatten(tree: Tree, leaves: Any) -> Any:
 
 def _rebuild_object(tree: Tree, parts: list[Any]) -> Any:
     value = object.__new__(tree.type)  # type: ignore[type-var, arg-type]
+    tensors = [part for part in parts if isinstance(part, torch.Tensor)]
     for name, part in zip(tree.context, parts, strict=True):
+        if tree.kind == "object" and tensors and isinstance(part, torch.dtype | torch.device):
+            part = getattr(tensors[0], "dtype" if isinstance(part, torch.dtype) else "device")
         object.__setattr__(value, name, part)
     return value
 
 
 def same_tree(one: Tree, other: Tree) -> bool:
-    """Whether two trees have the same structure and static values."""
+    """Whether two trees have the same structure and static values (dtypes and devices apart)."""
+    if isinstance(one.context, torch.dtype | torch.device):
+        return type(one.context) is type(other.context)
     return (
         one.kind == other.kind
         and one.type is other.type
