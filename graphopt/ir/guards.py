@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from graphopt.errors import UnsupportedError
@@ -55,6 +55,25 @@ def compile_arithmetic(code: str) -> Callable[[_Sizes], bool]:
     except SyntaxError as error:
         raise UnsupportedError(f"a size guard that can't be read: {code!r}") from error
     return _compile(tree, code)
+
+
+def compile_expression(code: str) -> Callable[[Mapping[str, Any]], Any]:
+    """Compile arithmetic over named sizes, such as ``2*s0 + 1``.
+
+    Raises:
+        UnsupportedError: The text holds anything else.
+    """
+    try:
+        tree = ast.parse(code, mode="eval").body
+    except SyntaxError as error:
+        raise UnsupportedError(f"a size that can't be read: {code!r}") from error
+    compiled = _compile(tree, code)
+    return lambda symbols: compiled(symbols)  # type: ignore[arg-type]
+
+
+def _name(node: Any, code: str) -> _Eval:
+    name = node.id
+    return lambda s: s[name]
 
 
 def _compile(node: ast.expr, code: str) -> _Eval:
@@ -121,6 +140,7 @@ def _call(node: Any, code: str) -> _Eval:
 
 
 _BUILDERS: dict[type, Callable[[Any, str], _Eval]] = {
+    ast.Name: _name,
     ast.Subscript: _subscript,
     ast.UnaryOp: _unary,
     ast.BinOp: _binary,

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import inspect
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,12 +15,20 @@ from torch import fx, nn
 
 from graphopt.errors import UnsupportedError
 from graphopt.ir.codegen import Code, generate
-from graphopt.ir.graphs import bind_graph, lookup
+from graphopt.ir.document import TensorTable, decode_program, encode_program
+from graphopt.ir.graphs import bind_graph, copy_graph, lookup
 from graphopt.ir.literals import check_move
+from graphopt.ir.metadata import is_stale, refreshed
 from graphopt.ir.mode import runs_eval
 from graphopt.ir.program import Program
 from graphopt.ir.signature import Signature
-from graphopt.ir.skeleton import Container, SequenceContainer, Skeleton, copy_tree
+from graphopt.ir.skeleton import (
+    Container,
+    SequenceContainer,
+    Skeleton,
+    all_tensors,
+    copy_tree,
+)
 
 _OPAQUE = "a planned graphopt module runs as it is planned, and is not traced into"
 
@@ -89,8 +100,48 @@ class OptimizedModule(Container):
 
     @property
     def program(self) -> Program:
-        """The program, with its plans and rules; shares this module's parameters and buffers."""
+        """The program, with its plans and rules; shares this module's parameters and buffers.
+
+        After ``.half()`` or ``.to()`` it is one with the literals and metadata of these.
+        """
+        if is_stale(self._program):
+            self.__dict__["_program"] = refreshed(self._program)
         return self._program
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write this module to a file, without pickle; `graphopt.load` reads it.
+
+        Raises:
+            UnsupportedError: It holds something that has no form in a file; says what.
+            OutputError: The file can't be written.
+        """
+        from graphopt.ir.persist import save
+
+        save(self, path)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> OptimizedModule:
+        tensors = {id(t): copy.deepcopy(t, memo) for t in all_tensors(self)}
+        result = copy_tree(self, _class_for(self._program), tensors)
+        memo[id(self)] = result
+        assert isinstance(result, OptimizedModule)
+        old = self._program
+        second = old.eval_module
+        program = old.replace(
+            module=copy_graph(old.module),
+            eval_module=None if second is None else copy_graph(second),
+            planner=copy.deepcopy(old.planner, memo),
+        )
+        _install(result, program)
+        result.__dict__.update(copy.deepcopy(_own_state(self), memo))
+        return result
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        document, tensors = self._packed()
+        return _restored, (document, tensors, _objects(self), _own_state(self))
+
+    def _packed(self) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+        table = TensorTable()
+        return encode_program(self._program, table), table.tensors
 
     @property
     def code(self) -> str:
@@ -110,6 +161,56 @@ class OptimizedModule(Container):
             if program is None:
                 raise
             return _from_source(self, program.skeleton, name)
+
+
+_INSTALLED = frozenset({"_program", "_graphs", "_planner", "_modules", "_parameters", "_buffers"})
+
+
+def _own_state(module: OptimizedModule) -> dict[str, Any]:
+    """What a user has put on the module: hooks, attributes, the mode."""
+    return {
+        name: value
+        for name, value in vars(module).items()
+        if name not in _INSTALLED and not isinstance(value, torch.Tensor)
+    }
+
+
+def _objects(module: OptimizedModule) -> dict[str, Any]:
+    """Parts of a program that pickle as ordinary objects."""
+    program = module._program
+    skeleton = program.skeleton
+    return {
+        "signatures": (program.signature, program.eval_signature),
+        "planner": program.planner,
+        "report": program.report,
+        "history": program.history,
+        "attributes": skeleton.attributes,
+        "source": skeleton.source,
+    }
+
+
+def _restored(
+    document: dict[str, Any],
+    tensors: dict[str, torch.Tensor],
+    objects: dict[str, Any],
+    own: dict[str, Any],
+) -> OptimizedModule:
+    """Rebuild a pickled module."""
+    program = decode_program(document, tensors, trust=True)
+    skeleton = dataclasses.replace(
+        program.skeleton, attributes=objects["attributes"], source=objects["source"]
+    )
+    program = program.replace(
+        skeleton=skeleton,
+        planner=objects["planner"],
+        report=objects["report"],
+        history=objects["history"],
+        signature=objects["signatures"][0],
+        eval_signature=objects["signatures"][1],
+    )
+    module = program.emit()
+    module.__dict__.update(own)
+    return module
 
 
 def _from_source(module: OptimizedModule, skeleton: Skeleton, name: str) -> Any:

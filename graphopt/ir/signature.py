@@ -127,6 +127,11 @@ def _registered(cls: type) -> Any:
     return None
 
 
+def is_registered(cls: type) -> bool:
+    """Whether torch's pytree registry knows a class (or it is a named tuple)."""
+    return _registered(cls) is not None
+
+
 def unflatten(tree: Tree, leaves: Iterable[Any]) -> Any:
     """Rebuild a nested value from its tree and its leaves."""
     return _unflatten(tree, iter(leaves))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import types
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -121,9 +122,11 @@ class Skeleton:
 
     def rebuilt(self, root: Container) -> Skeleton:
         """The same skeleton with another tree of containers."""
-        return Skeleton(
-            root, self.attributes, self.source, self.properties, self.methods, self.flags
-        )
+        return dataclasses.replace(self, root=root)
+
+    def with_attributes(self, attributes: Mapping[str, Any]) -> Skeleton:
+        """The same skeleton with other attributes."""
+        return dataclasses.replace(self, attributes=attributes)
 
 
 def build(model: nn.Module, flags: Mapping[bool, Mapping[str, bool]]) -> Skeleton:
@@ -189,6 +192,15 @@ def _extra_repr(module: nn.Module) -> str:
         return ""
 
 
+def all_tensors(root: Container) -> list[torch.Tensor]:
+    """Parameters, buffers and constants of a tree of containers, each once."""
+    found: dict[int, torch.Tensor] = {}
+    for module in root.modules():
+        own = (*module._parameters.values(), *module._buffers.values(), *vars(module).values())
+        found.update({id(t): t for t in own if isinstance(t, torch.Tensor)})
+    return list(found.values())
+
+
 def copy_tree(
     container: Container, make_root: Callable[[], Container], replaced: Mapping[int, Any]
 ) -> Container:
@@ -204,10 +216,10 @@ def _fill(
     new: Container, old: Container, seen: dict[int, Container], replaced: Mapping[int, Any]
 ) -> None:
     for name, value in vars(old).items():
-        if name in ("_path", "_class_name", "_repr", "_extra_state", "_version", "training") or (
-            name not in _MODULE_FIELDS and isinstance(value, torch.Tensor)
-        ):
+        if name in ("_path", "_class_name", "_repr", "_extra_state", "_version", "training"):
             new.__dict__[name] = value
+        elif name not in _MODULE_FIELDS and isinstance(value, torch.Tensor):
+            new.__dict__[name] = replaced.get(id(value), value)
     for key, tensor in old._parameters.items():
         new._parameters[key] = replaced.get(id(tensor), tensor)
     for key, tensor in old._buffers.items():
