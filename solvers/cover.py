@@ -10,28 +10,15 @@ k fit the budget. So, with r(t) = 1 if task t is recomputed at all:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
 
 import numpy as np
 from ortools.sat.python import cp_model
 
-from graphopt.solvers.arrays import Array, Arrays
+from graphopt.solvers.arrays import Arrays
 from graphopt.solvers.stages import StagePlan
 
-
-@dataclass(frozen=True)
-class CoverBound:
-    """A bound on what has to be recomputed.
-
-    Attributes:
-        extra: no plan within the budget recomputes less than this duration.
-        infeasible: whether it is proven that no plan fits the budget.
-        tasks: the recomputed tasks of the relaxation's best solution, a hint.
-    """
-
-    extra: int
-    infeasible: bool
-    tasks: tuple[int, ...] = ()
+_HUGE = 2**60
 
 
 def working_set(arrays: Arrays) -> int:
@@ -46,107 +33,78 @@ def working_set(arrays: Arrays) -> int:
     return int((needed + inputs).max())
 
 
-def cover_bound(
-    arrays: Arrays,
-    budget: int,
-    *,
-    time_limit: float = 5.0,
-    step_limit: float | None = None,
-    rounds: int = 6,
-    workers: int = 1,
-) -> CoverBound:
-    """Solves the cover relaxation over the stages that bind, added round by round.
+class CoverBounder:
+    """Raises the cover bound round by round, with more and more stages."""
 
-    Args:
-        arrays: the task graph.
-        budget: bytes.
-        time_limit: seconds.
-        step_limit: CP-SAT's deterministic time instead, for repeatable answers.
-        rounds: how often violated stages are added.
-        workers: threads of CP-SAT.
-    """
-    if working_set(arrays) > budget:
-        return CoverBound(0, infeasible=True)
-    peaks = StagePlan(arrays).peaks()
-    chosen: list[int] = []
-    best = CoverBound(0, infeasible=False)
-    for _ in range(rounds):
-        fresh = _violated(arrays, budget, peaks, chosen, best.tasks)
-        if not fresh:
-            break
-        chosen = sorted({*chosen, *fresh})
-        found = _relaxation(
-            arrays,
-            budget,
-            chosen,
-            time_limit / rounds,
-            None if step_limit is None else step_limit / rounds,
-            workers,
-        )
-        if found.infeasible:
-            return found
-        if found.extra >= best.extra:
-            best = found
-    return best
+    def __init__(self, arrays: Arrays, budget: int) -> None:
+        """Ranks the stages by how far the plain order is over budget there."""
+        self.arrays, self.budget = arrays, budget
+        self.infeasible = working_set(arrays) > budget
+        self.extra = 0
+        self.stages: list[int] = []
+        self.exhausted = False
+        over = StagePlan(arrays).peaks() - budget
+        self._ranked = [s for s in np.argsort(-over, kind="stable").tolist() if over[s] > 0]
+        self._solver: cp_model.CpSolver | None = None
 
+    def stop(self) -> None:
+        """Ends a running round early; may be called from another thread."""
+        if self._solver is not None:
+            self._solver.stop_search()
 
-def _violated(
-    arrays: Arrays, budget: int, peaks: Array, chosen: list[int], tasks: tuple[int, ...]
-) -> list[int]:
-    """Stages that stay over budget when the given tasks' values are dropped; the worst few."""
-    n = len(arrays.duration)
-    dropped = np.zeros(n, bool)
-    dropped[list(tasks)] = True
-    relief = np.zeros(n + 1, np.int64)
-    for value in np.flatnonzero(dropped[arrays.producer]).tolist():
-        uses = arrays.use_idx[arrays.use_ptr[value] : arrays.use_ptr[value + 1]]
-        points = [int(arrays.producer[value]), *uses.tolist()]
-        if arrays.keep[value]:
-            points.append(n)
-        for start, end in zip(points, points[1:], strict=False):
-            relief[start + 1 : end] += arrays.bytes[value]
-    over = peaks - relief[:n] - budget
-    over[chosen] = 0
-    order = np.argsort(-over, kind="stable")
-    picked: list[int] = []
-    for stage in order.tolist():
-        if over[stage] <= 0 or len(picked) >= 8:
-            break
-        if all(abs(stage - other) > n // 60 for other in picked):
-            picked.append(stage)
-    return picked
+    def round(self, time_limit: float, steps: float | None = None, target: int = _HUGE) -> bool:
+        """Adds stages and solves the relaxation again.
 
+        Args:
+            time_limit: seconds.
+            steps: CP-SAT's deterministic time, for repeatable answers.
+            target: stop once the bound on the extra duration is this high.
 
-def _relaxation(
-    arrays: Arrays,
-    budget: int,
-    stages: list[int],
-    time_limit: float,
-    step_limit: float | None,
-    workers: int,
-) -> CoverBound:
-    model = cp_model.CpModel()
-    again: dict[int, cp_model.IntVar] = {}
-    for stage in stages:
-        _conditions(model, arrays, budget, stage, again)
-    tasks = sorted(again)
-    weights = [int(arrays.duration[t]) for t in tasks]
-    model.minimize(sum(w * again[t] for w, t in zip(weights, tasks, strict=True)))
-    solver = cp_model.CpSolver()
-    solver.parameters.num_workers = workers
-    if step_limit is None:
+        Returns:
+            Whether the relaxation was solved to the end.
+        """
+        self._widen()
+        model = cp_model.CpModel()
+        again: dict[int, cp_model.IntVar] = {}
+        for stage in self.stages:
+            _conditions(model, self.arrays, self.budget, stage, again)
+        extra = sum(int(self.arrays.duration[t]) * var for t, var in again.items())
+        if again:
+            model.add(extra >= self.extra)
+        model.minimize(extra)
+        solver = self._solver = cp_model.CpSolver()
+        solver.parameters.num_workers = 1
+        solver.parameters.linearization_level = 2
+        solver.parameters.catch_sigint_signal = False
         solver.parameters.max_time_in_seconds = max(0.05, time_limit)
-    else:
-        solver.parameters.max_deterministic_time = step_limit
-    status = solver.solve(model)
-    if status == cp_model.INFEASIBLE:
-        return CoverBound(0, infeasible=True)
-    if status in (cp_model.OPTIMAL, cp_model.FEASIBLE):
-        picked = tuple(t for t in tasks if solver.value(again[t]))
-    else:
-        picked = ()
-    bound = solver.best_objective_bound if status != cp_model.MODEL_INVALID else 0.0
-    return CoverBound(max(0, int(np.ceil(bound - 1e-6))), False, picked)
+        if steps is not None:
+            solver.parameters.max_deterministic_time = steps
+        solver.best_bound_callback = lambda bound: self._note(bound, target, solver)
+        status = solver.solve(model)
+        if status == cp_model.INFEASIBLE:
+            self.infeasible = True
+        elif status != cp_model.MODEL_INVALID:
+            self._note(solver.best_objective_bound, target, solver)
+        return status in (cp_model.OPTIMAL, cp_model.INFEASIBLE)
+
+    def _note(self, bound: float, target: int, solver: cp_model.CpSolver) -> None:
+        if abs(bound) < _HUGE:
+            self.extra = max(self.extra, math.ceil(bound - 1e-6))
+        if self.extra >= target:
+            solver.stop_search()
+
+    def _widen(self) -> None:
+        """Adds the stages most over budget, well apart; then the ones in between."""
+        n, wanted = len(self.arrays.duration), max(1, 2 * len(self.stages))
+        distance = max(1, n // 50)
+        while len(self.stages) < wanted and distance:
+            for stage in self._ranked:
+                if len(self.stages) >= wanted:
+                    break
+                if all(abs(stage - other) >= distance for other in self.stages):
+                    self.stages.append(stage)
+            distance //= 2
+        self.exhausted = len(self.stages) >= len(self._ranked)
 
 
 def _conditions(

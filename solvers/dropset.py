@@ -17,7 +17,7 @@ from graphopt.solvers.arrays import Array, Arrays
 
 
 @njit(cache=True, nogil=True)
-def recompute_stages(a, cut, stage):  # noqa: ANN001, ANN201 -- compiled: types are inferred
+def recompute_stages(a, cut, stage):
     """Fills `stage[t]` with the stage that recomputes task t (n: never); returns the duration."""
     n = len(a.duration)
     extra = 0
@@ -42,7 +42,7 @@ def recompute_stages(a, cut, stage):  # noqa: ANN001, ANN201 -- compiled: types 
 
 
 @njit(cache=True, nogil=True)
-def stage_peaks(a, stage, end1, end2, carry, head, link, mark, peaks):  # noqa: ANN001, ANN201
+def stage_peaks(a, stage, end1, end2, carry, head, link, mark, peaks):
     """Fills `peaks[s]`, the most bytes live at any step of stage s.
 
     Args:
@@ -105,7 +105,7 @@ def stage_peaks(a, stage, end1, end2, carry, head, link, mark, peaks):  # noqa: 
 
 
 @njit(cache=True, nogil=True)
-def _mixed_stage(a, s, stage, end1, end2, live, t, link, mark):  # noqa: ANN001, ANN202, PLR0913
+def _mixed_stage(a, s, stage, end1, end2, live, t, link, mark):
     """Peak of a stage with recomputations, walked backwards from its last step."""
     task = s
     peak = 0
@@ -135,7 +135,7 @@ def _mixed_stage(a, s, stage, end1, end2, live, t, link, mark):  # noqa: ANN001,
 
 
 @njit(cache=True, nogil=True)
-def anneal(  # noqa: ANN201, PLR0913, C901
+def anneal(
     a,
     budget,
     cut,
@@ -149,7 +149,7 @@ def anneal(  # noqa: ANN201, PLR0913, C901
     t0,
     t1,
     price,
-    seed,  # noqa: ANN001
+    seed,
 ):
     """Simulated annealing over cuts; `cut` is the state, `best_cut` and `best` the incumbent.
 
@@ -213,7 +213,7 @@ def anneal(  # noqa: ANN201, PLR0913, C901
 
 
 @njit(cache=True, nogil=True)
-def _move(cut, options, opt_ptr, gap_cut, pool, n, undo_v, undo_c):  # noqa: ANN001, ANN202, PLR0913
+def _move(cut, options, opt_ptr, gap_cut, pool, n, undo_v, undo_c):
     """Changes 1-3 values, or a run of neighbours, and notes how to undo it."""
     changed = 0
     size = len(pool)

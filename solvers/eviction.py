@@ -68,7 +68,7 @@ def _gain(over: Array, changes: list[tuple[int, int, int]]) -> float:
     return float((np.maximum(part, 0) - np.maximum(part + change, 0)).sum())
 
 
-def _candidates(plan: StagePlan, worst: int, stuck: set[tuple[int, int]]):  # noqa: ANN202
+def _candidates(plan: StagePlan, worst: int, stuck: set[tuple[int, int]]):
     """Evictions of values that live through the stage without being used in it."""
     a = plan.a
     alive = (a.producer < worst) & (a.bytes > 0) & (a.recomputable[a.producer] > 0)

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import math
+import threading
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
 from graphopt.solvers.arrays import to_arrays
+from graphopt.solvers.cover import CoverBounder, working_set
+from graphopt.solvers.eviction import evict
 from graphopt.solvers.graph import TaskGraph, TaskGraphError
 from graphopt.solvers.solution import Incumbent, OnProgress, Solution
+from graphopt.solvers.stages import StagePlan
+
+_STEP_SECONDS = 0.001  # deterministic time of CP-SAT that one counted step is worth
 
 
 def solve(
@@ -32,7 +38,7 @@ def solve(
         budget: most bytes that may be live at any step.
         order: "input": first executions follow the order of the tasks; "free": any order.
         time_limit: seconds.
-        step_limit: bounds the work by counted steps as well (one is about a millisecond): the
+        step_limit: bounds the work by counted steps instead (one is about a millisecond): the
             same limit and seed give the same plan, as long as the time limit does not strike.
         seed: of all random choices.
         on_progress: called with a `Progress` whenever something improves, and in between.
@@ -44,14 +50,16 @@ def solve(
         TaskGraphError: a budget, order or start that makes no sense.
     """
     _check_arguments(graph, budget, order, time_limit)
-    incumbent = Incumbent(graph, budget, order, on_progress)
+    incumbent = Incumbent(graph, int(budget), order, on_progress)
     if start is not None:
-        incumbent.offer(start, "given")
-    run = _Run(graph, incumbent, time_limit, step_limit, seed, max_copies)
+        incumbent.offer([int(task) for task in start], "given")
+    run = Run(graph, incumbent, time_limit, step_limit, seed, max_copies)
     try:
         run.all()
     except KeyboardInterrupt:
         incumbent.report("interrupted")
+    finally:
+        run.close()
     return run.solution()
 
 
@@ -66,96 +74,97 @@ def _check_arguments(graph: TaskGraph, budget: int, order: str, time_limit: floa
         raise TaskGraphError(f"time_limit must be a positive number of seconds, not {time_limit!r}")
 
 
-@dataclass
-class _Run:
-    """One call of `solve`."""
+class Run:
+    """One call of `solve`: starts, then search, with the bounds in a second thread."""
 
-    graph: TaskGraph
-    incumbent: Incumbent
-    time_limit: float
-    step_limit: int | None
-    seed: int
-    max_copies: int
+    def __init__(
+        self,
+        graph: TaskGraph,
+        incumbent: Incumbent,
+        time_limit: float,
+        step_limit: int | None,
+        seed: int,
+        max_copies: int,
+    ) -> None:
+        """Notes what to do."""
+        from graphopt.solvers.search import Clock
 
-    def left(self) -> float:
-        return self.time_limit - self.incumbent.elapsed
+        self.graph, self.incumbent, self.seed = graph, incumbent, seed
+        self.max_copies, self.step_limit = max_copies, step_limit
+        self.clock = Clock(incumbent, time_limit, step_limit)
+        self.arrays = to_arrays(graph)
+        self.bounder = CoverBounder(self.arrays, incumbent.budget)
+        self.closing = threading.Event()
+        self.thread: threading.Thread | None = None
+        self.scope = "any number of recomputations"
 
     def all(self) -> None:
-        from graphopt.solvers.cover import cover_bound, working_set
-        from graphopt.solvers.stages import StagePlan
-
-        self.arrays = to_arrays(self.graph)
-        if self.incumbent.feasible or working_set(self.arrays) > self.incumbent.budget:
+        """Works until the clock runs out or nothing better can exist."""
+        if self.incumbent.feasible or self.bounder.infeasible:
             return
-        from graphopt.solvers.eviction import evict
-        import time
+        if self.clock.counted:
+            self._bound_counted()
+        self._evict()
+        if self.incumbent.optimal or self.bounder.infeasible:
+            return
+        if not self.clock.counted:
+            self.thread = threading.Thread(target=self._bound, daemon=True)
+            self.thread.start()
+        self._search()
 
+    def close(self) -> None:
+        """Ends the second thread."""
+        self.closing.set()
+        if self.thread is not None:
+            while self.thread.is_alive():
+                self.bounder.stop()
+                self.thread.join(0.05)
+
+    def _evict(self) -> None:
+        """The first plan, in plain numpy: it must not wait for a compiler."""
         plan = StagePlan(self.arrays)
-        now = time.perf_counter()
-        evict(plan, self.incumbent.budget, now + min(self.left(), 5.0))
+        limit = 1e9 if self.clock.counted else min(self.clock.left(), 5.0)
+        evict(plan, self.incumbent.budget, time.perf_counter() + limit)
         self.incumbent.offer(plan.sequence(), "eviction")
-        if self.left() > 2:
-            bound = cover_bound(
-                self.arrays, self.incumbent.budget, time_limit=min(10.0, self.left() * 0.2)
+
+    def _search(self) -> None:
+        from graphopt.solvers.search import Search, wait_for_compiler
+
+        if not wait_for_compiler(self.clock.left()):
+            return
+        Search(
+            self.graph, self.arrays, self.incumbent, self.clock, self.seed,
+            lambda: self.bounder.infeasible,
+        ).run()  # fmt: skip
+
+    def _bound(self) -> None:
+        while not (self.closing.is_set() or self.bounder.exhausted or self.incumbent.optimal):
+            if self.bounder.infeasible or self.clock.left() < 0.1:
+                return
+            self.bounder.round(self.clock.left(), target=self._target())
+            self.incumbent.lower_bound = max(
+                self.incumbent.lower_bound, self.graph.duration + self.bounder.extra
             )
-            self.incumbent.raise_bound(self.graph.duration + bound.extra)
-        self.drop_set()
 
-    def drop_set(self) -> None:
-        from graphopt.solvers import dropset as D
+    def _bound_counted(self) -> None:
+        steps = _STEP_SECONDS * (self.step_limit or 0) / 4
+        for _ in range(4):
+            self.bounder.round(self.clock.left(), steps)
+            self.incumbent.raise_bound(self.graph.duration + self.bounder.extra)
+            if self.bounder.exhausted or self.bounder.infeasible:
+                return
 
-        a, inc = self.arrays, self.incumbent
-        space = D.CutSpace(a)
-        mean = self.graph.duration / len(self.graph.tasks)
-        _, _, peaks = D.evaluate(a, space.start)
-        price = 0.05 * self.graph.duration / max(1, np.maximum(peaks - inc.budget, 0).sum())
-        cut = space.start.copy()
-        best_cut, best = cut.copy(), np.array([2**62, 2**62])
-        begin, cycle = self.left(), 0
-        rate, round_time = 2000, min(15.0, max(2.0, begin / 3))
-        while self.left() > 0.05 and not inc.optimal:
-            t0 = inc.elapsed
-            hot = mean * (1.0 if cycle % 2 == 0 else 0.3)
-            while (part := (inc.elapsed - t0) / round_time) < 1 and self.left() > 0.02:
-                before = inc.elapsed
-                temp = hot * (0.003**part)
-                price = D.anneal(
-                    a,
-                    inc.budget,
-                    cut,
-                    best_cut,
-                    best,
-                    space.options,
-                    space.opt_ptr,
-                    space.gap_cut,
-                    space.pool,
-                    rate,
-                    temp,
-                    temp * 0.99,
-                    price,
-                    self.seed,
-                )
-                self.seed += 1
-                took = inc.elapsed - before
-                rate = int(max(50, min(2 * rate, rate * 0.1 / max(took, 1e-4))))
-                if (
-                    best[0] == 0
-                    and self.graph.duration + best[1] < inc.duration
-                    or (not inc.feasible)
-                ):
-                    _, stage, _ = D.evaluate(a, best_cut)
-                    inc.offer(D.to_sequence(stage), "drop set")
-                inc.report("drop-set search")
-                if inc.optimal:
-                    return
-            cycle += 1
-            cut[:] = best_cut
+    def _target(self) -> int:
+        if self.incumbent.feasible:
+            return self.incumbent.duration - self.graph.duration
+        return 2**60
 
     def solution(self) -> Solution:
         """The answer as it stands."""
-        from graphopt.solvers.cover import working_set
-
         inc = self.incumbent
+        least = working_set(self.arrays)
+        if self.bounder.infeasible:
+            least = max(least, inc.budget + 1)
         status = "optimal" if inc.optimal else "feasible" if inc.feasible else "infeasible"
         return Solution(
             sequence=inc.sequence,
@@ -167,8 +176,8 @@ class _Run:
             status=status,
             seconds=inc.elapsed,
             order=inc.order,
-            scope="any number of recomputations, input order",
+            scope=f"{self.scope}, first executions in input order",
             starts=dict(inc.starts),
             min_peak=inc.min_peak,
-            min_peak_bound=working_set(to_arrays(self.graph)),
+            min_peak_bound=least,
         )

@@ -6,7 +6,7 @@ kept alive. Other moves take recomputations back, shift them, or do the same to 
 neighbouring tasks or to every task of the same class (repeated blocks).
 """
 
-# ruff: noqa: ANN001, ANN201, ANN202 -- compiled: types are inferred
+
 from __future__ import annotations
 
 import math
@@ -44,8 +44,8 @@ from graphopt.solvers.table import (
     LOGGED,
     MEMBER,
     MOST,
-    NEVER,
     N_TASKS,
+    NEVER,
     OUT_IDX,
     OUT_PTR,
     OVER,

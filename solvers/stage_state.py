@@ -8,7 +8,7 @@ kept up to date in time linear in the stages that those lifetimes span.
 All functions work on the array of `table.py`, called x.
 """
 
-# ruff: noqa: ANN001, ANN201, ANN202 -- compiled: types are inferred
+
 from __future__ import annotations
 
 from numba import njit
@@ -33,26 +33,26 @@ from graphopt.solvers.table import (
     IN_PTR,
     IS_DIRTY,
     JOB,
-    JOBS,
     JOB_STAGE,
     JOB_TASK,
+    JOBS,
     KEEP,
     LIMIT,
     LISTED,
     LOCAL,
     LOG,
-    LOGGED,
     LOG_SIZE,
     LOG_STAGE,
     LOG_TASK,
+    LOGGED,
     MARK,
     MAX_RUNS,
     MOST,
+    N_TASKS,
     NEVER,
-    NODES,
     NODE_NEXT,
     NODE_TASK,
-    N_TASKS,
+    NODES,
     OUT_BYTES,
     OUT_IDX,
     OUT_PTR,
