@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 from graphopt import registry
 from graphopt.budget import Budget
 from graphopt.comparison import Observation, non_finite, observe, unequal
+from graphopt.cost.models import COST_MODELS
 from graphopt.errors import (
     BudgetError,
     GraphoptError,
@@ -87,7 +88,7 @@ def optimize(
     verify: bool = True,
     memory_scope: str | None = None,
     optimizer: torch.optim.Optimizer | None = None,
-    cost_model: str = "analytic",
+    cost_model: str = "flops",
     instruments: Sequence[Instrument] = (),
     progress: Progress = silent,
     inplace: bool = False,
@@ -113,7 +114,7 @@ def optimize(
         memory_scope: ``"activations"`` (default) or ``"step"``: parameters, gradients and the
             optimizer's state count too; the same as the budget field of that name.
         optimizer: The optimizer whose state counts under ``memory_scope="step"``.
-        cost_model: ``"analytic"`` or ``"profiled"``.
+        cost_model: ``"flops"``, ``"analytic"`` or ``"profiled"``.
         instruments: Further instruments that watch the pipeline.
         progress: Told what goes on.
         inplace: Let the result share the parameters of ``model`` instead of copying it.
@@ -222,7 +223,7 @@ def frontier(
     dynamic: Any = "batch",
     time_limit: float = 60.0,
     seed: int = 0,
-    cost_model: str = "analytic",
+    cost_model: str = "flops",
     progress: Progress = silent,
 ) -> list[tuple[int, float, float]]:
     """What every memory budget would cost, without choosing one.
@@ -236,7 +237,7 @@ def frontier(
         dynamic: As in `capture`.
         time_limit: Seconds for the whole curve.
         seed: Seed of everything random.
-        cost_model: ``"analytic"`` or ``"profiled"``.
+        cost_model: ``"flops"``, ``"analytic"`` or ``"profiled"``.
         progress: Told what goes on.
 
     Returns:
@@ -400,8 +401,8 @@ def _option_names(cls: type[Pass]) -> set[str]:
 def _check_options(time_limit: float, cost_model: str) -> None:
     if not time_limit > 0:
         raise UsageError(f"time_limit={time_limit}: seconds, more than 0")
-    if cost_model not in ("analytic", "profiled"):
-        raise UsageError(f"cost_model={cost_model!r}: 'analytic' or 'profiled'")
+    if cost_model not in COST_MODELS:
+        raise UsageError(f"cost_model={cost_model!r}: one of {', '.join(COST_MODELS)}")
 
 
 def _as_args(inputs: Any) -> tuple[Any, ...]:

@@ -96,7 +96,7 @@ class PassContext:
         optimizer: The optimizer whose state counts under ``memory_scope=step``, or None.
         time_limit: Seconds that a search may take.
         seed: Seed of everything random.
-        cost_model: ``analytic`` or ``profiled``.
+        cost_model: ``flops``, ``analytic`` or ``profiled``.
         progress: Told what goes on.
     """
 
@@ -109,7 +109,7 @@ class PassContext:
     optimizer: Any = None
     time_limit: float = 60.0
     seed: int = 0
-    cost_model: str = "analytic"
+    cost_model: str = "flops"
     progress: Progress = silent
 
 

@@ -54,7 +54,7 @@ class PlanReport:
         recomputed_flops: FLOPs done more than once.
         step_flops: FLOPs of one forward and backward without recomputation.
         seconds: Time spent planning.
-        cost_model: ``analytic`` or ``profiled``.
+        cost_model: ``flops``, ``analytic`` or ``profiled``.
     """
 
     status: str
@@ -64,7 +64,7 @@ class PlanReport:
     recomputed_flops: int
     step_flops: int
     seconds: float
-    cost_model: str = "analytic"
+    cost_model: str = "flops"
 
 
 @dataclass(frozen=True)

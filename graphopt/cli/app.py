@@ -104,8 +104,8 @@ def planning_options(command: Callable[..., Any]) -> Callable[..., Any]:
     @click.option("--seed", type=int, default=0, show_default=True, help="Seed of all draws.")
     @click.option(
         "--cost-model",
-        type=click.Choice(["analytic", "profiled"]),
-        default="analytic",
+        type=click.Choice(["flops", "analytic", "profiled"]),
+        default="flops",
         show_default=True,
         help="Where the seconds of an op come from.",
     )

@@ -1,4 +1,4 @@
-"""Seconds of a node: two models behind one interface."""
+"""Seconds of a node: counted, by a roofline, or measured, behind one interface."""
 
 from __future__ import annotations
 
@@ -103,6 +103,46 @@ class ProfiledCost:
         for node, measurement in found.items():
             seconds = measurement.seconds
             self._known[node] = self.fallback.seconds(node) if seconds is None else seconds
+
+
+@dataclass(frozen=True)
+class FlopsCost:
+    """Work as it is counted: FLOPs, and a quarter of one for each byte moved.
+
+    Independent of the machine, so that plans are the same everywhere, and recomputing elementwise
+    ops is preferred to recomputing products. Seconds are those of a nominal machine of 1 TFLOP/s.
+
+    Attributes:
+        symbols: What stands for symbolic sizes; default: the hints.
+    """
+
+    symbols: Substitution | None = None
+    name: str = "flops"
+
+    def seconds(self, node: fx.Node) -> float:
+        """Seconds of one execution of the node on the nominal machine."""
+        if node.op != "call_function" or node.target is operator.getitem:
+            return 0.0
+        try:
+            moved = bytes_moved(node, self.symbols)
+        except UnknownSizeError:
+            moved = 0
+        return (flops(node, self.symbols) + 0.25 * moved) * 1e-12
+
+    def prepare(self, nodes: Iterable[fx.Node], progress: Progress | None = None) -> None:
+        """Nothing to prepare: every figure is computed."""
+
+
+COST_MODELS = ("flops", "analytic", "profiled")
+
+
+def cost_model(
+    name: str, device: torch.device | str = "cpu", symbols: Substitution | None = None
+) -> CostModel:
+    """The cost model of that name, one of `COST_MODELS`."""
+    if name == "flops":
+        return FlopsCost(symbols)
+    return profiled(device, symbols) if name == "profiled" else analytic(device, symbols)
 
 
 def analytic(

@@ -36,7 +36,8 @@ class Rematerialize(Pass):
         memory: Peak bytes of one forward and backward above parameters, gradients and inputs, or
             a share of the source model's. In eval mode: of the forward pass under `no_grad`.
         scope: `activations`, or `step`: parameters, gradients and optimizer state count too.
-        cost_model: `analytic` (roofline) or `profiled` (every op is timed).
+        cost_model: `flops` (counted, the same on every machine), `analytic` (roofline) or
+            `profiled` (every op is timed).
         hold_outputs: Whether the training loop keeps the model's outputs during backward.
         time_limit: Seconds for the search; None: the pipeline's.
         seed: Of the search; None: the pipeline's.

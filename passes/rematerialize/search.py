@@ -9,15 +9,15 @@ from typing import Any
 
 from graphopt import solvers
 from graphopt.cost.losses import Loss
-from graphopt.cost.models import CostModel, analytic, profiled
+from graphopt.cost.models import CostModel, cost_model
 from graphopt.errors import BudgetInfeasible
 from graphopt.passes.rematerialize.problem import Problem, live_at_peak
 from graphopt.passes.rematerialize.situation import Situation
 from graphopt.pipeline import Progress, silent
 from graphopt.solvers import Solution, TaskGraph
 
-# Durations are whole numbers to the solver: picoseconds.
-_UNIT = 1e12
+# Durations are whole numbers to the solver: femtoseconds.
+_UNIT = 1e15
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class PlanSettings:
         budget: Bytes that a call may take at its peak, above parameters, gradients and inputs.
         time_limit: Seconds that the search may take.
         seed: Of the search.
-        cost_model: `analytic` or `profiled`.
+        cost_model: `flops`, `analytic` or `profiled`.
         loss: The loss; None for the default one.
         hold_outputs: Whether callers keep the outputs during backward.
     """
@@ -36,7 +36,7 @@ class PlanSettings:
     budget: int
     time_limit: float = 60.0
     seed: int = 0
-    cost_model: str = "analytic"
+    cost_model: str = "flops"
     loss: Loss | None = field(default=None, compare=False)
     hold_outputs: bool = False
 
@@ -157,7 +157,7 @@ def make_problem(
     situation: Situation, settings: PlanSettings, progress: Progress = silent
 ) -> Problem:
     """The problem with durations of the chosen cost model."""
-    model: CostModel = profiled() if settings.cost_model == "profiled" else analytic()
+    model: CostModel = cost_model(settings.cost_model)
     progress("measuring the ops")
     model.prepare(situation.computations)
     return situation.problem(
