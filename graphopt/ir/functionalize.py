@@ -8,6 +8,7 @@ import torch
 from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils import _pytree as pytree
 
 from graphopt.ir.aliases import affected, is_sure_view, opname, shares, writes
 
@@ -155,16 +156,26 @@ def _derive(node: fx.Node, twin: Any) -> Any:
         return argument.meta["val"]
 
     args, kwargs = fx.map_arg((node.args, node.kwargs), fake)
+    args, kwargs = pytree.tree_map(_differentiable, (args, kwargs))
     first = args[0]
     if not isinstance(first, FakeTensor):
         raise _Refused("has no metadata")
     try:
-        with enable_python_dispatcher(), torch.no_grad(), first.fake_mode:
-            return twin(*args, **kwargs)
+        with enable_python_dispatcher(), torch.enable_grad(), first.fake_mode:
+            result = twin(*args, **kwargs)
     except Exception as error:  # whatever an op raises on inputs that its twin doesn't take
-        raise _Refused(
-            f"its functional twin refuses these inputs: {type(error).__name__}"
-        ) from None
+        raise _Refused(f"its functional twin refuses these inputs: {type(error).__name__}") from None
+    if "NotImplemented" in type(getattr(result, "grad_fn", None)).__name__:
+        raise _Refused("its functional twin has no derivative")
+    return result
+
+
+def _differentiable(value: Any) -> Any:
+    """A fake tensor that requires a gradient where it can, to see whether the op has one."""
+    if not isinstance(value, torch.Tensor):
+        return value
+    value = value.detach()
+    return value.requires_grad_() if value.is_floating_point() or value.is_complex() else value
 
 
 def _check_same_form(written: fx.Node, node: fx.Node, result: Any) -> None:
