@@ -16,8 +16,8 @@ from graphopt.passes.rematerialize.situation import Situation
 from graphopt.pipeline import Progress, silent
 from graphopt.solvers import Solution, TaskGraph
 
-# Durations are whole numbers to the solver: femtoseconds.
-_UNIT = 1e15
+# Durations are whole numbers to the solver: parts of the whole step.
+_WHOLE = 10**9
 
 
 @dataclass(frozen=True)
@@ -160,8 +160,10 @@ def make_problem(
     model: CostModel = cost_model(settings.cost_model)
     progress("measuring the ops")
     model.prepare(situation.computations)
+    seconds = {node: model.seconds(node) for node in situation.computations}
+    scale = _WHOLE / max(sum(seconds.values()), 1e-30)
     return situation.problem(
-        lambda node: round(model.seconds(node) * _UNIT),
+        lambda node: round(seconds[node] * scale),
         progress=lambda done, total: progress("measuring the ops", done / max(1, total)),
     )
 
