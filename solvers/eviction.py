@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import time
 from bisect import bisect_left
+from collections.abc import Iterator
 
 import numpy as np
 
 from graphopt.solvers.arrays import Array
 from graphopt.solvers.stages import StagePlan
+
+Recomputations = list[tuple[int, int]]  # (stage, task)
+Changes = list[tuple[int, int, int]]  # (first stage, stage after the last, bytes)
 
 
 def evict(plan: StagePlan, budget: int, deadline: float, seed: int = 0, noise: float = 0.0) -> bool:
@@ -40,7 +44,7 @@ def evict(plan: StagePlan, budget: int, deadline: float, seed: int = 0, noise: f
         if time.perf_counter() > deadline:
             return False
         best, best_score = None, 0.0
-        for recomputations, change in _candidates(plan, worst, stuck):
+        for recomputations, change in _candidates(plan, worst, int(over[worst]), stuck):
             price = sum(int(plan.a.duration[task]) for _, task in recomputations) + 1e-9
             gain = _gain(over, change)
             score = gain / price * (1 + noise * random.uniform(-1, 1))
@@ -58,7 +62,7 @@ def evict(plan: StagePlan, budget: int, deadline: float, seed: int = 0, noise: f
     return False
 
 
-def _gain(over: Array, changes: list[tuple[int, int, int]]) -> float:
+def _gain(over: Array, changes: Changes) -> float:
     low = min(start for start, _, _ in changes)
     high = max(end for _, end, _ in changes)
     change = np.zeros(high - low, np.int64)
@@ -68,32 +72,38 @@ def _gain(over: Array, changes: list[tuple[int, int, int]]) -> float:
     return float((np.maximum(part, 0) - np.maximum(part + change, 0)).sum())
 
 
-def _candidates(plan: StagePlan, worst: int, stuck: set[tuple[int, int]]):
+def _candidates(
+    plan: StagePlan, worst: int, excess: int, stuck: set[tuple[int, int]], most: int = 50
+) -> Iterator[tuple[Recomputations, Changes]]:
     """Evictions of values that live through the stage without being used in it."""
     a = plan.a
+    ranked = []
     alive = (a.producer < worst) & (a.bytes > 0) & (a.recomputable[a.producer] > 0)
     for value in np.flatnonzero(alive).tolist():
-        task = int(a.producer[value])
-        interval = next((i for i in plan.intervals(value) if i[0] < worst < i[1]), None)
-        if interval is None or worst in plan.extras.get(task, ()):
-            continue
-        uses = plan.uses(value)
+        task, uses = int(a.producer[value]), plan.uses(value)
         k = bisect_left(uses, worst)
         if k == len(uses) or uses[k] == worst or (uses[k], task) in stuck:
             continue
-        last, upcoming = (uses[k - 1] if k else interval[0]), uses[k]
-        freed = [(max(last, interval[0]) + 1, upcoming, -int(a.bytes[value]))]
+        intervals = plan.intervals(value)
+        start = next((i[0] for i in intervals if i[0] <= worst < i[1]), worst)
+        if start == worst:
+            continue
+        last = max(uses[k - 1], start) if k else start
+        size = int(a.bytes[value])
+        rank = min(size, excess) * (uses[k] - last) ** 0.5 / (int(a.duration[task]) + 1e-3)
+        ranked.append((-rank, task, uses[k], (last + 1, uses[k], -size)))
+    for _, task, upcoming, freed in sorted(ranked)[:most]:
         for chain in (False, True):
             found = _insert(plan, task, upcoming, chain)
             if found is not None:
-                yield found[0], freed + found[1]
-            if found is None or len(found[1]) == 0:
+                yield found[0], [freed, *found[1]]
+            if found is None or not found[1]:
                 break
 
 
 def _insert(
     plan: StagePlan, task: int, stage: int, chain: bool, limit: int = 40
-) -> tuple[list[tuple[int, int]], list[tuple[int, int, int]]] | None:
+) -> tuple[Recomputations, Changes] | None:
     """Recomputations that bring back `task` in `stage`, and the inputs they prolong.
 
     Args:

@@ -102,8 +102,14 @@ class Search:
         self.price = {"stage": graph.duration / excess, "drop": 0.05 * graph.duration / excess}
         self.rate = {"stage": 300, "drop": 300}
 
-    def run(self) -> None:
-        """Cycles until the clock runs out, the incumbent is optimal, or it is told to stop."""
+    def run(self, plan: StagePlan | None = None) -> None:
+        """Cycles until the clock runs out, the incumbent is optimal, or it is told to stop.
+
+        Args:
+            plan: where the stage search begins, even if it is over budget.
+        """
+        if plan is not None:
+            T.set_best(self.x, plan, self.incumbent.budget)
         self._checkpoint_starts()
         begin = 0.0 if self.clock.counted else self.clock.used()
         unit = (1.0 - begin) / sum(share for _, _, share in _CYCLES)

@@ -96,6 +96,7 @@ class Run:
         self.bounder = CoverBounder(self.arrays, incumbent.budget)
         self.closing = threading.Event()
         self.thread: threading.Thread | None = None
+        self.plan: StagePlan | None = None
         self.scope = "any number of recomputations"
 
     def all(self) -> None:
@@ -123,9 +124,10 @@ class Run:
     def _evict(self) -> None:
         """The first plan, in plain numpy: it must not wait for a compiler."""
         plan = StagePlan(self.arrays)
-        limit = 1e9 if self.clock.counted else min(self.clock.left(), 5.0)
+        limit = 1e9 if self.clock.counted else min(self.clock.left(), 2.0)
         evict(plan, self.incumbent.budget, time.perf_counter() + limit)
         self.incumbent.offer(plan.sequence(), "eviction")
+        self.plan = plan
 
     def _search(self) -> None:
         from graphopt.solvers.search import Search, wait_for_compiler
@@ -135,7 +137,7 @@ class Run:
         Search(
             self.graph, self.arrays, self.incumbent, self.clock, self.seed,
             lambda: self.bounder.infeasible,
-        ).run()  # fmt: skip
+        ).run(self.plan)  # fmt: skip
 
     def _bound(self) -> None:
         while not (self.closing.is_set() or self.bounder.exhausted or self.incumbent.optimal):

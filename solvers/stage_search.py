@@ -6,7 +6,6 @@ kept alive. Other moves take recomputations back, shift them, or do the same to 
 neighbouring tasks or to every task of the same class (repeated blocks).
 """
 
-
 from __future__ import annotations
 
 import math

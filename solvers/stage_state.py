@@ -8,7 +8,6 @@ kept up to date in time linear in the stages that those lifetimes span.
 All functions work on the array of `table.py`, called x.
 """
 
-
 from __future__ import annotations
 
 from numba import njit

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def checkpoint_cuts(arrays: Arrays, space: CutSpace) -> Iterator[tuple[str, Array]]:
     """Yields (name, cuts): segments of several lengths, and min-cut saved sets."""
     turn = turning_stage(arrays)
-    dropped = np.where(space.start < len(arrays.duration), space.gap_cut, space.start)
+    dropped = _dropped_at(arrays, space, turn)
     root = max(1, round(turn**0.5))
     counts = sorted({1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, root, 2 * root, turn // 2 or 1})
     for count in counts:
@@ -39,6 +39,17 @@ def turning_stage(arrays: Arrays) -> int:
     np.add.at(change, arrays.producer, arrays.bytes)
     np.add.at(change, last + 1, -arrays.bytes)
     return int(np.argmax(np.cumsum(change)[:n]))
+
+
+def _dropped_at(arrays: Arrays, space: CutSpace, turn: int) -> Array:
+    """Every value of the forward part dies after its last use there."""
+    cut = space.start.copy()
+    for value in space.pool.tolist():
+        uses = arrays.use_idx[arrays.use_ptr[value] : arrays.use_ptr[value + 1]]
+        if arrays.producer[value] < turn:
+            k = int(np.searchsorted(uses, turn, side="right"))
+            cut[value] = uses[k - 1] if k else arrays.producer[value]
+    return cut
 
 
 def _segments(arrays: Arrays, dropped: Array, turn: int, count: int) -> Array:
