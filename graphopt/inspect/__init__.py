@@ -1,1 +1,88 @@
-"""Views of a program as text, JSON, DOT, SVG and HTML."""
+"""Views of a program: a table by module; its graph as Python, JSON, DOT, SVG."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+from graphopt.errors import UnsupportedError, suggest
+from graphopt.inspect.document import Document, document
+from graphopt.inspect.drawing import dot_text, explorer_form, svg_text
+from graphopt.inspect.live import LiveBytes, live_bytes
+from graphopt.inspect.nodes import SCHEMA_VERSION, NodeView, json_form, node_views
+from graphopt.inspect.python import python_text
+from graphopt.inspect.summary import ScopeRow, Summary, summarize
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from graphopt.ir.program import Program
+
+__all__ = [
+    "FORMATS",
+    "SCHEMA_VERSION",
+    "Document",
+    "LiveBytes",
+    "NodeView",
+    "ScopeRow",
+    "Summary",
+    "compare_html",
+    "document",
+    "dump",
+    "live_bytes",
+    "node_views",
+    "summarize",
+    "table",
+]
+
+_PRINTERS = {
+    "py": python_text,
+    "json": lambda shown: json.dumps(json_form(shown), indent=1, allow_nan=False),
+    "dot": dot_text,
+    "svg": svg_text,
+    "model-explorer": lambda shown: json.dumps(explorer_form(shown), indent=1, allow_nan=False),
+}
+FORMATS = tuple(_PRINTERS)
+
+
+def dump(
+    program: Program, form: str = "py", *, view: str = "program", training: bool = True
+) -> str:
+    """A program's graph as text.
+
+    Args:
+        program: A captured program.
+        form: ``py`` (readable Python that runs), ``json``, ``dot``, ``svg``, ``model-explorer``.
+        view: ``program`` (the forward graph), ``joint`` (with the backward graph), ``plan`` (the
+            stages of a planned step).
+        training: Mode of the model.
+
+    Returns:
+        The text.
+
+    Raises:
+        UnsupportedError: An unknown format or view; no plan to show; no Graphviz for ``svg``;
+            something that Python text can't express.
+    """
+    printer = _PRINTERS.get(form)
+    if printer is None:
+        known = ", ".join(FORMATS)
+        hint = suggest(form, FORMATS) or f"one of {known}"
+        raise UnsupportedError(f"no format {form!r} for dumps", hint=hint)
+    return printer(document(program, view, training=training))
+
+
+def table(program: Program, *, training: bool = True, depth: int | None = None) -> Table:
+    """The table of a program by module, for a terminal; `summarize` gives the data."""
+    return summarize(program, training=training).table(depth)
+
+
+def compare_html(before: Program, after: Program) -> str:
+    """A page that compares two programs.
+
+    Raises:
+        UnsupportedError: Always, for now.
+    """
+    raise UnsupportedError(
+        "HTML pages aren't built yet", hint="use dump with py, json, dot, svg or model-explorer"
+    )

@@ -1,0 +1,143 @@
+"""Live bytes of a graph run node after node, and whose they are at the peak."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from graphopt.cost.operators import OpMeasurement, Progress, measure_ops
+
+
+@dataclass(frozen=True)
+class LiveBytes:
+    """Bytes alive while a graph runs, each value let go after its last use.
+
+    Attributes:
+        peak: Most live bytes at any node, temporaries included.
+        at: The node at which that is.
+        timeline: ``(node, live bytes while it runs)`` for each call, in order.
+        holders: Node -> bytes of its values that are live at the peak; the node at the peak
+            includes its temporaries.
+        allocated: Node -> bytes that it allocates for its values.
+        largest_workspace: Most bytes of temporaries of any node.
+    """
+
+    peak: int
+    at: fx.Node | None
+    timeline: tuple[tuple[fx.Node, int], ...]
+    holders: Mapping[fx.Node, int]
+    allocated: Mapping[fx.Node, int] = field(default_factory=dict)
+    largest_workspace: int = 0
+
+
+def live_bytes(
+    graph: fx.Graph, progress: Progress | None = None, *, keep_outputs: bool = True
+) -> LiveBytes:
+    """Simulate a graph with measured sizes (see `graphopt.cost.measure_ops`).
+
+    Args:
+        graph: A forward-level or joint graph.  Its inputs, parameters and buffers don't count.
+        progress: Called with ``(ops measured, ops in all)``.
+        keep_outputs: Whether outputs live to the end.  If not, they die after their last use in the
+            graph, as gradients do once they are added to those that are allocated already.
+    """
+    calls = [node for node in graph.nodes if node.op == "call_function"]
+    measured = measure_ops(calls, progress=progress)
+    storages = _Storages(measured)
+    for node in graph.nodes:
+        storages.visit(node)
+    nodes = [n for n in graph.nodes if keep_outputs or n.op != "output"]
+    return _simulate(nodes, storages, measured)
+
+
+@dataclass
+class _Storages:
+    """Which storages each node's values lie in."""
+
+    measured: Mapping[fx.Node, OpMeasurement]
+    of: dict[fx.Node, list[int | None]] = field(default_factory=dict)
+    sizes: list[int] = field(default_factory=list)
+    makers: list[fx.Node] = field(default_factory=list)
+
+    def visit(self, node: fx.Node) -> None:
+        if node.op != "call_function":
+            self.of[node] = [None]
+            return
+        if node.target is operator.getitem:
+            source, index = node.args
+            owners = self.of.get(source, [None])  # type: ignore[arg-type]
+            self.of[node] = [owners[index] if index < len(owners) else None]  # type: ignore[operator, index]
+            return
+        tensors = _tensor_arguments(node)
+        found = self.measured[node]
+        owners = []
+        for size, alias in zip(found.output_bytes, found.aliases, strict=True):
+            if alias is not None:
+                owners.append(self.of[tensors[alias]][0] if alias < len(tensors) else None)
+            elif size:
+                owners.append(len(self.sizes))
+                self.sizes.append(size)
+                self.makers.append(node)
+            else:
+                owners.append(None)
+        self.of[node] = owners
+
+
+def _simulate(
+    nodes: list[fx.Node], storages: _Storages, measured: Mapping[fx.Node, OpMeasurement]
+) -> LiveBytes:
+    dies: dict[int, int] = {}
+    for step, node in enumerate(nodes):
+        for reader in (node, *node.all_input_nodes):
+            dies.update({s: step for s in storages.of[reader] if s is not None})
+    ends: dict[int, list[int]] = {}
+    for storage, step in dies.items():
+        ends.setdefault(step, []).append(storage)
+    alive: set[int] = set()
+    live = peak = 0
+    at: fx.Node | None = None
+    at_peak: frozenset[int] = frozenset()
+    timeline = []
+    for step, node in enumerate(nodes):
+        fresh = {s for s in storages.of[node] if s is not None and storages.makers[s] is node}
+        live += sum(storages.sizes[s] for s in fresh - alive)
+        alive |= fresh
+        if node in measured:
+            now = live + measured[node].workspace
+            timeline.append((node, now))
+            if now > peak:
+                peak, at, at_peak = now, node, frozenset(alive)
+        for storage in ends.get(step, ()):
+            alive.discard(storage)
+            live -= storages.sizes[storage]
+    holders = _by_maker(storages, at_peak)
+    if at is not None and measured[at].workspace:
+        holders[at] = holders.get(at, 0) + measured[at].workspace
+    everything = _by_maker(storages, range(len(storages.sizes)))
+    largest = max((m.workspace for m in measured.values()), default=0)
+    return LiveBytes(peak, at, tuple(timeline), holders, everything, largest)
+
+
+def _by_maker(storages: _Storages, which: Any) -> dict[fx.Node, int]:
+    found: dict[fx.Node, int] = {}
+    for storage in which:
+        maker = storages.makers[storage]
+        found[maker] = found.get(maker, 0) + storages.sizes[storage]
+    return found
+
+
+def _tensor_arguments(node: fx.Node) -> list[fx.Node]:
+    found: list[fx.Node] = []
+
+    def note(argument: fx.Node) -> fx.Node:
+        if isinstance(argument.meta.get("val"), torch.Tensor):
+            found.append(argument)
+        return argument
+
+    fx.map_arg((node.args, node.kwargs), note)
+    return found

@@ -1,0 +1,275 @@
+"""The nodes of a document as plain data, for the views that aren't Python.
+
+Sub-graphs of higher-order ops are laid open: their nodes stand among the others, named
+``outer/inner``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from graphopt.cost.flops import flops
+from graphopt.cost.sizes import UnknownSizeError, output_bytes, tensors_in
+from graphopt.errors import user_line_of
+from graphopt.inspect.document import Document, Segment, phase_of, scope_of
+from graphopt.inspect.text import is_getitem, one_line, short_target, short_type, tensor_type
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class NodeView:
+    """One node of a dump.
+
+    Attributes:
+        name: Unique name.
+        op: ``input``, ``tangent``, ``call`` or ``output``.
+        target: The op, such as ``aten.linear``.
+        inputs: Names of the nodes read, in argument order.
+        state: Paths of the parameters, buffers and constants read.
+        literals: The other arguments by position or name, as text.
+        type: Such as ``f32[4, 16]``; free sizes by their symbols.
+        bytes: Bytes allocated for the example sizes; 0 for views; None where the data decides.
+        flops: FLOPs for the example sizes.
+        scope: Path of the innermost module.
+        module: That module's class.
+        phase: ``forward``, ``backward``, or ``recomputed``.
+        segment: Title of the segment.
+        source: Line of the user's code, or None.
+        saved: Bytes of this value that autograd saves for backward.
+        saved_for: The nodes that save it.
+    """
+
+    name: str
+    op: str
+    target: str = ""
+    inputs: tuple[str, ...] = ()
+    state: tuple[str, ...] = ()
+    literals: Mapping[str, str] = field(default_factory=dict)
+    type: str = ""
+    bytes: int | None = 0
+    flops: int = 0
+    scope: str = ""
+    module: str = ""
+    phase: str = "forward"
+    segment: str = ""
+    source: str | None = None
+    saved: int = 0
+    saved_for: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able form."""
+        data = dict(self.__dict__)
+        data.update(
+            inputs=list(self.inputs),
+            state=list(self.state),
+            literals=dict(self.literals),
+            saved_for=list(self.saved_for),
+        )
+        return data
+
+
+def node_views(document: Document) -> list[NodeView]:
+    """All nodes of a document in order, inputs first and outputs last."""
+    return _Collector(document).collect()
+
+
+def json_form(document: Document) -> dict[str, Any]:
+    """The document as JSON-able data.
+
+    Keys: ``schema_version``; ``view``; ``title``; ``passes`` (pipeline texts); ``inputs``,
+    ``tangents`` and ``state`` (name -> shape, dtype, trainable, constant); ``segments`` (title,
+    phase); ``nodes`` (see `NodeView`); ``saved`` (see `graphopt.ir.saved.SavedTable.to_dict`) or
+    null.  Bytes and FLOPs are those of the example sizes.
+    """
+
+    def slots(items: Any) -> dict[str, Any]:
+        return {
+            slot.name: {
+                "shape": list(slot.shape),
+                "dtype": str(slot.dtype).removeprefix("torch."),
+                "trainable": slot.trainable,
+                "constant": slot.constant is not None,
+            }
+            for slot in items
+        }
+
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "view": document.view,
+        "title": document.title,
+        "passes": list(document.history),
+        "inputs": slots(document.inputs),
+        "tangents": slots(document.tangents),
+        "state": slots(document.state.values()),
+        "segments": [{"title": s.title, "phase": s.phase} for s in document.segments],
+        "nodes": [node.to_dict() for node in node_views(document)],
+        "saved": None if document.saved is None else document.saved.to_dict(),
+    }
+
+
+class _Collector:
+    """Collects the nodes of all segments under names that are unique in the document."""
+
+    def __init__(self, document: Document) -> None:
+        self.document = document
+        self.nodes: list[NodeView] = []
+        self.taken: set[str] = set()
+        self.values: dict[str, tuple[str, ...]] = {}
+        self.outputs: dict[int, tuple[str, ...]] = {}
+
+    def collect(self) -> list[NodeView]:
+        """All nodes."""
+        for op, slots in (("input", self.document.inputs), ("tangent", self.document.tangents)):
+            for slot in slots:
+                name = self._fresh(slot.name)
+                self.values[f"{op} {slot.name}"] = (name,)
+                kind = tensor_type(slot.shape, slot.dtype)
+                phase = "forward" if op == "input" else "backward"
+                self.nodes.append(NodeView(name, op, type=kind, phase=phase))
+        for segment in self.document.segments:
+            self._segment(segment)
+        return self.nodes
+
+    def _fresh(self, wish: str) -> str:
+        unique, count = wish, 1
+        while unique in self.taken:
+            unique, count = f"{wish}_{count}", count + 1
+        self.taken.add(unique)
+        return unique
+
+    def _segment(self, segment: Segment) -> None:
+        env: dict[fx.Node, tuple[str, ...]] = {}
+        state: dict[fx.Node, str] = {}
+        for node, binding in segment.bindings.items():
+            if binding.kind == "state":
+                state[node] = binding.name
+            else:
+                key = binding.name if binding.kind == "value" else f"{binding.kind} {binding.name}"
+                env[node] = self.values[key]
+        self._graph(segment, segment.module, env, state, "")
+        for result in segment.results:
+            value = result.value
+            names = env.get(value, ()) if isinstance(value, fx.Node) else ()
+            if isinstance(value, str):
+                names = self.values.get(value, ())
+            if result.kind == "value":
+                self.values[result.name] = names
+            else:
+                owner = (state[value],) if isinstance(value, fx.Node) and value in state else ()
+                label = self._fresh(f"{result.kind} {result.name}")
+                phase = "backward" if result.kind == "gradient" else "forward"
+                self.nodes.append(
+                    NodeView(label, "output", "", names, owner, phase=phase, segment=segment.title)
+                )
+
+    def _graph(
+        self,
+        segment: Segment,
+        module: fx.GraphModule,
+        env: dict[fx.Node, tuple[str, ...]],
+        state: dict[fx.Node, str],
+        prefix: str,
+    ) -> tuple[str, ...]:
+        modules: dict[fx.Node, fx.GraphModule] = {}
+        for node in module.graph.nodes:
+            if node.op == "get_attr":
+                value: Any = module
+                for part in str(node.target).split("."):
+                    value = getattr(value, part)
+                if isinstance(value, fx.GraphModule):
+                    modules[node] = value
+                else:
+                    state[node] = str(node.target)
+            elif node.op == "output":
+                return tuple(n for source in node.all_input_nodes for n in env.get(source, ()))
+            elif node.op != "placeholder":
+                inner = [modules[n] for n in node.all_input_nodes if n in modules]
+                names = self._inner(segment, node, inner, env, state, prefix)
+                env[node] = (self._add(segment, node, names, env, state, prefix),)
+        return ()
+
+    def _inner(
+        self,
+        segment: Segment,
+        node: fx.Node,
+        modules: list[fx.GraphModule],
+        env: dict[fx.Node, tuple[str, ...]],
+        state: dict[fx.Node, str],
+        prefix: str,
+    ) -> tuple[str, ...]:
+        """Lay the sub-graphs of a node open; gives the names that their results go by."""
+        results: list[str] = []
+        for inner in modules:
+            holders = inner.graph.find_nodes(op="placeholder")
+            operands = _operands(node, len(holders))
+            inside = {h: env.get(o, ()) for h, o in zip(holders, operands, strict=False)}
+            tensors = {h: state[o] for h, o in zip(holders, operands, strict=False) if o in state}
+            results += self._graph(segment, inner, inside, tensors, f"{prefix}{node.name}/")
+        return tuple(results)
+
+    def _add(
+        self,
+        segment: Segment,
+        node: fx.Node,
+        inner: tuple[str, ...],
+        env: Mapping[fx.Node, tuple[str, ...]],
+        state: Mapping[fx.Node, str],
+        prefix: str,
+    ) -> str:
+        inputs = [n for source in node.all_input_nodes for n in env.get(source, ())]
+        path, cls = scope_of(node)
+        saved = self.document.saved
+        held = saved.of(node) if saved is not None and not prefix else None
+        own = held is not None and held.name == node.name
+        name = self._fresh(prefix + node.name)
+        view = NodeView(
+            name,
+            "call",
+            short_target(node),
+            tuple(dict.fromkeys([*inputs, *inner])),
+            tuple(state[source] for source in node.all_input_nodes if source in state),
+            _literals(node),
+            short_type(node.meta.get("val")),
+            _bytes(node),
+            0 if inner else flops(node),
+            path,
+            cls,
+            phase_of(segment, node),
+            segment.title,
+            user_line_of(node),
+            held.bytes if own and held is not None else 0,
+            held.savers if own and held is not None else (),
+        )
+        self.nodes.append(view)
+        return name
+
+
+def _operands(node: fx.Node, count: int) -> list[fx.Node]:
+    found: list[fx.Node] = []
+    fx.map_arg(node.args, lambda n: found.append(n) or n)  # type: ignore[func-returns-value]
+    return found[-count:] if count else []
+
+
+def _literals(node: fx.Node) -> dict[str, str]:
+    found = {}
+    for key, value in [*enumerate(node.args), *node.kwargs.items()]:
+        if not isinstance(value, fx.Node):
+            found[str(key)] = one_line(value)
+    return found
+
+
+def _bytes(node: fx.Node) -> int | None:
+    if is_getitem(node) or next(tensors_in(node.meta.get("val")), None) is None:
+        return 0
+    if isinstance(node.target, torch._ops.HigherOrderOperator):
+        return 0  # its sub-graph's nodes say what they allocate
+    try:
+        return sum(output_bytes(node))
+    except UnknownSizeError:
+        return None
