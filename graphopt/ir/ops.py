@@ -106,7 +106,9 @@ def _inner_nodes(node: fx.Node) -> list[fx.Node]:
     found = []
     for argument in node.all_input_nodes:
         if argument.op == "get_attr" and root is not None:
-            module = root.get_submodule(str(argument.target)) if _is_module(root, argument) else None
+            module = (
+                root.get_submodule(str(argument.target)) if _is_module(root, argument) else None
+            )
             if isinstance(module, fx.GraphModule):
                 found += [n for n in module.graph.nodes if n.op == "call_function"]
     return found

@@ -41,7 +41,10 @@ class CompiledStep:
     """
 
     def __init__(
-        self, step: PlannedStep, fallback: Fallback, compiler: Callable[..., BoxedCallable] = run_boxed
+        self,
+        step: PlannedStep,
+        fallback: Fallback,
+        compiler: Callable[..., BoxedCallable] = run_boxed,
     ) -> None:
         self.step = step
         self.fallback = fallback
@@ -63,10 +66,7 @@ class CompiledStep:
         }
         call = _Call(self, operands, fetch, inputs)
         with _autocast_disabled():
-            if self.step.backward:
-                computed = self._differentiable(call)
-            else:
-                computed = call.run_forward()
+            computed = self._differentiable(call) if self.step.backward else call.run_forward()
         return self._arrange(dict(zip(self.step.results, computed, strict=True)), fetch, inputs)
 
     def _differentiable(self, call: _Call) -> Sequence[Any]:
@@ -282,9 +282,7 @@ class _Replay:
         if not call.step.random:
             return _Replay(None, None)
         cuda = torch.cuda.is_available() and torch.cuda.is_initialized()
-        return _Replay(
-            torch.get_rng_state(), torch.cuda.get_rng_state_all() if cuda else None
-        )
+        return _Replay(torch.get_rng_state(), torch.cuda.get_rng_state_all() if cuda else None)
 
     def gradients(
         self, call: _Call, wanted: Sequence[Operand], tangents: dict[int, Tensor]

@@ -28,8 +28,8 @@ class Step:
     """One entry of a sequence.
 
     Attributes:
-        kind: `run` nodes in a row; `turn` from forward to backward (the loss); `commit` the new value of a
-            mutated operand; `hand_over` a final gradient.
+        kind: `run` nodes in a row; `turn` from forward to backward (the loss); `commit` the new
+            value of a mutated operand; `hand_over` a final gradient.
         nodes: The nodes run.
         reuse: Node run -> the argument whose memory takes its result.
         node: The node whose value is committed or handed over.

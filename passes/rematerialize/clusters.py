@@ -1,9 +1,9 @@
 """Chains of pointwise ops that run in one buffer.
 
 If `y = f(x, ...)` is pointwise, has the layout of `x`, and nobody else reads `x`, then `y` can be
-written over `x`. Keeping `y` is then never worse than keeping `x`, so both become one task: planned,
-run and recomputed together. Nothing is lost and the working set shrinks. The values are the same
-bit for bit, since the same kernel runs, only its output pointer differs.
+written over `x`. Keeping `y` is then never worse than keeping `x`, so both become one task:
+planned, run and recomputed together. Nothing is lost and the working set shrinks. The values are
+the same bit for bit, since the same kernel runs, only its output pointer differs.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 
 from graphopt.passes.rematerialize.problem import Problem
-from graphopt.passes.rematerialize.search import Plan, PlanSettings, find_plan, make_problem
+from graphopt.passes.rematerialize.search import Plan, PlanSettings, Search, make_problem
 from graphopt.passes.rematerialize.situation import CallKey, Situation, make_situation
 from graphopt.runtime.execute import CompiledStep
 from graphopt.runtime.lower import lower
@@ -74,7 +74,7 @@ class MemoryPlanner:
         if plan is None or plan.fingerprint != situation.fingerprint:
             log.info("planning a kind of call that was not planned before")
             problem = make_problem(situation, self.settings)
-            plan = find_plan(situation, self.settings, problem)
+            plan = Search(situation, problem, self.settings).plan(self.settings.budget)
             if not plan.keeps_budget:
                 raise plan.infeasible()
             self.adopt(key, situation, plan, problem)

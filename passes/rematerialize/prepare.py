@@ -50,9 +50,7 @@ def depends_on_tangents(view: JointView) -> set[fx.Node]:
 
 
 def _drop_asserts(graph: fx.Graph) -> None:
-    for node in graph.find_nodes(
-        op="call_function", target=aten._assert_tensor_metadata.default
-    ):
+    for node in graph.find_nodes(op="call_function", target=aten._assert_tensor_metadata.default):
         graph.erase_node(node)
 
 
@@ -65,7 +63,7 @@ def _free_batch_norm_backward(graph: fx.Graph) -> None:
 
 
 def _keep_rnn_workspace(graph: fx.Graph) -> None:
-    """oneDNN's RNN is traced in inference mode, but its backward needs what training keeps."""
+    """An RNN of oneDNN is traced in inference mode, but backward needs what training keeps."""
     op = getattr(aten, "mkldnn_rnn_layer", None)
     if op is None:
         return
@@ -90,7 +88,7 @@ def _snapshot(graph: fx.Graph, operand: fx.Node, late: set[fx.Node]) -> None:
 def reads_replaced_operand(node: fx.Node, mutated: set[fx.Node], storage_base: dict) -> bool:
     """Whether running `node` again would see an operand's new value instead of its old one."""
     form = recomputed_form(node)
-    arguments = node.all_input_nodes if form is None else [
-        a for a in form.args if isinstance(a, fx.Node)
-    ]
+    arguments = (
+        node.all_input_nodes if form is None else [a for a in form.args if isinstance(a, fx.Node)]
+    )
     return any(storage_base[a] in mutated for a in arguments)

@@ -163,9 +163,7 @@ class _Builder:
         found = self.measured[node]
         if not is_tuple(node):
             return [self._add_value(node, sum(found.output_bytes), index)], 0
-        named = {
-            u.args[1]: u for u in node.users if self.storage.role[u] is Role.PROJECTION
-        }
+        named = {u.args[1]: u for u in node.users if self.storage.role[u] is Role.PROJECTION}
         sizes = dict(enumerate(found.output_bytes))
         outputs = [self._add_value(user, sizes.pop(i, 0), index) for i, user in named.items()]
         return outputs, sum(sizes.values())

@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
-from graphopt.budget import Quantity
+from graphopt.budget import Quantity, read_field
 from graphopt.errors import BudgetError, NothingToTrainError
 from graphopt.ir.program import Program
 from graphopt.measure import measure_step
 from graphopt.passes.rematerialize.planner import MemoryPlanner
-from graphopt.passes.rematerialize.problem import Problem
-from graphopt.passes.rematerialize.search import Plan, PlanSettings, find_plan, make_problem
-from graphopt.passes.rematerialize.situation import CallKey, Situation
+from graphopt.passes.rematerialize.search import Plan, PlanSettings, Search, make_problem
+from graphopt.passes.rematerialize.situation import CallKey
 from graphopt.pipeline import Pass, PassContext, PassResult, Position, Preserves
 from graphopt.report import MemoryReport, PlanReport
 
 _ATTEMPTS = 4
+_UNLIMITED = 2**60
 
 
 @dataclass(frozen=True)
@@ -66,14 +66,28 @@ class Rematerialize(Pass):
         """
         if self.memory is None:
             raise BudgetError("rematerialize needs a budget", hint="rematerialize{memory=50%}")
-        return _Run(self, self.memory, program, context).result()
+        return _Run(self, program, context).result(self.memory)
+
+    def frontier(
+        self, program: Program, context: PassContext, budgets: int | Sequence[Any] = 12
+    ) -> list[tuple[int, float, float]]:
+        """Memory against overhead, without choosing.
+
+        Args:
+            program: The program.
+            context: Example inputs, loss, time limit for the whole curve.
+            budgets: How many points between the step without recomputation and the smallest
+                peak found, or the budgets themselves.
+
+        Returns:
+            `(peak bytes, overhead, lower bound on the overhead)` by falling peak.
+        """
+        return _Run(self, program, context).frontier(budgets)
 
 
 class _Run:
-    def __init__(
-        self, options: Rematerialize, memory: Quantity, program: Program, context: PassContext
-    ) -> None:
-        self.options, self.memory = options, memory
+    def __init__(self, options: Rematerialize, program: Program, context: PassContext) -> None:
+        self.options = options
         self.program, self.context = program, context
         self.module = program.replace(planner=None).emit()
         source: nn.Module = context.source if context.source is not None else self.module
@@ -92,19 +106,20 @@ class _Run:
         tensors = (*self.module.parameters(), *self.inputs)
         return any(t.requires_grad for t in tensors)
 
-    def result(self) -> PassResult:
+    def result(self, memory: Quantity) -> PassResult:
         """Measures the source, plans, emits and measures again."""
         self.context.progress("measuring the source model")
         eager = self._measure(self.source)
         fixed = self._fixed_bytes()
-        asked = self.memory.bytes_of(eager + fixed)
+        asked = memory.bytes_of(eager + fixed)
         settings = self._settings(asked - fixed)
         planner = MemoryPlanner(settings, self.training)
         with torch.set_grad_enabled(self.training):
             key = CallKey.of(self.module, self.inputs)
             situation = planner.situation(self.module, key, self.inputs)
             problem = make_problem(situation, settings, self.context.progress)
-            plan, measured, program = self._kept(planner, key, situation, problem)
+            search = Search(situation, problem, settings, self.context.progress)
+            plan, measured, program = self._kept(planner, key, search)
         return PassResult(
             program,
             changed=True,
@@ -130,6 +145,28 @@ class _Run:
             },
         )
 
+    def frontier(self, budgets: int | Sequence[Any]) -> list[tuple[int, float, float]]:
+        """Plans for falling budgets, each beginning with the one before."""
+        unlimited = self._settings(_UNLIMITED)
+        with torch.set_grad_enabled(self.training):
+            key = CallKey.of(self.module, self.inputs)
+            situation = MemoryPlanner(unlimited, self.training).situation(
+                self.module, key, self.inputs
+            )
+            problem = make_problem(situation, unlimited, self.context.progress)
+        search = Search(situation, problem, unlimited, self.context.progress)
+        return [
+            (plan.peak, plan.overhead, plan.lower_bound)
+            for plan in search.sweep(self._budgets(budgets))
+        ]
+
+    def _budgets(self, budgets: int | Sequence[Any]) -> int | list[int]:
+        if isinstance(budgets, int):
+            return budgets
+        quantities = [read_field("memory", b) for b in budgets]
+        eager = self._measure(self.source) if any(q.relative for q in quantities) else None  # type: ignore[union-attr]
+        return [q.bytes_of(eager) for q in quantities]  # type: ignore[union-attr]
+
     def _settings(self, budget: int) -> PlanSettings:
         options, context = self.options, self.context
         return PlanSettings(
@@ -142,19 +179,16 @@ class _Run:
         )
 
     def _kept(
-        self, planner: MemoryPlanner, key: CallKey, situation: Situation, problem: Problem
+        self, planner: MemoryPlanner, key: CallKey, search: Search
     ) -> tuple[Plan, int, Program]:
         """Plans and measures until what runs keeps the budget."""
         asked = planner.settings.budget
         allowed, start = asked, None
         for _ in range(_ATTEMPTS):
-            settings = replace(planner.settings, budget=allowed)
-            plan = find_plan(
-                situation, settings, problem, start=start, progress=self.context.progress
-            )
+            plan = search.plan(allowed, start=start)
             if not plan.keeps_budget:
                 break
-            planner.adopt(key, situation, plan, problem)
+            planner.adopt(key, search.situation, plan, search.problem)
             program = self.program.replace(planner=planner)
             module = program.emit()
             module.train(self.training)

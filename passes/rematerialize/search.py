@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from graphopt import solvers
@@ -121,36 +122,86 @@ class Plan:
         return cls(**{**data, "sequence": tuple(data["sequence"])})
 
 
-def find_plan(
-    situation: Situation,
-    settings: PlanSettings,
-    problem: Problem,
-    *,
-    start: Sequence[int] | None = None,
-    progress: Progress = silent,
-) -> Plan:
-    """The best plan found in the time given; if none keeps the budget, the one of least peak.
+class Search:
+    """Plans of one situation, for one budget or several.
 
     Args:
         situation: The joint graph.
-        settings: Budget, time and costs.
-        problem: The situation's problem.
-        start: A sequence to begin with.
+        problem: Its problem.
+        settings: Time and seed; the budget is given with each question.
         progress: Told how the search goes.
     """
-    order = best_order(problem.graph, settings, progress)
-    graph = problem.graph.reordered(order)
-    place = {task: position for position, task in enumerate(order)}
-    solution = solvers.solve(
-        graph,
-        settings.budget,
-        time_limit=_patience(graph, settings.time_limit),
-        seed=settings.seed,
-        on_progress=_watch(progress, graph),
-        start=None if start is None else [place[task] for task in start],
-    )
-    sequence = tuple(order[task] for task in solution.sequence)
-    return _describe(situation, settings, problem, solution, sequence)
+
+    def __init__(
+        self,
+        situation: Situation,
+        problem: Problem,
+        settings: PlanSettings,
+        progress: Progress = silent,
+    ) -> None:
+        self.situation, self.problem = situation, problem
+        self.settings, self.progress = settings, progress
+
+    @cached_property
+    def order(self) -> list[int]:
+        """The order of least peak before anything is recomputed."""
+        self.progress("ordering the step")
+        if not hasattr(solvers, "reorder"):
+            return list(range(len(self.problem.graph.tasks)))
+        limit = min(10.0, 0.15 * self.settings.time_limit)
+        return list(solvers.reorder(self.problem.graph, time_limit=limit, seed=self.settings.seed))
+
+    @cached_property
+    def graph(self) -> TaskGraph:
+        """The problem in that order."""
+        return self.problem.graph.reordered(self.order)
+
+    def plan(
+        self, budget: int, *, start: Sequence[int] | None = None, time_limit: float | None = None
+    ) -> Plan:
+        """The best plan found in the time given; if none keeps the budget, that of least peak.
+
+        Args:
+            budget: Bytes.
+            start: A sequence to begin with.
+            time_limit: Seconds; default: the settings'.
+        """
+        place = {task: position for position, task in enumerate(self.order)}
+        solution = solvers.solve(
+            self.graph,
+            budget,
+            time_limit=self.settings.time_limit if time_limit is None else time_limit,
+            seed=self.settings.seed,
+            on_progress=self._tell,
+            start=None if start is None else [place[task] for task in start],
+        )
+        sequence = tuple(self.order[task] for task in solution.sequence)
+        return _describe(self.situation, budget, self.problem, solution, sequence)
+
+    def sweep(self, budgets: int | Sequence[int]) -> list[Plan]:
+        """Plans by falling budget, each beginning with the one before; infeasible ones left out."""
+        count = budgets if isinstance(budgets, int) else len(budgets)
+        share = self.settings.time_limit / max(1, count)
+        if isinstance(budgets, int):
+            budgets = self._between(budgets, share)
+        plans: list[Plan] = []
+        for budget in sorted(budgets, reverse=True):
+            start = plans[-1].sequence if plans else None
+            plan = self.plan(budget, start=start, time_limit=share)
+            if not plan.keeps_budget:
+                break
+            plans.append(plan)
+        return plans
+
+    def _between(self, count: int, share: float) -> list[int]:
+        """Budgets from the peak without recomputation down to the smallest found."""
+        most = solvers.check(self.graph, range(len(self.graph.tasks))).peak
+        least = self.plan(0, time_limit=share).smallest
+        steps = max(1, count - 1)
+        return [most - (most - least) * i // steps for i in range(count)]
+
+    def _tell(self, state: Any) -> None:
+        self.progress(f"planning: {state}", None)
 
 
 def make_problem(
@@ -168,28 +219,9 @@ def make_problem(
     )
 
 
-def best_order(graph: TaskGraph, settings: PlanSettings, progress: Progress) -> list[int]:
-    """The order of least peak before anything is recomputed."""
-    progress("ordering the step")
-    if not hasattr(solvers, "reorder"):
-        return list(range(len(graph.tasks)))
-    return list(solvers.reorder(graph, time_limit=0.15 * settings.time_limit, seed=settings.seed))
-
-
-def _patience(graph: TaskGraph, limit: float) -> float:
-    return limit
-
-
-def _watch(progress: Progress, graph: TaskGraph) -> Callable[[Any], None]:
-    def report(state: Any) -> None:
-        progress(f"planning: {state}", None)
-
-    return report
-
-
 def _describe(
     situation: Situation,
-    settings: PlanSettings,
+    budget: int,
     problem: Problem,
     solution: Solution,
     sequence: tuple[int, ...],
@@ -200,7 +232,7 @@ def _describe(
     return Plan(
         sequence=sequence,
         fingerprint=situation.fingerprint,
-        budget=settings.budget,
+        budget=budget,
         peak=solution.peak,
         status=solution.status,
         overhead=solution.duration / base - 1,

@@ -207,9 +207,7 @@ def _like(fake: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
     ):  # fmt: skip
         return fake
     with fake.fake_mode:  # type: ignore[attr-defined]
-        made = torch.empty_strided(
-            fake.shape, fake.stride(), dtype=real.dtype, device=real.device
-        )
+        made = torch.empty_strided(fake.shape, fake.stride(), dtype=real.dtype, device=real.device)
     return made.requires_grad_(real.requires_grad)
 
 
