@@ -4,7 +4,9 @@ Nothing here imports torch or any other part of graphopt.
 """
 
 from graphopt.solvers.check import Check, check
+from graphopt.solvers.frontier import frontier, minimise
 from graphopt.solvers.graph import Task, TaskGraph, TaskGraphError, Value
+from graphopt.solvers.order import reorder
 from graphopt.solvers.solution import Progress, Solution
 from graphopt.solvers.solve import solve
 
@@ -17,5 +19,8 @@ __all__ = [
     "TaskGraphError",
     "Value",
     "check",
+    "frontier",
+    "minimise",
+    "reorder",
     "solve",
 ]

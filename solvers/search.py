@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable
 
 import numpy as np
 
 from graphopt.solvers import table as T
-from graphopt.solvers.arrays import Array, Arrays
+from graphopt.solvers.arrays import Array, Arrays, to_arrays
 from graphopt.solvers.blocks import task_classes
+from graphopt.solvers.compiling import Compiled
 from graphopt.solvers.graph import Task, TaskGraph, Value
 from graphopt.solvers.solution import Incumbent
 from graphopt.solvers.stages import StagePlan, from_sequence
@@ -110,12 +110,15 @@ class Search:
         """
         if plan is not None:
             T.set_best(self.x, plan, self.incumbent.budget)
-        self._checkpoint_starts()
         begin = 0.0 if self.clock.counted else self.clock.used()
         unit = (1.0 - begin) / sum(share for _, _, share in _CYCLES)
         number = 0
         while not self._done():
             kind, heat, share = _CYCLES[number % len(_CYCLES)]
+            if kind == "drop" and not drop_set.wait(1e9 if self.clock.counted else 0.02):
+                kind = "stage"
+            if kind == "drop" and self.best[0] == T.NEVER:
+                self._checkpoint_starts()
             until = self.clock.used() + unit * share
             self._cycle(kind, heat, until)
             number += 1
@@ -129,7 +132,7 @@ class Search:
         self.incumbent.report(name)
         if kind == "stage":
             self._share_incumbent()
-        elif self.best[0] < T.NEVER:
+        else:
             self.cut[:] = self.best_cut
         while not self._done():
             part = (self.clock.used() - start) / max(until - start, 1e-9)
@@ -216,39 +219,23 @@ class Search:
                 return
 
 
-_compiled = threading.Event()
-_compiling = threading.Lock()
-
-
-def wait_for_compiler(seconds: float) -> bool:
-    """Compiles both searches (seconds to half a minute the first time, then cached).
-
-    Args:
-        seconds: how long to wait. Compiling goes on in the background.
-
-    Returns:
-        Whether they are ready.
-    """
-    with _compiling:
-        if not _compiled.is_set() and not any(t.name == "compile" for t in threading.enumerate()):
-            threading.Thread(target=_compile, name="compile", daemon=True).start()
-    limit = time.perf_counter() + seconds
-    while not _compiled.wait(0.05):  # short waits, so that Ctrl-C is noticed
-        if time.perf_counter() > limit:
-            return False
-    return True
-
-
-def _compile() -> None:
+def _tiny_search() -> Search:
     tasks = tuple(Task(1, (i - 1,) if i else (), (i,)) for i in range(4))
     graph = TaskGraph(tasks, tuple(Value(1, i) for i in range(4)))
     incumbent = Incumbent(graph, 0, "input", None)
-    from graphopt.solvers.arrays import to_arrays
+    return Search(graph, to_arrays(graph), incumbent, Clock(incumbent, 60, 1), 0, lambda: False)
 
-    search = Search(graph, to_arrays(graph), incumbent, Clock(incumbent, 60, 1), 0, lambda: False)
-    search._drop_chunk(1, 1.0)
+
+def _compile_stage() -> None:
+    search = _tiny_search()
     search._stage_chunk(1, 1.0, True)
-    _compiled.set()
+    drop_set.start()
 
 
-__all__ = ["Clock", "Search", "StagePlan", "wait_for_compiler"]
+def _compile_drop() -> None:
+    search = _tiny_search()
+    search._drop_chunk(1, 1.0)
+
+
+stage_search = Compiled(_compile_stage)
+drop_set = Compiled(_compile_drop)

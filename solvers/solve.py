@@ -6,6 +6,7 @@ import math
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -13,7 +14,8 @@ from graphopt.solvers.arrays import to_arrays
 from graphopt.solvers.cover import CoverBounder, working_set
 from graphopt.solvers.eviction import evict
 from graphopt.solvers.graph import TaskGraph, TaskGraphError
-from graphopt.solvers.solution import Incumbent, OnProgress, Solution
+from graphopt.solvers.order import reorder
+from graphopt.solvers.solution import Incumbent, OnProgress, Progress, Solution
 from graphopt.solvers.stages import StagePlan
 
 _STEP_SECONDS = 0.001  # deterministic time of CP-SAT that one counted step is worth
@@ -50,6 +52,10 @@ def solve(
         TaskGraphError: a budget, order or start that makes no sense.
     """
     _check_arguments(graph, budget, order, time_limit)
+    if order == "free":
+        return _solve_free(
+            graph, int(budget), time_limit, step_limit, seed, on_progress, max_copies, start
+        )
     incumbent = Incumbent(graph, int(budget), order, on_progress)
     if start is not None:
         incumbent.offer([int(task) for task in start], "given")
@@ -72,6 +78,78 @@ def _check_arguments(graph: TaskGraph, budget: int, order: str, time_limit: floa
         raise TaskGraphError(f"order must be 'input' or 'free', not {order!r}")
     if not (isinstance(time_limit, int | float) and time_limit > 0 and not math.isnan(time_limit)):
         raise TaskGraphError(f"time_limit must be a positive number of seconds, not {time_limit!r}")
+
+
+def _solve_free(  # noqa: PLR0913
+    graph: TaskGraph,
+    budget: int,
+    time_limit: float,
+    step_limit: int | None,
+    seed: int,
+    on_progress: OnProgress | None,
+    max_copies: int,
+    start: Sequence[int] | None,
+) -> Solution:
+    """Finds an order with few bytes live, then plans recomputation for that order."""
+    began = time.perf_counter()
+    incumbent = Incumbent(graph, budget, "free", on_progress)
+    if start is not None:
+        incumbent.offer([int(task) for task in start], "given")
+    incumbent.report("reordering")
+    order = reorder(
+        graph,
+        time_limit=min(15.0, 0.2 * time_limit),
+        step_limit=None if step_limit is None else max(1, step_limit // 50),
+        seed=seed,
+    )
+    incumbent.offer(order, "reordered")
+    if incumbent.duration > graph.duration or not incumbent.feasible:
+        left = max(0.1, time_limit - (time.perf_counter() - began))
+        found = solve(
+            graph.reordered(order), budget, time_limit=left, step_limit=step_limit, seed=seed,
+            on_progress=_shifted(on_progress, incumbent), max_copies=max_copies,
+        )  # fmt: skip
+        incumbent.offer([order[task] for task in found.sequence])
+        for name, figures in found.starts.items():
+            incumbent.starts.setdefault(f"reordered, {name}", figures)
+        incumbent.min_peak = min(incumbent.min_peak, found.min_peak)
+    return _answer(incumbent, working_set(to_arrays(graph)), "any plan in any order")
+
+
+def _shifted(on_progress: OnProgress | None, outer: Incumbent) -> OnProgress | None:
+    """The callback, with the time since the outer start and a bound that holds for any order."""
+    if on_progress is None:
+        return None
+
+    def call(progress: Progress) -> None:
+        gap = math.inf
+        if progress.duration is not None:
+            gap = 1 - outer.lower_bound / max(1, progress.duration)
+        on_progress(
+            replace(progress, elapsed=outer.elapsed, lower_bound=outer.lower_bound, gap=gap)
+        )
+
+    return call
+
+
+def _answer(inc: Incumbent, least: int, scope: str) -> Solution:
+    """The incumbent as an answer."""
+    status = "optimal" if inc.optimal else "feasible" if inc.feasible else "infeasible"
+    return Solution(
+        sequence=inc.sequence,
+        duration=inc.duration,
+        peak=inc.peak,
+        budget=inc.budget,
+        lower_bound=inc.lower_bound,
+        gap=inc.gap(),
+        status=status,
+        seconds=inc.elapsed,
+        order=inc.order,
+        scope=scope,
+        starts=dict(inc.starts),
+        min_peak=inc.min_peak,
+        min_peak_bound=min(least, inc.min_peak),
+    )
 
 
 class Run:
@@ -101,7 +179,7 @@ class Run:
 
     def all(self) -> None:
         """Works until the clock runs out or nothing better can exist."""
-        if self.incumbent.feasible or self.bounder.infeasible:
+        if self.incumbent.optimal or self.bounder.infeasible:
             return
         if self.clock.counted:
             self._bound_counted()
@@ -130,9 +208,9 @@ class Run:
         self.plan = plan
 
     def _search(self) -> None:
-        from graphopt.solvers.search import Search, wait_for_compiler
+        from graphopt.solvers.search import Search, stage_search
 
-        if not wait_for_compiler(self.clock.left()):
+        if not stage_search.wait(1e9 if self.clock.counted else self.clock.left()):
             return
         Search(
             self.graph, self.arrays, self.incumbent, self.clock, self.seed,
@@ -163,23 +241,7 @@ class Run:
 
     def solution(self) -> Solution:
         """The answer as it stands."""
-        inc = self.incumbent
         least = working_set(self.arrays)
         if self.bounder.infeasible:
-            least = max(least, inc.budget + 1)
-        status = "optimal" if inc.optimal else "feasible" if inc.feasible else "infeasible"
-        return Solution(
-            sequence=inc.sequence,
-            duration=inc.duration,
-            peak=inc.peak,
-            budget=inc.budget,
-            lower_bound=inc.lower_bound,
-            gap=inc.gap(),
-            status=status,
-            seconds=inc.elapsed,
-            order=inc.order,
-            scope=f"{self.scope}, first executions in input order",
-            starts=dict(inc.starts),
-            min_peak=inc.min_peak,
-            min_peak_bound=least,
-        )
+            least = max(least, self.incumbent.budget + 1)
+        return _answer(self.incumbent, least, f"{self.scope}, first executions in input order")
