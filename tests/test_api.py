@@ -1,0 +1,327 @@
+"""The doors: arguments, bad input, and that the user's model is left alone."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import graphopt
+from graphopt import errors
+from graphopt.passes.canonicalize import Canonicalize
+
+X = torch.linspace(-1, 1, 24).reshape(6, 4)
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(4)
+        self.linear = nn.Linear(4, 4)
+        self.dropout = nn.Dropout(0.5)
+
+    def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
+        return self.dropout(torch.relu_(self.linear(self.norm(x)))) * scale
+
+
+def state(model: nn.Module) -> list[Any]:
+    """Everything about a model that must not change."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return [
+        [(n, m.training) for n, m in model.named_modules()],
+        [t.clone() for t in tensors],
+        [id(t) for t in tensors],
+        [None if p.grad is None else p.grad.clone() for p in model.parameters()],
+        torch.get_rng_state(),
+    ]
+
+
+def same(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
+    return a == b
+
+
+def test_an_empty_budget_cleans_up_and_nothing_else() -> None:
+    model = Net()
+    module = graphopt.optimize(model, example_inputs=(X,))
+    assert module.report.pipeline == "canonicalize"
+    assert "relu_" not in module.code
+    data = module.report.to_dict()
+    assert data["schema_version"] == 1
+    assert data["canonicalize"]["functionalized"] == 1
+
+
+def test_the_result_shares_nothing_unless_asked() -> None:
+    model = Net()
+    apart = graphopt.optimize(model, example_inputs=(X,))
+    assert apart.linear.weight is not model.linear.weight
+    assert torch.equal(apart.linear.weight, model.linear.weight)
+    shared = graphopt.optimize(model, example_inputs=(X,), inplace=True)
+    assert shared.linear.weight is model.linear.weight
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_the_model_is_left_as_it_was(inplace: bool) -> None:
+    model = Net()
+    model.dropout.eval()
+    model.linear.weight.grad = torch.ones(4, 4)
+    before = state(model)
+    module = graphopt.optimize(model, example_inputs=(X,), inplace=inplace)
+    assert same(state(model), before)
+    assert module.training
+    assert not module.dropout.training
+
+
+def test_passes_override_the_budget_and_take_their_options_from_it() -> None:
+    module = graphopt.optimize(Net(), example_inputs=(X,), passes=[Canonicalize(inline=False)])
+    assert module.report.pipeline == "canonicalize{inline=false}"
+    text = graphopt.optimize(Net(), example_inputs=(X,), passes="canonicalize{inline=false}")
+    assert text.report.pipeline == module.report.pipeline
+
+
+def test_passes_compose_across_calls() -> None:
+    once = graphopt.optimize(Net(), example_inputs=(X,), passes="canonicalize")
+    twice = graphopt.optimize(once, example_inputs=(X,), passes="canonicalize")
+    assert twice.report.pipeline == "canonicalize,canonicalize"
+    assert not twice.report.passes[1].changed
+
+
+def test_keyword_inputs_and_single_tensors_are_taken() -> None:
+    module = graphopt.optimize(Net(), example_inputs=X, example_kwargs={"scale": 2.0})
+    torch.testing.assert_close(module.eval()(X, scale=2.0), 2 * module(X, scale=2.0) / 2)
+
+
+def refused(error: type[Exception], says: str, call: Callable[[], Any]) -> errors.GraphoptError:
+    with pytest.raises(error, match=says) as caught:
+        call()
+    assert isinstance(caught.value, errors.GraphoptError)
+    return caught.value
+
+
+class Branches(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * 2 if x.sum() > 0 else x
+
+
+class Uncopyable(Net):
+    def __deepcopy__(self, memo: Any) -> Any:
+        raise RuntimeError("holds an open socket")
+
+
+class Fails(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.linear(x).exp()
+        y.add_(1)  # exp saved its result: autograd refuses this in backward
+        return y
+
+
+class Global(nn.Module):
+    """Not a function of its inputs: each call gives something else."""
+
+    calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        type(self).calls += 1
+        return x * type(self).calls
+
+
+def with_nan(model: Net) -> Net:
+    with torch.no_grad():
+        model.linear.weight[0, 0] = float("nan")
+    return model
+
+
+class Log(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.log()
+
+
+BAD: dict[str, tuple[type[Exception], str, Callable[[], Any]]] = {
+    "unknown field": (
+        errors.BudgetError,
+        "did you mean 'memory'",
+        lambda: graphopt.optimize(Net(), "memroy=50%", (X,)),
+    ),
+    "zero": (errors.BudgetError, "zero", lambda: graphopt.optimize(Net(), "memory=0", (X,))),
+    "above all": (
+        errors.BudgetError,
+        "at most 100%",
+        lambda: graphopt.optimize(Net(), {"memory": "150%"}, (X,)),
+    ),
+    "two scopes": (
+        errors.BudgetError,
+        "both",
+        lambda: graphopt.optimize(
+            Net(), "memory=50%,memory_scope=step", (X,), memory_scope="activations"
+        ),
+    ),
+    "unserved": (
+        errors.UnsupportedError,
+        "no pass serves",
+        lambda: graphopt.optimize(Net(), "pi_latency=1ms", (X,)),
+    ),
+    "unknown pass": (
+        errors.PipelineError,
+        "did you mean",
+        lambda: graphopt.optimize(Net(), example_inputs=(X,), passes="canonicalise"),
+    ),
+    "no pass": (
+        errors.UsageError,
+        "takes passes",
+        lambda: graphopt.optimize(Net(), example_inputs=(X,), passes=[Canonicalize]),  # type: ignore[list-item]
+    ),
+    "time": (
+        errors.UsageError,
+        "time_limit",
+        lambda: graphopt.optimize(Net(), example_inputs=(X,), time_limit=0),
+    ),
+    "cost model": (
+        errors.UsageError,
+        "cost_model",
+        lambda: graphopt.optimize(Net(), example_inputs=(X,), cost_model="guess"),
+    ),
+    "inputs in a dict": (
+        errors.UsageError,
+        "example_kwargs",
+        lambda: graphopt.optimize(Net(), example_inputs={"x": X}),  # type: ignore[arg-type]
+    ),
+    "no inputs": (errors.InputMismatch, "x", lambda: graphopt.optimize(Net())),
+    "too many inputs": (
+        errors.InputMismatch,
+        "signature|fit",
+        lambda: graphopt.optimize(Net(), example_inputs=(X, 1.0, 2)),
+    ),
+    "wrong shape": (
+        errors.GraphoptError,
+        "",
+        lambda: graphopt.optimize(Net(), example_inputs=(X[:, :3],)),
+    ),
+    "no module": (
+        errors.ModelError,
+        "torch.nn.Module",
+        lambda: graphopt.optimize(lambda x: x, example_inputs=(X,)),  # type: ignore[arg-type]
+    ),
+    "data-dependent": (
+        errors.CaptureError,
+        "torch.cond|values of tensors",
+        lambda: graphopt.optimize(Branches(), example_inputs=(X,)),
+    ),
+    "uncopyable": (
+        errors.ModelError,
+        "open socket",
+        lambda: graphopt.optimize(Uncopyable(), example_inputs=(X,)),
+    ),
+    "fails by itself": (
+        errors.ModelError,
+        "itself fails",
+        lambda: graphopt.optimize(Fails(), example_inputs=(X,)),
+    ),
+    "not a function": (
+        errors.VerificationError,
+        "differs from the model",
+        lambda: graphopt.optimize(Global(), example_inputs=(X,)),
+    ),
+    "NaN in a parameter": (
+        errors.NonFiniteError,
+        "linear.weight",
+        lambda: graphopt.optimize(with_nan(Net()), example_inputs=(X,)),
+    ),
+    "NaN in an input": (
+        errors.NonFiniteError,
+        "input",
+        lambda: graphopt.optimize(Net(), example_inputs=(X * float("nan"),)),
+    ),
+    "NaN in the output": (
+        errors.NonFiniteError,
+        "output",
+        lambda: graphopt.optimize(Log(), example_inputs=(X,)),
+    ),
+    "explain": (
+        errors.UnsupportedError,
+        "explanations",
+        lambda: graphopt.explain(Net(), (X,)),
+    ),
+    "no file": (errors.GraphoptError, "", lambda: graphopt.load("does-not-exist.graphopt")),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_refused_with_the_reason(case: str) -> None:
+    error, says, call = BAD[case]
+    caught = refused(error, says, call)
+    assert str(caught).strip()
+
+
+def test_a_refusal_leaves_the_model_alone() -> None:
+    model = Branches()
+    model.register_parameter("weight", nn.Parameter(torch.ones(3)))
+    model.eval()
+    before = state(model)
+    refused(errors.CaptureError, "", lambda: graphopt.optimize(model, example_inputs=(X,)))
+    assert same(state(model), before)
+    assert torch.is_grad_enabled()
+
+
+def test_nothing_to_train_is_said() -> None:
+    model = Net().requires_grad_(False)
+    refused(
+        errors.NothingToTrainError,
+        "",
+        lambda: graphopt.optimize(model, "memory=50%", (X,), time_limit=2),
+    )
+
+
+def test_a_hopeless_budget_names_the_smallest_that_would_do() -> None:
+    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
+    caught: Any = refused(
+        errors.BudgetInfeasible,
+        "smallest budget",
+        lambda: graphopt.optimize(model, "memory=1KiB", (torch.randn(128, 64),), time_limit=2),
+    )
+    assert caught.smallest > 1024
+    assert caught.requested == 1024
+    assert caught.exit_code == 4
+
+
+def test_ctrl_c_leaves_the_model_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*args: Any, **kwargs: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Canonicalize, "run", interrupted)
+    model = Net()
+    before = state(model)
+    with pytest.raises(KeyboardInterrupt):
+        graphopt.optimize(model, example_inputs=(X,), inplace=True)
+    assert same(state(model), before)
+
+
+def test_a_loss_on_outputs_is_used_for_checks() -> None:
+    seen: list[tuple[int, ...]] = []
+
+    def loss(outputs: Tensor) -> Tensor:
+        seen.append(tuple(outputs.shape))
+        return outputs.square().mean()
+
+    graphopt.optimize(Net(), example_inputs=(X,), loss=loss)
+    assert seen
+    assert set(seen) == {(6, 4)}
+
+
+def test_a_deep_copy_of_the_result_is_its_own() -> None:
+    module = graphopt.optimize(Net(), example_inputs=(X,))
+    twin = copy.deepcopy(module)
+    with torch.no_grad():
+        twin.linear.weight.zero_()
+    assert module.linear.weight.abs().sum() > 0
+    assert twin.report.to_dict() == module.report.to_dict()
