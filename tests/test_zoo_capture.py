@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from torch import nn
 
 import graphopt
 from tests.zoo import ZOO, ZooModel
+from tests.zoo.compare import run, run_problems
 from tests.zoo.contract import problems, state_of, state_problems
 from tests.zoo.params import zoo_params
 
@@ -61,7 +63,20 @@ def test_a_batch_of_one_serves_other_batches() -> None:
         )
 
 
-@pytest.mark.parametrize("name", ["gpt2", "lstm", "tied_weights"])
+def test_a_layer_in_eval_mode_at_capture_stays_so() -> None:
+    """``model.train()`` puts it back into training mode, as on the source."""
+    entry = ZOO["resnet"]
+    source = entry.model()
+    source.stem[1].eval()
+    args, kwargs = entry.inputs()
+    emitted = emit(copy.deepcopy(source), args, kwargs)
+    assert not list(run_problems(run(emitted, entry), run(source, entry)))
+    emitted.train()
+    source.train()
+    assert not list(run_problems(run(emitted, entry), run(source, entry)))
+
+
+@pytest.mark.parametrize("name", ["gpt2", "tied_weights", "einsum"])
 def test_sequence_can_be_free_too(name: str) -> None:
     entry = ZOO[name]
     model, args, kwargs = entry()
@@ -118,7 +133,7 @@ def test_hooks_on_inner_modules_are_refused_by_name() -> None:
 def test_inputs_that_do_not_match_are_refused(inputs: tuple[Any, ...]) -> None:
     model, args, kwargs = ZOO["mlp"]()
     emitted = emit(model, args, kwargs)
-    with pytest.raises((graphopt.GraphoptError, TypeError)):
+    with pytest.raises((graphopt.GraphoptError, TypeError, RuntimeError)):
         emitted(*inputs)
 
 

@@ -22,9 +22,10 @@ STYLES = {
 
 def _cells(point: Point, eager: Point) -> list[str]:
     if point.note:
-        return [point.method, point.setting, point.note]
+        return [point.method, point.setting, *[""] * 10, point.note]
     ratio = "-" if point.time_ratio is None else f"{point.time_ratio:.2f}"
     predicted = "-" if point.predicted is None else f"{point.predicted / point.peak - 1:+.1%}"
+    overhead = "-" if point.overhead is None else f"{point.overhead:.2%}"
     bound = "-" if point.lower_bound is None else f"{point.lower_bound:.2%}"
     return [
         point.method,
@@ -34,10 +35,12 @@ def _cells(point: Point, eager: Point) -> list[str]:
         f"{point.peak / eager.peak:.1%}",
         predicted,
         f"{point.recomputed / eager.flops:+.1%}",
+        overhead,
         bound,
         ratio,
         f"{point.plan_seconds:.1f}",
         f"{point.gradient_error:.0e}",
+        "",
     ]
 
 
@@ -50,7 +53,7 @@ def print_table(
     by_model: Mapping[str, Sequence[Point]], found: Mapping[str, Mapping[str, Any]]
 ) -> None:
     """Print a table for each model, and how ours stands against the peers."""
-    console = Console(width=150)
+    console = Console(width=170)
     for name, points in by_model.items():
         table = Table(title=name)
         for head in ("method", "setting"):
@@ -61,12 +64,14 @@ def print_table(
             "of eager",
             "predicted",
             "recomputed",
+            "overhead",
             "bound",
             "time",
             "plan s",
             "grad. error",
         ):
             table.add_column(head, justify="right")
+        table.add_column("note")
         for point in points:
             table.add_row(*_cells(point, points[0]))
         console.print(table)
@@ -86,9 +91,10 @@ def plot(by_model: Mapping[str, Sequence[Point]], path: Path) -> None:
     figure, axes = plt.subplots(1, count, figsize=(6.2 * count, 4.6), squeeze=False)
     for axis, (name, points) in zip(axes[0], by_model.items(), strict=True):
         _panel(axis, name, points)
-    axes[0][0].legend(loc="upper right", fontsize=8, frameon=False)
+    handles, labels = axes[0][0].get_legend_handles_labels()
     figure.suptitle("Peak memory of a training step against recomputation")
-    figure.tight_layout()
+    figure.legend(handles, labels, loc="lower center", ncols=4, fontsize=8, frameon=False)
+    figure.tight_layout(rect=(0, 0.05, 1, 1))
     figure.savefig(path, dpi=130)
     plt.close(figure)
 

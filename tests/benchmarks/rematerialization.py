@@ -67,7 +67,8 @@ class Point:
         gradient_error: ||g - g_eager|| / ||g_eager|| over all parameters.
         budget: the peak asked for in bytes, if the method takes one.
         predicted: the peak predicted before measuring, if the method does.
-        lower_bound: proven bound on the overhead, if the method gives one.
+        overhead: the plan's own figure: time beyond the unplanned step's, by its cost model.
+        lower_bound: proven bound on ``overhead``.
         note: why there are no figures, if there are none.
     """
 
@@ -83,6 +84,7 @@ class Point:
     gradient_error: float = 0.0
     budget: int | None = None
     predicted: int | None = None
+    overhead: float | None = None
     lower_bound: float | None = None
     note: str = ""
 
@@ -236,6 +238,7 @@ def run_graphopt(
         report = module.report.to_dict()
         point.budget = report["memory"]["budget"]
         point.predicted = report["memory"]["predicted_peak"]
+        point.overhead = report["plan"]["overhead"]
         point.lower_bound = report["plan"]["lower_bound"]
         yield point
 
@@ -296,13 +299,13 @@ def run(options: argparse.Namespace, say: Callable[[str], None]) -> list[Point]:
 
 
 def _our_budgets(points: Sequence[Point], bench: Bench, options: argparse.Namespace) -> list[str]:
-    """Percentages, and the very bytes at which checkpointing peaks."""
-    exact = [
-        str(p.peak)
-        for p in points
-        if p.model == bench.name and p.method == "checkpoint" and not p.note
-    ]
-    return [*exact, *(f"{percent:g}%" for percent in options.budgets)]
+    """Percentages, and the bytes at which the peers peak below eager (those within 1 % once)."""
+    exact: list[int] = []
+    for point in sorted((p for p in points if p.model == bench.name), key=lambda p: p.peak):
+        known = any(abs(point.peak / other - 1) < 0.01 for other in exact)
+        if not known and 0 < point.peak < 0.99 * bench.point.peak:
+            exact.append(point.peak)
+    return [*map(str, exact), *(f"{percent:g}%" for percent in options.budgets)]
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:

@@ -92,6 +92,19 @@ def check_modes(subject: Subject) -> Iterator[str]:
         yield from (f"mode {mode}: {text}" for text in run_problems(got, want))
 
 
+def check_partial_modes(subject: Subject) -> Iterator[str]:
+    """One BatchNorm or dropout layer put into eval mode by itself, as in fine-tuning."""
+    kinds = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)
+    emitted, source = subject.reset(), subject.entry.model()
+    paths = [n for n, m in source.named_modules() if n and isinstance(m, kinds) and m.training]
+    if not paths:
+        return
+    for module in (emitted, source):
+        module.get_submodule(paths[0]).eval()
+    yield from run_problems(subject.run(emitted), subject.run(source))
+    emitted.train()
+
+
 def check_second_batch(subject: Subject) -> Iterator[str]:
     """Another batch size in both modes, then the first again."""
     if "static_batch" in subject.entry.tags:
