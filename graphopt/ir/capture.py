@@ -23,7 +23,7 @@ from graphopt.errors import (
 from graphopt.ir import literals, mode
 from graphopt.ir import signature as signatures
 from graphopt.ir.align import all_graphs
-from graphopt.ir.graphs import bind_graph, clean_graph, free_sizes
+from graphopt.ir.graphs import bind_graph, clean_graph, free_sizes, mark_assignments
 from graphopt.ir.program import Program
 from graphopt.ir.signature import Signature, Tree
 from graphopt.ir.skeleton import Skeleton, build
@@ -41,6 +41,10 @@ _HINTS = (
         "capture the part of the model around it",
     ),
     (
+        ("SyntaxError", "invalid syntax"),
+        "a module or parameter has a Python keyword for its name: rename it",
+    ),
+    (
         ("Constraints violated", "ConstraintViolation", "dynamic_shapes"),
         "the dynamic dimensions don't fit the model: pass dynamic=None, or name others",
     ),
@@ -55,7 +59,9 @@ _HINTS = (
 class _Found:
     """What a call finds out; an object of its own, for export resets a module's attributes."""
 
-    out_spec: Tree = signatures.LEAF
+    def __init__(self) -> None:
+        self.out_spec: Tree = signatures.LEAF
+        self.assigned: list[str] = []
 
 
 class FlatCall(nn.Module):
@@ -70,9 +76,30 @@ class FlatCall(nn.Module):
     def forward(self, *flat: torch.Tensor) -> tuple[Any, ...]:
         """Flat tensors in, flat tensors out; notes the tree of the result."""
         args, kwargs = self.signature.rebuild_call(flat)
+        tables = [(name, m._buffers, dict(m._buffers)) for name, m in self.model.named_modules()]
         output = self.model(*args, **kwargs)
+        self.found.assigned = self._write_back(tables)
         leaves, self.found.out_spec = signatures.flatten(output, symbols=True)
         return tuple(leaves)
+
+    def _write_back(self, tables: list[tuple[str, dict[str, Any], dict[str, Any]]]) -> list[str]:
+        """Record assignments to buffers (``self.mean = ...``), which export loses, as copies."""
+        assigned = []
+        for path, table, before in tables:
+            for name, old in before.items():
+                new = table.get(name)
+                if new is old or not isinstance(old, torch.Tensor):
+                    continue
+                full = f"{path}.{name}" if path else name
+                if not isinstance(new, torch.Tensor) or new.shape != old.shape:
+                    raise CaptureError(
+                        f"forward gives the buffer {full!r} another shape",
+                        hint="a captured graph has buffers of fixed shape: keep such state outside",
+                    )
+                old.copy_(new)
+                table[name] = old
+                assigned.append(full)
+        return assigned
 
 
 def capture(
@@ -266,9 +293,9 @@ def trace(
     wrapper.training = training
     inputs = _distinct(_at_least_two(flat) if isinstance(dynamic, str) else flat)
     shapes = dimensions(signature, inputs, dynamic)
-    exported = _export(wrapper, tuple(inputs), shapes)
-    module = exported.module(check_guards=False)
+    exported, module = _export(wrapper, tuple(inputs), shapes)
     graph = clean_graph(module, signature.names)
+    mark_assignments(graph, wrapper.found.assigned)
     return Trace(graph, free_sizes(signature, wrapper.found.out_spec, graph, exported))
 
 
@@ -342,13 +369,38 @@ def _spread(tree: Tree, spec: Any, specs: list[Any]) -> None:
 def _export(wrapper: FlatCall, inputs: tuple[Any, ...], shapes: Any) -> Any:
     export: Callable[..., Any] = torch.export.export
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _no_custom_functions(wrapper.model):
             warnings.simplefilter("ignore")
-            return export(wrapper, inputs, strict=False, dynamic_shapes=shapes)
+            exported = export(wrapper, inputs, strict=False, dynamic_shapes=shapes)
+            return exported, exported.module(check_guards=False)
     except GraphoptError:
         raise
     except Exception as error:
         raise capture_error(wrapper.model, error) from error
+
+
+@contextlib.contextmanager
+def _no_custom_functions(model: nn.Module) -> Iterator[None]:
+    """Refuse the user's autograd functions: export inlines them and drops their backward."""
+    base = torch.autograd.Function
+    original = vars(base)["apply"]
+
+    def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        if not cls.__module__.startswith("torch."):
+            raise CaptureError(
+                f"{type(model).__name__} can't be captured: it calls the autograd.Function "
+                f"{cls.__qualname__}, whose custom backward a captured graph can't hold",
+                user_line=user_frame("".join(traceback.format_stack())),
+                hint="make it a torch.library.custom_op with register_autograd, or write it with "
+                "differentiable ops",
+            )
+        return original.__get__(None, cls)(*args, **kwargs)
+
+    base.apply = classmethod(apply)  # type: ignore[assignment, method-assign]
+    try:
+        yield
+    finally:
+        base.apply = original  # type: ignore[method-assign]
 
 
 def capture_error(model: nn.Module, error: Exception) -> CaptureError:

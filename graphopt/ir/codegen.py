@@ -201,7 +201,7 @@ class _Writer:
                 return
         self._comment(node, depth)
         self.used = set()
-        text = self._expression(node, depth)
+        text = self._assignment(node) or self._expression(node, depth)
         uses = tuple(self.used)
         self.used = set()
         mode: ModeSwitch | None = node.meta.get("mode")
@@ -267,6 +267,15 @@ class _Writer:
             for k, v in node.kwargs.items()
         ]
         return f"{self._function(node.target)}({', '.join(args)})"
+
+    def _assignment(self, node: fx.Node) -> str | None:
+        """The source assigns to a buffer here; its graph has a copy in that place."""
+        written = node.args[0] if node.meta.get("assign") else None
+        if not isinstance(written, fx.Node) or written.op != "get_attr":
+            return None
+        path, _, name = str(written.target).rpartition(".")
+        value = self.render(self._argument(node, ("args", 1), node.args[1]))
+        return f"{self._global('assign_buffer', assign_buffer)}({attribute(path)}, {name!r}, {value})"
 
     def _branches(self, node: fx.Node, depth: int) -> None:
         """Write the graph modules among a node's arguments as functions before it."""
@@ -376,6 +385,14 @@ class _Writer:
         if isinstance(value, str):
             return repr(value)
         return self._global(type(value).__name__.lower(), value)
+
+
+def assign_buffer(module: torch.nn.Module, name: str, value: torch.Tensor) -> None:
+    """Assign to a buffer, as the source does; export records that as a copy."""
+    if torch.compiler.is_exporting():
+        module._buffers[name].copy_(value)  # type: ignore[union-attr]
+    else:
+        module._buffers[name] = value
 
 
 @dataclass(frozen=True)

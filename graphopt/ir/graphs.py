@@ -51,11 +51,41 @@ def _clean(module: fx.GraphModule, taken: set[str], names: Any) -> fx.GraphModul
             new = graph.output(fx.map_arg(flat, lambda n: env[n]))
         else:
             new = graph.node_copy(node, lambda n: env[n])
-        new.meta["nn_module_stack"] = _strip_stack(node.meta.get("nn_module_stack"))
-        new.meta.pop("from_node", None)
+        if _returns_state(new):
+            env[node] = new.args[0]  # type: ignore[assignment]
+            _finish(new, node)
+            continue
+        _finish(new, node)
         env[node] = new
     graph.set_codegen(CodeGen())
     return fx.GraphModule(root, graph)
+
+
+def _returns_state(node: fx.Node) -> bool:
+    """Whether a node writes to a parameter or buffer and returns just that."""
+    target = node.target
+    if node.op != "call_function" or not isinstance(target, torch._ops.OpOverload):
+        return False
+    name = target._schema.name.partition("::")[2]
+    written = node.args[0] if node.args else None
+    in_place = name.endswith("_") and not name.endswith("__") and len(target._schema.returns) == 1
+    return in_place and isinstance(written, fx.Node) and written.op == "get_attr"
+
+
+def _finish(new: fx.Node, node: fx.Node) -> None:
+    new.meta["nn_module_stack"] = _strip_stack(node.meta.get("nn_module_stack"))
+    new.meta.pop("from_node", None)
+
+
+def mark_assignments(module: fx.GraphModule, paths: Sequence[str]) -> None:
+    """Mark the copies that stand for assignments to buffers with ``meta["assign"]``."""
+    for path in paths:
+        for node in reversed(module.graph.nodes):
+            copies = str(node.target) == "aten.copy_.default"
+            written = node.args[0] if copies else None
+            if isinstance(written, fx.Node) and str(written.target) == path:
+                node.meta["assign"] = True
+                break
 
 
 def _is_dropped(node: fx.Node) -> bool:

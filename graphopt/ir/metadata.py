@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 from torch._dynamo.source import ConstantSource
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
@@ -126,7 +127,7 @@ def _symbol(env: ShapeEnv, name: str, hint: int) -> Any:
 
 def propagate(module: fx.GraphModule, inputs: Sequence[Any], mode: FakeTensorMode) -> None:
     """Run a graph on fake tensors and note what comes out in ``meta["val"]``."""
-    with mode, torch.enable_grad():
+    with mode, torch.enable_grad(), enable_python_dispatcher():
         _Propagator(module, mode).run(*inputs)
 
 

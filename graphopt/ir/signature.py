@@ -310,6 +310,10 @@ class Signature:
         ]
         object.__setattr__(self, "_simple", simple if all(defaults) else -1)
 
+    def __reduce__(self) -> Any:  # without the caches
+        names = [f.name for f in dataclasses.fields(self) if f.init]
+        return type(self), tuple(getattr(self, name) for name in names)
+
     @property
     def python(self) -> inspect.Signature:
         """The source's signature, without ``self``."""
