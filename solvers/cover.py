@@ -67,7 +67,7 @@ class CoverBounder:
         model = cp_model.CpModel()
         again: dict[int, cp_model.IntVar] = {}
         for stage in self.stages:
-            _conditions(model, self.arrays, self.budget, stage, again)
+            add_conditions(model, self.arrays, self.budget, stage, again)
         extra = sum(int(self.arrays.duration[t]) * var for t, var in again.items())
         if again:
             model.add(extra >= self.extra)
@@ -107,57 +107,82 @@ class CoverBounder:
         self.exhausted = len(self.stages) >= len(self._ranked)
 
 
-def _conditions(
+def add_conditions(
     model: cp_model.CpModel,
     arrays: Arrays,
     budget: int,
     stage: int,
     again: dict[int, cp_model.IntVar],
-) -> None:
-    """What must hold when task `stage` runs for the first time."""
-    late: dict[int, cp_model.IntVar] = {}
-    live: dict[int, cp_model.IntVar] = {}
-    fixed = int(arrays.out_bytes[stage] + arrays.workspace[stage])
-    inputs = set(arrays.in_idx[arrays.in_ptr[stage] : arrays.in_ptr[stage + 1]].tolist())
-    fixed += sum(int(arrays.bytes[v]) for v in inputs)
-    needed, todo = [], []
-    for value in range(len(arrays.bytes)):
-        if arrays.producer[value] >= stage or value in inputs:
-            continue
-        last = arrays.use_ptr[value + 1] - 1
-        used = last >= arrays.use_ptr[value] and arrays.use_idx[last] > stage
-        if used or arrays.keep[value]:
-            needed.append(value)
+) -> dict[int, cp_model.IntVar]:
+    """Adds what must hold when task `stage` runs for the first time.
 
-    def present(value: int) -> cp_model.IntVar | int:
-        if value in inputs:
-            return 1
-        if value not in live:
-            live[value] = model.new_bool_var("")
-        return live[value]
+    Args:
+        model: changed in place.
+        arrays: the task graph.
+        budget: bytes.
+        stage: the task.
+        again: per task, "is recomputed"; filled where missing.
 
-    def later(task: int) -> cp_model.IntVar | int:
-        if not arrays.recomputable[task]:
+    Returns:
+        Per task that matters, "runs again after that moment".
+    """
+    return _Moment(model, arrays, budget, stage, again).late
+
+
+class _Moment:
+    """The conditions at one stage."""
+
+    def __init__(
+        self,
+        model: cp_model.CpModel,
+        arrays: Arrays,
+        budget: int,
+        stage: int,
+        again: dict[int, cp_model.IntVar],
+    ) -> None:
+        self._model, self._a, self._again = model, arrays, again
+        self._inputs = set(self._inputs_of(stage))
+        self._live: dict[int, cp_model.IntVar] = {}
+        self._todo: list[int] = []
+        self.late: dict[int, cp_model.IntVar] = {}
+        for value in self._needed(stage):
+            model.add(self._held(value) + self._later(int(arrays.producer[value])) >= 1)
+        while self._todo:
+            task = self._todo.pop()
+            for value in self._inputs_of(task):
+                if value not in self._inputs:
+                    redo = self._later(int(arrays.producer[value]))
+                    model.add(self._held(value) + redo >= self.late[task])
+        fixed = int(arrays.out_bytes[stage] + arrays.workspace[stage])
+        fixed += sum(int(arrays.bytes[v]) for v in self._inputs)
+        load = sum(int(arrays.bytes[v]) * var for v, var in self._live.items())
+        model.add(fixed + load <= budget)
+
+    def _inputs_of(self, task: int) -> list[int]:
+        return self._a.in_idx[self._a.in_ptr[task] : self._a.in_ptr[task + 1]].tolist()
+
+    def _needed(self, stage: int) -> list[int]:
+        """Values made before the stage, not its inputs, that something later needs."""
+        a = self._a
+        used = a.use_ptr[1:] > a.use_ptr[:-1]
+        last = np.where(
+            used, a.use_idx[np.maximum(a.use_ptr[1:] - 1, 0)] if len(a.use_idx) else 0, -1
+        )
+        needed = (a.producer < stage) & ((last > stage) | (a.keep > 0))
+        return [v for v in np.flatnonzero(needed).tolist() if v not in self._inputs]
+
+    def _held(self, value: int) -> cp_model.IntVar:
+        if value not in self._live:
+            self._live[value] = self._model.new_bool_var("")
+        return self._live[value]
+
+    def _later(self, task: int) -> cp_model.IntVar | int:
+        if not self._a.recomputable[task]:
             return 0
-        if task not in late:
-            late[task] = model.new_bool_var("")
-            total = again.get(task)
-            if total is None:
-                total = again[task] = model.new_bool_var("")
-            model.add_implication(late[task], total)
-            todo.append(task)
-        return late[task]
-
-    for value in needed:
-        model.add(present(value) + later(int(arrays.producer[value])) >= 1)
-    while todo:
-        task = todo.pop()
-        for value in arrays.in_idx[arrays.in_ptr[task] : arrays.in_ptr[task + 1]].tolist():
-            if value in inputs:
-                continue
-            held, redo = present(value), later(int(arrays.producer[value]))
-            model.add(held + redo >= late[task])
-    sizes = [int(arrays.bytes[v]) for v in live]
-    model.add(
-        fixed + sum(size * var for size, var in zip(sizes, live.values(), strict=True)) <= budget
-    )
+        if task not in self.late:
+            self.late[task] = self._model.new_bool_var("")
+            if task not in self._again:
+                self._again[task] = self._model.new_bool_var("")
+            self._model.add_implication(self.late[task], self._again[task])
+            self._todo.append(task)
+        return self.late[task]

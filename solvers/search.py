@@ -10,6 +10,7 @@ import numpy as np
 from graphopt.solvers import table as T
 from graphopt.solvers.arrays import Array, Arrays, to_arrays
 from graphopt.solvers.blocks import task_classes
+from graphopt.solvers.clock import Clock
 from graphopt.solvers.compiling import Compiled
 from graphopt.solvers.graph import Task, TaskGraph, Value
 from graphopt.solvers.solution import Incumbent
@@ -28,40 +29,6 @@ _CYCLES = (
     ("stage", 0.6, 2.0),
     ("stage", 0.1, 2.0),
 )
-
-
-class Clock:
-    """How much work is left: seconds, or counted steps for repeatable answers.
-
-    Attributes:
-        counted: whether steps are counted.
-    """
-
-    def __init__(self, incumbent: Incumbent, time_limit: float, step_limit: int | None) -> None:
-        """Starts with the incumbent's clock."""
-        self._incumbent, self._time_limit = incumbent, time_limit
-        self._steps = step_limit
-        self._total = step_limit
-        self.counted = step_limit is not None
-
-    def left(self) -> float:
-        """Seconds until the time limit."""
-        return self._time_limit - self._incumbent.elapsed
-
-    def spend(self, steps: int) -> None:
-        """Counts steps."""
-        if self._steps is not None:
-            self._steps -= steps
-
-    def over(self) -> bool:
-        """Whether nothing is left."""
-        return self.left() <= 0.02 or (self._steps is not None and self._steps <= 0)
-
-    def used(self) -> float:
-        """Share of the work done, 0 to 1."""
-        if self._steps is not None and self._total:
-            return 1 - self._steps / self._total
-        return 1 - self.left() / self._time_limit
 
 
 class Search:

@@ -11,13 +11,17 @@ from dataclasses import replace
 import numpy as np
 
 from graphopt.solvers.arrays import to_arrays
+from graphopt.solvers.clock import Clock
 from graphopt.solvers.cover import CoverBounder, working_set
 from graphopt.solvers.eviction import evict
 from graphopt.solvers.graph import TaskGraph, TaskGraphError
 from graphopt.solvers.order import reorder
+from graphopt.solvers.proof import Prover
 from graphopt.solvers.solution import Incumbent, OnProgress, Progress, Solution
 from graphopt.solvers.stages import StagePlan
 
+_PROVABLE = 160  # tasks up to which a proof by constraint programming is tried
+_BEFORE_PROOF = 0.12  # share of the time that the search has before that
 _STEP_SECONDS = 0.001  # deterministic time of CP-SAT that one counted step is worth
 
 
@@ -153,7 +157,7 @@ def _answer(inc: Incumbent, least: int, scope: str) -> Solution:
 
 
 class Run:
-    """One call of `solve`: starts, then search, with the bounds in a second thread."""
+    """One call of `solve`: starts, then search, with bounds and proofs in a second thread."""
 
     def __init__(
         self,
@@ -165,8 +169,6 @@ class Run:
         max_copies: int,
     ) -> None:
         """Notes what to do."""
-        from graphopt.solvers.search import Clock
-
         self.graph, self.incumbent, self.seed = graph, incumbent, seed
         self.max_copies, self.step_limit = max_copies, step_limit
         self.clock = Clock(incumbent, time_limit, step_limit)
@@ -175,7 +177,7 @@ class Run:
         self.closing = threading.Event()
         self.thread: threading.Thread | None = None
         self.plan: StagePlan | None = None
-        self.scope = "any number of recomputations"
+        self.prover = Prover(self.arrays, incumbent, max_copies, seed)
 
     def all(self) -> None:
         """Works until the clock runs out or nothing better can exist."""
@@ -190,6 +192,10 @@ class Run:
             self.thread = threading.Thread(target=self._bound, daemon=True)
             self.thread.start()
         self._search()
+        if self.clock.counted and len(self.graph.tasks) <= _PROVABLE:
+            steps = _STEP_SECONDS * (self.step_limit or 0)
+            self.prover.prove(self.bounder, self.clock.left(), steps=steps)
+            self.prover.deliver()
 
     def close(self) -> None:
         """Ends the second thread."""
@@ -197,7 +203,9 @@ class Run:
         if self.thread is not None:
             while self.thread.is_alive():
                 self.bounder.stop()
+                self.prover.stop()
                 self.thread.join(0.05)
+        self.prover.deliver()
 
     def _evict(self) -> None:
         """The first plan, in plain numpy: it must not wait for a compiler."""
@@ -210,21 +218,42 @@ class Run:
     def _search(self) -> None:
         from graphopt.solvers.search import Search, stage_search
 
-        if not stage_search.wait(1e9 if self.clock.counted else self.clock.left()):
-            return
-        Search(
-            self.graph, self.arrays, self.incumbent, self.clock, self.seed,
-            lambda: self.bounder.infeasible,
-        ).run(self.plan)  # fmt: skip
+        patience = 1e9 if self.clock.counted else self.clock.left()
+        if stage_search.wait(patience):
+            Search(self.graph, self.arrays, self.incumbent, self.clock, self.seed, self._poll).run(
+                self.plan
+            )
+
+    def _poll(self) -> bool:
+        """Takes what the second thread found; waits while that needs both cores."""
+        self.prover.deliver()
+        while self.prover.busy.is_set() and not self.clock.over():
+            time.sleep(0.02)
+            self.prover.deliver()
+            self.incumbent.report("proof")
+        return self.bounder.infeasible
 
     def _bound(self) -> None:
-        while not (self.closing.is_set() or self.bounder.exhausted or self.incumbent.optimal):
-            if self.bounder.infeasible or self.clock.left() < 0.1:
-                return
-            self.bounder.round(self.clock.left(), target=self._target())
+        """The second thread: cover bounds, then proofs on small graphs."""
+        share = 0.5 if len(self.graph.tasks) <= _PROVABLE else 1.0
+        until = self.clock.left() * (1 - share)
+        while not (self._closed() or self.bounder.exhausted):
+            if self.clock.left() < until + 0.1:
+                break
+            self.bounder.round(self.clock.left() - until, target=self._target())
             self.incumbent.lower_bound = max(
                 self.incumbent.lower_bound, self.graph.duration + self.bounder.extra
             )
+        if len(self.graph.tasks) > _PROVABLE:
+            return
+        while not self._closed() and self.clock.left() > 0.5:
+            if not self.incumbent.feasible or self.clock.used() < _BEFORE_PROOF:
+                time.sleep(0.02)
+            elif self.prover.prove(self.bounder, self.clock.left(), workers=2):
+                return
+
+    def _closed(self) -> bool:
+        return self.closing.is_set() or self.bounder.infeasible or self.incumbent.optimal
 
     def _bound_counted(self) -> None:
         steps = _STEP_SECONDS * (self.step_limit or 0) / 4
@@ -244,4 +273,7 @@ class Run:
         least = working_set(self.arrays)
         if self.bounder.infeasible:
             least = max(least, self.incumbent.budget + 1)
-        return _answer(self.incumbent, least, f"{self.scope}, first executions in input order")
+        copies = "any number of recomputations"
+        if self.prover.raised:
+            copies = f"at most {self.max_copies} executions of a task"
+        return _answer(self.incumbent, least, f"{copies}, first executions in input order")

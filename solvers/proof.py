@@ -1,0 +1,95 @@
+"""Proofs that no better plan exists, by the constraint program."""
+
+from __future__ import annotations
+
+import queue
+import threading
+
+from ortools.sat.python import cp_model
+
+from graphopt.solvers.arrays import Arrays
+from graphopt.solvers.cover import CoverBounder
+from graphopt.solvers.cpsat import RetentionModel, run
+from graphopt.solvers.solution import Incumbent
+
+_MOST_STAGES = 24  # cover conditions in the constraint program
+
+
+class Prover:
+    """Asks the constraint program for a plan better than the incumbent, or a proof of none.
+
+    Attributes:
+        busy: set while it wants all cores.
+        raised: whether the lower bound rests on the constraint program and its cap on copies.
+    """
+
+    def __init__(self, arrays: Arrays, incumbent: Incumbent, copies: int, seed: int) -> None:
+        """Notes the problem."""
+        self._arrays, self._incumbent = arrays, incumbent
+        self._copies, self._seed = max(2, copies), seed
+        self._base = int(arrays.duration.sum())
+        self._found: queue.SimpleQueue[list[int]] = queue.SimpleQueue()
+        self._bound = 0
+        self._solver: cp_model.CpSolver | None = None
+        self.busy = threading.Event()
+        self.raised = False
+
+    def stop(self) -> None:
+        """Ends a running proof early; may be called from another thread."""
+        if self._solver is not None:
+            self._solver.stop_search()
+
+    def deliver(self) -> None:
+        """Hands plans and bounds to the incumbent; call it from the thread that owns that."""
+        while not self._found.empty():
+            self._incumbent.offer(self._found.get(), "constraint program")
+        if self._bound > self._incumbent.lower_bound and self._incumbent.feasible:
+            self.raised = True
+            self._incumbent.raise_bound(min(self._bound, self._incumbent.duration))
+
+    def prove(
+        self,
+        cover: CoverBounder,
+        time_limit: float,
+        *,
+        workers: int = 1,
+        steps: float | None = None,
+    ) -> bool:
+        """Looks for a plan that is better than the incumbent; returns whether that is settled.
+
+        Args:
+            cover: the cover bound so far.
+            time_limit: seconds.
+            workers: threads.
+            steps: CP-SAT's deterministic time, for repeatable answers.
+        """
+        if not self._incumbent.feasible:
+            return False
+        most = self._incumbent.duration - self._base - 1
+        least = min(cover.extra, most)
+        if workers > 1:
+            self.busy.set()
+        try:
+            model = RetentionModel(
+                self._arrays,
+                self._incumbent.budget,
+                self._copies,
+                (least, most),
+                cover.stages[:_MOST_STAGES],
+            )
+            self._solver = cp_model.CpSolver()
+            status, bound = run(
+                model,
+                self._solver,
+                time_limit=time_limit,
+                steps=steps,
+                workers=workers,
+                seed=self._seed,
+                found=self._found.put,
+            )
+        finally:
+            self.busy.clear()
+        if status == "infeasible":
+            bound = most + 1
+        self._bound = self._base + bound
+        return status != "unknown"
