@@ -111,7 +111,10 @@ class _Comparer:
         """Put a copy of a node of the second graph into the first, where the second has it."""
         value = mine.meta["val"]
         place: fx.Node = node
-        while place.op != "output" and getattr(self.partner.get(place), "graph", None) is not mine.graph:
+        while (
+            place.op != "output"
+            and getattr(self.partner.get(place), "graph", None) is not mine.graph
+        ):
             place = place.next
         before = self.partner.get(place) or mine.graph.output_node()
 
@@ -153,17 +156,15 @@ class _Comparer:
             if len(a) != len(b):
                 return False
             parts = enumerate(zip(a, b, strict=True))
-            return all(
-                [self._arguments(f"{place}.{i}", x, y, found, rewired) for i, (x, y) in parts]
-            )
+            return all(self._arguments(f"{place}.{i}", x, y, found, rewired) for i, (x, y) in parts)
         if isinstance(a, dict) and isinstance(b, dict):
             if list(a) != list(b):
                 return False
-            return all([self._arguments(f"{place}.{k}", a[k], b[k], found, rewired) for k in a])
+            return all(self._arguments(f"{place}.{k}", a[k], b[k], found, rewired) for k in a)
         if isinstance(a, slice) and isinstance(b, slice):
             before = len(found)
             parts = [(a.start, b.start), (a.stop, b.stop), (a.step, b.step)]
-            same = all([self._arguments(place, x, y, found, rewired) for x, y in parts])
+            same = all(self._arguments(place, x, y, found, rewired) for x, y in parts)
             return same and len(found) == before
         if not _equal(a, b):
             found[place] = (a, b)
@@ -253,8 +254,8 @@ def _spell_out(one: fx.Node, two: fx.Node) -> None:
     for node in (one, two):
         kwargs = dict(node.kwargs)
         args = list(node.args)
-        for argument in positional[len(args) : count]:
-            args.append(kwargs.pop(argument.name, argument.default_value))
+        missing = positional[len(args) : count]
+        args += [kwargs.pop(argument.name, argument.default_value) for argument in missing]
         defaults = {a.name: a.default_value for a in schema}
         filled = positional[:count]
         keep = [name for name in names if all(name != a.name for a in filled)]

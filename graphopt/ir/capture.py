@@ -15,7 +15,6 @@ from torch.export import Dim
 from graphopt.errors import (
     CaptureError,
     GraphoptError,
-    InputMismatch,
     ModelError,
     UsageError,
     innermost_user_frame,
@@ -25,8 +24,9 @@ from graphopt.ir import signature as signatures
 from graphopt.ir.align import all_graphs
 from graphopt.ir.graphs import bind_graph, clean_graph, free_sizes, mark_assignments
 from graphopt.ir.program import Program
-from graphopt.ir.signature import Signature, Tree
+from graphopt.ir.signature import Signature
 from graphopt.ir.skeleton import Skeleton, build
+from graphopt.ir.trees import LEAF, Tree, flatten, same_tree
 from graphopt.ir.untouched import untouched
 
 _HINTS = (
@@ -60,7 +60,7 @@ class _Found:
     """What a call finds out; an object of its own, for export resets a module's attributes."""
 
     def __init__(self) -> None:
-        self.out_spec: Tree = signatures.LEAF
+        self.out_spec: Tree = LEAF
         self.assigned: list[str] = []
 
 
@@ -79,7 +79,7 @@ class FlatCall(nn.Module):
         tables = [(name, m._buffers, dict(m._buffers)) for name, m in self.model.named_modules()]
         output = self.model(*args, **kwargs)
         self.found.assigned = self._write_back(tables)
-        leaves, self.found.out_spec = signatures.flatten(output, symbols=True)
+        leaves, self.found.out_spec = flatten(output, symbols=True)
         return tuple(leaves)
 
     def _write_back(self, tables: list[tuple[str, dict[str, Any], dict[str, Any]]]) -> list[str]:
@@ -147,8 +147,8 @@ def _capture(
 ) -> Program:
     flags = {training: overridden_flags(model, training) for training in (True, False)}
     skeleton = build(model, flags)
+    train, dynamic = _first_trace(model, signature, flat, dynamic)
     session = _Session(model, flat, dynamic, skeleton)
-    train = trace(model, signature, flat, dynamic, training=True)
     if session.find_all(train):
         module = bind_graph(train.graph, skeleton.root)
         return Program(module, None, train.signature, skeleton, literals=literals.Literals())
@@ -172,8 +172,23 @@ def _capture(
     )
 
 
+def _first_trace(
+    model: nn.Module, signature: Signature, flat: list[torch.Tensor], dynamic: Any
+) -> tuple[Trace, Any]:
+    """Trace in training mode; a model that can't be traced with free sizes keeps the example's."""
+    try:
+        return trace(model, signature, flat, dynamic, training=True), dynamic
+    except CaptureError as error:
+        if not isinstance(dynamic, str):
+            raise
+        try:
+            return trace(model, signature, flat, None, training=True), None
+        except CaptureError:
+            raise error from error.__cause__
+
+
 def _same_outputs(one: Trace, other: Trace) -> bool:
-    return signatures.same_tree(one.signature.out_spec, other.signature.out_spec)
+    return same_tree(one.signature.out_spec, other.signature.out_spec)
 
 
 class _Session:
@@ -254,7 +269,7 @@ def _forget(module: fx.GraphModule) -> None:
 
 
 def overridden_flags(model: nn.Module, training: bool) -> dict[str, bool]:
-    """The modes that deviate after ``model.train(training)``, where the model overrides ``train``."""
+    """The modes that deviate after ``model.train(training)``, where that is overridden."""
     if all(type(m).train is nn.Module.train for m in model.modules()):
         return {}
     before = [(m, m.training) for m in model.modules()]
@@ -337,7 +352,7 @@ def dimensions(signature: Signature, flat: Sequence[torch.Tensor], dynamic: Any)
                 hint="use 'batch', 'batch,sequence', None, or torch's dynamic_shapes",
             )
         count = len(names)
-        return (tuple({i: Dim.AUTO for i in range(min(count, t.ndim))} for t in flat),)
+        return (tuple(dict.fromkeys(range(min(count, t.ndim)), Dim.AUTO) for t in flat),)
     specs: list[Any] = []
     trees = dict(zip((p.name for p in signature.parameters), signature.in_spec, strict=True))
     given = [trees[name] for name in signature.passed]
@@ -356,7 +371,7 @@ def _spread(tree: Tree, spec: Any, specs: list[Any]) -> None:
     if tree.kind == "leaf":
         specs.append(spec)
         return
-    for index, (child, key) in enumerate(zip(tree.children, tree.keys(), strict=False)):
+    for index, child in enumerate(tree.children):
         if isinstance(spec, Mapping):
             name = tree.context[index] if isinstance(tree.context, list) else index
             _spread(child, spec.get(name), specs)
@@ -418,7 +433,8 @@ def capture_error(model: nn.Module, error: Exception) -> CaptureError:
     return CaptureError(
         f"{type(model).__name__} can't be captured: {type(error).__name__}: {first[:500]}",
         user_line=line,
-        hint=hint or "check that model(*args, **kwargs) runs as it stands; if it does, capture a "
+        hint=hint
+        or "check that model(*args, **kwargs) runs as it stands; if it does, capture a "
         "smaller region of the model",
     )
 

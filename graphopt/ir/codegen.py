@@ -257,9 +257,7 @@ class _Writer:
 
     def _expression(self, node: fx.Node, depth: int) -> str:
         self._branches(node, depth)
-        args = [
-            self.render(self._argument(node, ("args", i), v)) for i, v in enumerate(node.args)
-        ]
+        args = [self.render(self._argument(node, ("args", i), v)) for i, v in enumerate(node.args)]
         if node.target is operator.getitem:
             return f"{args[0]}[{args[1]}]"
         args += [
@@ -275,7 +273,9 @@ class _Writer:
             return None
         path, _, name = str(written.target).rpartition(".")
         value = self.render(self._argument(node, ("args", 1), node.args[1]))
-        return f"{self._global('assign_buffer', assign_buffer)}({attribute(path)}, {name!r}, {value})"
+        return (
+            f"{self._global('assign_buffer', assign_buffer)}({attribute(path)}, {name!r}, {value})"
+        )
 
     def _branches(self, node: fx.Node, depth: int) -> None:
         """Write the graph modules among a node's arguments as functions before it."""
@@ -381,7 +381,9 @@ class _Writer:
         if isinstance(value, torch.device):
             return f"torch.device({str(value)!r})"
         if isinstance(value, slice):
-            return f"slice({', '.join(self.render(v) for v in (value.start, value.stop, value.step))})"
+            return (
+                f"slice({', '.join(self.render(v) for v in (value.start, value.stop, value.step))})"
+            )
         if isinstance(value, str):
             return repr(value)
         return self._global(type(value).__name__.lower(), value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections.abc import Mapping
 from typing import Any
@@ -10,18 +11,20 @@ import torch
 from torch import nn
 
 from graphopt.errors import FileFormatError, UnsupportedError
-from graphopt.ir.codec import Decoder, class_name, encode_module, encode_value
+from graphopt.ir.codec import Decoder, encode_module, encode_value
 from graphopt.ir.graphs import bind_graph
 from graphopt.ir.guards import compile_arithmetic
 from graphopt.ir.literals import Literals
 from graphopt.ir.program import PassRecord, Program
-from graphopt.ir.signature import Guard, Leaf, Signature, Tree
+from graphopt.ir.signature import Guard, Leaf, Signature
 from graphopt.ir.skeleton import (
     Container,
     ExtraStateContainer,
     SequenceContainer,
     Skeleton,
 )
+from graphopt.ir.targets import class_name
+from graphopt.ir.trees import Tree, is_registered
 
 Json = Any
 _CONTAINERS = {
@@ -194,7 +197,9 @@ def decode_program(
     try:
         return _decode_program(data, tensors, trust)
     except (KeyError, TypeError, ValueError, IndexError, AttributeError, RecursionError) as error:
-        raise FileFormatError(f"a program that can't be read: {type(error).__name__}: {error}") from error
+        raise FileFormatError(
+            f"a program that can't be read: {type(error).__name__}: {error}"
+        ) from error
 
 
 def _decode_program(
@@ -202,9 +207,10 @@ def _decode_program(
 ) -> Program:
     decoder = Decoder(trust=trust)
     skeleton = _decode_skeleton(data["skeleton"], tensors, decoder)
-    modules = []
-    for part in (data["module"], data["eval_module"]):
-        modules.append(None if part is None else _bound(decoder, part, skeleton.root))
+    modules = [
+        None if part is None else _bound(decoder, part, skeleton.root)
+        for part in (data["module"], data["eval_module"])
+    ]
     signature = _decode_signature(data["signature"], decoder)
     second = data["eval_signature"]
     if len(modules[0].graph.find_nodes(op="placeholder")) != len(signature.inputs):  # type: ignore[union-attr]
@@ -275,10 +281,6 @@ def _decode_tree(data: Json, decoder: Decoder) -> Tree:
 
 def _check_class(kind: str, cls: type, trust: bool) -> None:
     """A file may not make objects of any class: rebuilding some of them has side effects."""
-    import dataclasses
-
-    from graphopt.ir.signature import is_registered
-
     allowed = {
         "node": is_registered(cls),
         "dataclass": dataclasses.is_dataclass(cls),
@@ -291,9 +293,7 @@ def _check_class(kind: str, cls: type, trust: bool) -> None:
         )
 
 
-def _decode_skeleton(
-    data: Json, tensors: Mapping[str, torch.Tensor], decoder: Decoder
-) -> Skeleton:
+def _decode_skeleton(data: Json, tensors: Mapping[str, torch.Tensor], decoder: Decoder) -> Skeleton:
     entries = data["containers"]
     containers = [_CONTAINERS[entry["kind"]]() for entry in entries]
     wrapped: dict[str, nn.Parameter] = {}

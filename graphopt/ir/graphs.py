@@ -10,7 +10,8 @@ import torch
 from torch import fx, nn
 from torch.fx.graph import CodeGen
 
-from graphopt.ir.signature import Guard, Leaf, Signature, Tree
+from graphopt.ir.signature import Guard, Leaf, Signature
+from graphopt.ir.trees import Tree
 
 _PREFIX = "model."
 _DROPPED = ("aten::_assert_tensor_metadata",)
@@ -24,7 +25,9 @@ def clean_graph(module: fx.GraphModule, names: Sequence[str]) -> fx.GraphModule:
     renamed, sub-graphs treated alike.  Returns a graph module that holds the tensors at the
     source's own paths.
     """
-    taken = {name.split(".")[0] for name in vars(getattr(module, "model", module)).get("_modules", ())}
+    taken = {
+        name.split(".")[0] for name in vars(getattr(module, "model", module)).get("_modules", ())
+    }
     result = _clean(module, taken, iter(names))
     result.recompile()
     return result
@@ -191,7 +194,13 @@ def free_sizes(
         traced = tuple(s if isinstance(s, int) else str(s) for s in node.meta["val"].shape)
         leaves.append(
             Leaf(
-                leaf.name, leaf.path, leaf.shape, leaf.dtype, leaf.device, traced, leaf.requires_grad
+                leaf.name,
+                leaf.path,
+                leaf.shape,
+                leaf.dtype,
+                leaf.device,
+                traced,
+                leaf.requires_grad,
             )
         )
     guards = size_guards(getattr(exported, "_guards_code", ()), signature)

@@ -82,9 +82,7 @@ class Variant:
     device: str | None
 
 
-def variant(
-    model: nn.Module, inputs: Sequence[torch.Tensor], *, meta: bool
-) -> Variant:
+def variant(model: nn.Module, inputs: Sequence[torch.Tensor], *, meta: bool) -> Variant:
     """A weightless copy of a model in another dtype, on the meta device.
 
     The dtype is bfloat16: half precision is what models make exceptions for.
@@ -282,8 +280,7 @@ class _Sources:
     def __init__(self, module: fx.GraphModule, root: nn.Module) -> None:
         self.root = root
         self.inputs = {n.name: n.meta["val"] for n in module.graph.find_nodes(op="placeholder")}
-        tensors = {**dict(root.named_parameters()), **dict(root.named_buffers())}
-        self.tensors = {path: tensor for path, tensor in tensors.items()}
+        self.tensors = {**dict(root.named_parameters()), **dict(root.named_buffers())}
 
     def tie(self, node: fx.Node, kind: str, value: Any) -> Tie | None:
         def fits(tensor: torch.Tensor) -> bool:

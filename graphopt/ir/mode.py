@@ -1,8 +1,8 @@
 """Train and eval mode of a captured graph, found by comparing traces in both modes.
 
 An argument that differs between the trace in training mode and the one in eval mode is
-*mode-bearing*: dropout's ``train`` flag, BatchNorm's ``training``, the dropout rate of an SDPA.  One
-that doesn't differ is fixed, as in Monte-Carlo dropout.  Each mode-bearing node follows the
+*mode-bearing*: dropout's ``train`` flag, BatchNorm's ``training``, the dropout rate of an SDPA.
+One that doesn't differ is fixed, as in Monte-Carlo dropout.  Each mode-bearing node follows the
 ``training`` flag of the module that owns it, the innermost one in its ``nn_module_stack``, as it
 does in the source: one BatchNorm can be frozen alone.
 
@@ -109,8 +109,7 @@ def runs_eval(owners: tuple[str, ...], training: Callable[[str], bool]) -> bool:
         return not flags[owners[0]]
     wrong = [owner or "the root" for owner, flag in flags.items() if not flag]
     raise UnsupportedError(
-        "a model that branches on self.training, with part of it in eval mode: "
-        + ", ".join(wrong),
+        "a model that branches on self.training, with part of it in eval mode: " + ", ".join(wrong),
         hint="call train() or eval() on the whole module; modules outside the branch may differ",
     )
 

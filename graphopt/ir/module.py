@@ -245,9 +245,7 @@ def _being_traced(flat: Sequence[torch.Tensor]) -> bool:
     if torch.fx.experimental.proxy_tensor.get_proxy_mode() is not None:
         return True
     plain = (torch.Tensor, nn.Parameter)
-    return any(
-        type(t) not in plain and isinstance(t, torch._subclasses.FakeTensor) for t in flat
-    )
+    return any(type(t) not in plain and isinstance(t, torch._subclasses.FakeTensor) for t in flat)
 
 
 def emit(program: Program) -> OptimizedModule:

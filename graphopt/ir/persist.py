@@ -1,8 +1,8 @@
 """Saving and loading optimized modules: one archive of JSON and safetensors, no pickle.
 
-    model.gopt (zip, stored)
-      graphopt.json         graphs, signature, modules, plans, report
-      weights.safetensors   each tensor once, tied weights by one name
+model.gopt (zip, stored)
+graphopt.json         graphs, signature, modules, plans, report
+weights.safetensors   each tensor once, tied weights by one name
 """
 
 from __future__ import annotations
@@ -179,7 +179,9 @@ def _check_members(path: Path, archive: zipfile.ZipFile) -> None:
             hint="a graphopt file holds graphopt.json and weights.safetensors, nothing else",
         )
     if len(members) != 2:
-        raise FileFormatError(f"{path} is no graphopt file: graphopt.json or the weights are missing")
+        raise FileFormatError(
+            f"{path} is no graphopt file: graphopt.json or the weights are missing"
+        )
     size = path.stat().st_size
     info = members[_JSON]
     if info.file_size > min(_MAX_JSON, _MAX_RATIO * max(info.compress_size, 1 << 10)):

@@ -39,6 +39,7 @@ class Container(nn.Module):
         return self._class_name
 
     def extra_repr(self) -> str:
+        """What the source module shows of itself."""
         return self._repr
 
     def forward(self, *args: Any, **kwargs: Any) -> NoReturn:
@@ -87,7 +88,8 @@ class ExtraStateContainer(Container):
 def _refuse(name: str) -> Callable[..., NoReturn]:
     def refuse(self: Container, *args: Any, **kwargs: Any) -> NoReturn:
         raise UnsupportedError(
-            f"{name} on the inner module {self._path!r} ({self._class_name}) of an optimized module",
+            f"{name} on the inner module {self._path!r} ({self._class_name}) of an optimized "
+            "module",
             hint="inner modules aren't called; hooks work on the whole module, on tensors, and on "
             "parameters, or put the hook on the source model and capture again",
         )

@@ -34,8 +34,10 @@ def _snapshot(model: nn.Module) -> list[tuple[Any, dict[str, Any], dict[str, Any
     for module in model.modules():
         tables = {k: v.copy() for k, v in vars(module).items() if isinstance(v, _TABLES)}
         saved.append((module, dict(vars(module)), tables))
-    for tensor in (*model.parameters(), *model.buffers()):
-        saved.append((tensor, {"requires_grad": tensor.requires_grad, "grad": tensor.grad}, {}))
+    saved += [
+        (tensor, {"requires_grad": tensor.requires_grad, "grad": tensor.grad}, {})
+        for tensor in (*model.parameters(), *model.buffers())
+    ]
     return saved
 
 
@@ -56,7 +58,9 @@ def _restore(saved: list[tuple[Any, dict[str, Any], dict[str, Any]]]) -> None:
 def _refill(table: Any, content: Any) -> None:
     """Put a container back to what it held, if it changed."""
     if isinstance(table, list):
-        if len(table) != len(content) or any(a is not b for a, b in zip(table, content, strict=True)):
+        if len(table) != len(content) or any(
+            a is not b for a, b in zip(table, content, strict=True)
+        ):
             table[:] = content
     elif isinstance(table, dict):
         if list(table) != list(content) or any(table[k] is not content[k] for k in content):
@@ -73,7 +77,7 @@ def _random_state() -> Iterator[None]:
     try:
         import numpy
 
-        numbers: Any = numpy.random.get_state()  # noqa: NPY002
+        numbers: Any = numpy.random.get_state()
     except ImportError:  # pragma: no cover - numpy comes with torch
         numpy, numbers = None, None  # type: ignore[assignment]
     with torch.random.fork_rng():
