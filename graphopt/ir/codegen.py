@@ -251,6 +251,8 @@ class _Writer:
         path, cls = stack[-1][0], stack[-1][1]
         cls = cls if isinstance(cls, str) else getattr(cls, "__qualname__", str(cls))
         label = f"# {path or 'root'}: {cls.rsplit('.', 1)[-1]}"
+        # A name can hold a line end, which would end the comment and start code.
+        label = "".join(c if c.isprintable() else "?" for c in label)
         if label != self.scope:
             self.scope = label
             self.lines.append(_Line(depth, label))
