@@ -24,6 +24,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments or bool(os.environ.get("GRAPHOPT_DEBUG"))
+    if not debug:
+        _hush_libraries()
     try:
         return _run(arguments)
     except KeyboardInterrupt:
@@ -47,6 +49,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return EXIT_USER
+
+
+def _hush_libraries() -> None:
+    """Keep torch's own log and warnings off stderr: errors say what a user has to know."""
+    import logging
+    import warnings
+
+    warnings.filterwarnings("ignore")
+    for name in ("torch.fx.experimental.symbolic_shapes", "torch._subclasses.fake_tensor"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
 def _run(arguments: list[str]) -> int:

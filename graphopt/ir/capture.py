@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -384,7 +385,9 @@ def _spread(tree: Tree, spec: Any, specs: list[Any]) -> None:
 def _export(wrapper: FlatCall, inputs: tuple[Any, ...], shapes: Any) -> Any:
     export: Callable[..., Any] = torch.export.export
     try:
-        with warnings.catch_warnings(), _no_custom_functions(wrapper.model):
+        # On failure torch prints the graph so far to stderr; the error says what matters.
+        quiet = contextlib.redirect_stderr(io.StringIO())
+        with warnings.catch_warnings(), _no_custom_functions(wrapper.model), quiet:
             warnings.simplefilter("ignore")
             exported = export(wrapper, inputs, strict=False, dynamic_shapes=shapes)
             return exported, exported.module(check_guards=False)
