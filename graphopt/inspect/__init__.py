@@ -6,7 +6,7 @@ import json
 from typing import TYPE_CHECKING
 
 from graphopt.errors import UnsupportedError, suggest
-from graphopt.inspect.document import Document, document
+from graphopt.inspect.document import Document, Mode, document
 from graphopt.inspect.drawing import dot_text, explorer_form, svg_text
 from graphopt.inspect.live import LiveBytes, live_bytes
 from graphopt.inspect.nodes import SCHEMA_VERSION, NodeView, json_form, node_views
@@ -46,7 +46,7 @@ FORMATS = tuple(_PRINTERS)
 
 
 def dump(
-    program: Program, form: str = "py", *, view: str = "program", training: bool = True
+    program: Program, form: str = "py", *, view: str = "program", training: Mode = True
 ) -> str:
     """A program's graph as text.
 
@@ -72,7 +72,7 @@ def dump(
     return printer(document(program, view, training=training))
 
 
-def table(program: Program, *, training: bool = True, depth: int | None = None) -> Table:
+def table(program: Program, *, training: Mode = True, depth: int | None = None) -> Table:
     """The table of a program by module, for a terminal; `summarize` gives the data."""
     return summarize(program, training=training).table(depth)
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from graphopt.ir.program import Program
 
 View = Literal["program", "joint", "plan"]
+Mode = bool | Mapping[str, bool]  # of the whole model, or of each module path
 
 
 @dataclass(frozen=True)
@@ -123,14 +124,14 @@ class Document:
     history: tuple[str, ...] = ()
 
 
-def document(program: Program, view: str = "program", *, training: bool = True) -> Document:
+def document(program: Program, view: str = "program", *, training: Mode = True) -> Document:
     """Prepare a program for printing.
 
     Args:
         program: The program.
         view: ``program``: the forward graph; ``joint``: forward and backward as one graph;
             ``plan``: the stages that a planned step runs.
-        training: Which mode is shown.
+        training: The mode that is shown: of the whole model, or of each module path.
 
     Raises:
         UnsupportedError: No such view; a plan is asked for and there is none; the joint graph can't
@@ -145,7 +146,12 @@ def document(program: Program, view: str = "program", *, training: bool = True) 
     raise UnsupportedError(f"no view {view!r}", hint="one of program, joint, plan")
 
 
-def saved_or_none(program: Program, training: bool) -> SavedTable | None:
+def is_training(mode: Mode) -> bool:
+    """Whether a mode is that of a training step: the model's own flag counts."""
+    return mode if isinstance(mode, bool) else mode.get("", True)
+
+
+def saved_or_none(program: Program, training: Mode) -> SavedTable | None:
     """The saved-for-backward table, or None where the graph can't be run on fake tensors."""
     try:
         return saved_table(program, training=training)
@@ -165,7 +171,7 @@ def attributes_of(module: fx.GraphModule) -> Iterator[tuple[str, Any]]:
             yield str(node.target), value
 
 
-def _program_document(program: Program, training: bool) -> Document:
+def _program_document(program: Program, training: Mode) -> Document:
     module = program.specialize(training)
     leaves = program.signature.inputs
     holders = module.graph.find_nodes(op="placeholder")
@@ -187,7 +193,7 @@ def _program_document(program: Program, training: bool) -> Document:
     )
 
 
-def traced_joint(program: Program, training: bool) -> JointView:
+def traced_joint(program: Program, training: Mode) -> JointView:
     """The joint graph of a program, its inputs requiring gradients as the examples did.
 
     Raises:
@@ -197,7 +203,7 @@ def traced_joint(program: Program, training: bool) -> JointView:
     return joint_view(module, program.fake_inputs())
 
 
-def _joint_document(program: Program, training: bool) -> Document:
+def _joint_document(program: Program, training: Mode) -> Document:
     view = traced_joint(program, training)
     leaves = program.signature.inputs
     bindings: dict[fx.Node, Binding] = {}
@@ -235,7 +241,7 @@ def _joint_document(program: Program, training: bool) -> Document:
     )
 
 
-def planned_step(program: Program, training: bool) -> Any:
+def planned_step(program: Program, training: Mode) -> Any:
     """The `graphopt.runtime.plan.PlannedStep` that serves the example sizes.
 
     Raises:
@@ -245,14 +251,17 @@ def planned_step(program: Program, training: bool) -> Any:
         raise UnsupportedError(
             "this program has no plan", hint="run the pass rematerialize, or give --passes"
         )
-    module = program.emit().train(training)
+    module = program.emit().train(is_training(training))
+    if not isinstance(training, bool):
+        for path, part in module.named_modules():
+            part.training = training.get(path, True)
     inputs = [
         torch.zeros(leaf.shape, dtype=leaf.dtype, device=leaf.device).requires_grad_(
             leaf.requires_grad
         )
         for leaf in program.signature.inputs
     ]
-    with torch.set_grad_enabled(training):
+    with torch.set_grad_enabled(is_training(training)):
         runner = program.planner.runner(module, inputs)
     step = getattr(getattr(runner, "func", None), "step", None)
     if step is None:
@@ -262,7 +271,7 @@ def planned_step(program: Program, training: bool) -> Any:
     return step
 
 
-def _plan_document(program: Program, training: bool) -> Document:
+def _plan_document(program: Program, training: Mode) -> Document:
     step = planned_step(program, training)
     leaves = program.signature.inputs
     outside: dict[str, Binding] = {}

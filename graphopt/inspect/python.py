@@ -297,7 +297,7 @@ class _Writer:
             gone = f"del {', '.join(dead[index])}" if index in dead else ""
             simple = line.depth == 1 and line.text
             text = f"{line.text}; {gone}" if gone and simple else line.text
-            comment = f"# {line.comment}" if line.comment else ""
+            comment = f"# {one_line(line.comment)}" if line.comment else ""
             result.append(f"{pad}{text}{'  ' if text and comment else ''}{comment}".rstrip())
             if gone and not simple:  # what a block used dies after the block
                 result.append(f"    {gone}")

@@ -12,7 +12,14 @@ from torch import fx
 
 from graphopt.cost.operators import Progress
 from graphopt.errors import UnsupportedError
-from graphopt.inspect.document import Document, document, scope_of, traced_joint
+from graphopt.inspect.document import (
+    Document,
+    Mode,
+    document,
+    is_training,
+    scope_of,
+    traced_joint,
+)
 from graphopt.inspect.live import LiveBytes, live_bytes
 from graphopt.inspect.nodes import SCHEMA_VERSION, NodeView, node_views
 from graphopt.inspect.text import human_bytes, human_count, one_line
@@ -62,7 +69,8 @@ class Summary:
         rows: One for each module, parents before children, in the order in which they run.
         saved: Bytes kept between forward and backward.
         peak: Most live bytes above parameters, gradients and inputs, as simulated node after node
-            with measured sizes in the captured order; a measured step may differ by some per cent.
+            with measured op sizes in the captured order.  It is an estimate: eager's order differs,
+            and steps measured up to a sixth above it.
         peak_of: ``forward and backward`` or ``forward``.
         peak_at: The node that runs at the peak, and its module.
         notes: What limits these figures.
@@ -96,7 +104,7 @@ class Summary:
         where = f" at {self.peak_at[0]} in {self.peak_at[1] or 'the model'}"
         caption = f"peak of {self.peak_of}: {human_bytes(self.peak)}{where}"
         caption += f"; saved for backward: {human_bytes(self.saved)}"
-        caption = "\n".join([caption, *self.notes])
+        caption = "\n".join(one_line(line) for line in [caption, *self.notes])
         table = Table(
             title=Text(one_line(f"{self.title} ({mode})")),
             caption=Text(caption),
@@ -120,13 +128,13 @@ def _cells(row: ScopeRow) -> list[Text]:
 
 
 def summarize(
-    program: Program, *, training: bool = True, progress: Progress | None = None
+    program: Program, *, training: Mode = True, progress: Progress | None = None
 ) -> Summary:
     """Make the table of a program by module.
 
     Args:
         program: A captured program.
-        training: Mode of the model.
+        training: Mode of the model, or of each module path.
         progress: Called with ``(ops measured, ops in all)``.
 
     Returns:
@@ -143,7 +151,9 @@ def summarize(
         rows.add(*scope_of(node), peak_bytes=size)
     ordered = rows.ordered(live.peak)
     at = (live.at.name, scope_of(live.at)[0]) if live.at is not None else ("", "")
-    return Summary(shown.title, training, ordered, saved, live.peak, peak_of, at, notes)
+    return Summary(
+        shown.title, is_training(training), ordered, saved, live.peak, peak_of, at, notes
+    )
 
 
 class _Rows:
@@ -212,11 +222,11 @@ def _count_saved(shown: Document, rows: _Rows) -> int:
 
 
 def _peak(
-    program: Program, shown: Document, training: bool, progress: Progress | None
+    program: Program, shown: Document, training: Mode, progress: Progress | None
 ) -> tuple[LiveBytes, str, tuple[str, ...]]:
     notes: tuple[str, ...] = ()
     forward: fx.Graph = shown.segments[0].module.graph
-    if training and shown.saved is not None:
+    if is_training(training) and shown.saved is not None:
         try:
             joint = traced_joint(program, training).graph
             live = live_bytes(joint, progress, keep_outputs=False)
