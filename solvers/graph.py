@@ -149,6 +149,20 @@ class TaskGraph:
         )
 
 
+def with_end(graph: TaskGraph) -> TaskGraph:
+    """The same problem without kept values: an empty last task uses them instead.
+
+    So they may be recomputed after all other tasks, like any value before its last use. A plan
+    for the result is one for `graph` once the last task is left out.
+    """
+    kept = tuple(index for index, value in enumerate(graph.values) if value.keep)
+    if not kept:
+        return graph
+    end = Task(0, inputs=kept, recomputable=False, name="end")
+    values = tuple(Value(value.bytes, value.producer) for value in graph.values)
+    return TaskGraph((*graph.tasks, end), values, graph.after, (*range(len(graph.tasks) + 1),))
+
+
 def _check_values(graph: TaskGraph) -> None:
     count = len(graph.tasks)
     if not count:
@@ -335,7 +349,10 @@ def _from_general(data: Mapping[str, Any]) -> TaskGraph:
         size = _whole(entry.get("bytes"), f"bytes of value {number}")
         producer = _whole(entry.get("producer"), f"producer of value {number}")
         values.append(Value(size, producer, entry.get("keep", False)))
-    after = [_indices(pair, "a pair of 'after'") for pair in _items(data, "after", list, [])]
+    after = [
+        [_whole(task, "a task of 'after'") for task in pair]
+        for pair in _items(data, "after", list, [])
+    ]
     if any(len(pair) != 2 for pair in after):
         raise TaskGraphError("'after' must hold pairs of task indices")
     ids = data.get("ids", [])

@@ -121,7 +121,12 @@ class Incumbent:
         return time.perf_counter() - self.began
 
     def offer(self, sequence: Sequence[int], start: str | None = None) -> bool:
-        """Takes a plan if it is valid and better; `start` names it among the starts."""
+        """Takes a plan if it is valid and better; `start` names it among the starts.
+
+        Tasks past the graph's own (the end that `with_end` appends) are left out.
+        """
+        count = len(self.graph.tasks)
+        sequence = [int(task) for task in sequence if task < count]
         found = check(self.graph, sequence, order=self.order)
         if found.errors:
             raise TaskGraphError(f"not a valid plan: {'; '.join(found.errors[:3])}")
@@ -134,7 +139,7 @@ class Incumbent:
         else:
             better = fits or (found.peak, found.duration) < (self.peak, self.duration)
         if better:
-            self.sequence = tuple(int(task) for task in sequence)
+            self.sequence = tuple(sequence)
             self.peak, self.duration = found.peak, found.duration
             self.report()
         return better

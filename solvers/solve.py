@@ -14,7 +14,7 @@ from graphopt.solvers.arrays import to_arrays
 from graphopt.solvers.clock import Clock
 from graphopt.solvers.cover import CoverBounder, working_set
 from graphopt.solvers.eviction import evict
-from graphopt.solvers.graph import TaskGraph, TaskGraphError
+from graphopt.solvers.graph import TaskGraph, TaskGraphError, with_end
 from graphopt.solvers.order import reorder
 from graphopt.solvers.proof import Prover
 from graphopt.solvers.solution import Incumbent, OnProgress, Progress, Solution
@@ -62,7 +62,7 @@ def solve(
         )
     incumbent = Incumbent(graph, int(budget), order, on_progress)
     if start is not None:
-        incumbent.offer([int(task) for task in start], "given")
+        incumbent.offer(start, "given")
     run = Run(graph, incumbent, time_limit, step_limit, seed, max_copies)
     try:
         run.all()
@@ -98,7 +98,7 @@ def _solve_free(  # noqa: PLR0913
     began = time.perf_counter()
     incumbent = Incumbent(graph, budget, "free", on_progress)
     if start is not None:
-        incumbent.offer([int(task) for task in start], "given")
+        incumbent.offer(start, "given")
     incumbent.report("reordering")
     order = reorder(
         graph,
@@ -169,10 +169,10 @@ class Run:
         max_copies: int,
     ) -> None:
         """Notes what to do."""
-        self.graph, self.incumbent, self.seed = graph, incumbent, seed
+        self.graph, self.incumbent, self.seed = with_end(graph), incumbent, seed
         self.max_copies, self.step_limit = max_copies, step_limit
         self.clock = Clock(incumbent, time_limit, step_limit)
-        self.arrays = to_arrays(graph)
+        self.arrays = to_arrays(self.graph)
         self.bounder = CoverBounder(self.arrays, incumbent.budget)
         self.closing = threading.Event()
         self.thread: threading.Thread | None = None
@@ -275,5 +275,5 @@ class Run:
             least = max(least, self.incumbent.budget + 1)
         copies = "any number of recomputations"
         if self.prover.raised:
-            copies = f"at most {self.max_copies} executions of a task"
+            copies = f"at most {self.max_copies} executions of a task, recomputed in input order"
         return _answer(self.incumbent, least, f"{copies}, first executions in input order")

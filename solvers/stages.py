@@ -182,6 +182,8 @@ def from_sequence(arrays: Arrays, sequence: list[int]) -> StagePlan:
     for task in sequence:
         if task == stage:
             stage += 1
+        elif stage == plan.n:
+            raise ValueError("recomputation after the last first execution")
         elif stage not in plan.extras.get(task, ()):
             plan.add(stage, task)
     return plan

@@ -145,7 +145,8 @@ def unet(depth: int = 4, *, width: int = 1 << 22, seed: int = 0, **options: floa
 
 
 def transformer(blocks: int = 12, *, width: int = 1 << 16, **options: float) -> TaskGraph:
-    """Training graph of a decoder: `blocks` equal blocks of 16 operations."""
+    """Training graph of a decoder: `blocks` equal blocks of 14 operations."""
+    options.setdefault("output_needed", 1.0)
     layers = [Layer(5, width)]
 
     def add(duration: int, size: int, *inputs: int) -> int:
