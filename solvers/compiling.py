@@ -37,7 +37,10 @@ class Compiled:
             if time.perf_counter() > limit:
                 return False
         if self._error is not None:
-            raise self._error
+            # `torch.export` replaces max, min and math.pow for everybody while it traces; numba
+            # can't compile in the meantime. Nobody traces while someone waits here: again, then.
+            self._error = None
+            self._warm_up()
         return True
 
     def _run(self) -> None:
