@@ -46,13 +46,19 @@ def check(graph: TaskGraph, sequence: Sequence[int], *, order: str = "input") ->
     errors = _validity(graph, sequence, order)
     if any(not 0 <= task < len(graph.tasks) for task in sequence):
         return Check(0, 0, tuple(errors))
-    peak, live = 0, {index for index, value in enumerate(graph.values) if value.keep}
+    sizes = [value.bytes for value in graph.values]
+    live = {index for index, value in enumerate(graph.values) if value.keep}
+    held = sum(sizes[value] for value in live)  # bytes of what lives after the step
+    peak = 0
     for task in reversed(sequence):
-        inputs, outputs = graph.tasks[task].inputs, graph.tasks[task].outputs
-        present = live.union(inputs, outputs)
-        total = sum(graph.values[value].bytes for value in present)
-        peak = max(peak, total + graph.tasks[task].workspace)
-        live = live.difference(outputs).union(inputs)
+        step = graph.tasks[task]
+        inputs, outputs = set(step.inputs), set(step.outputs)
+        extra = sum(sizes[value] for value in (inputs | outputs) - live)
+        peak = max(peak, held + extra + step.workspace)
+        held -= sum(sizes[value] for value in outputs & live)
+        live -= outputs
+        held += sum(sizes[value] for value in inputs - live)
+        live |= inputs
     if live and not errors:
         errors.append(f"values {sorted(live)[:5]} are needed before anything produces them")
     duration = sum(graph.tasks[task].duration for task in sequence)
