@@ -9,6 +9,7 @@ import copy
 import dataclasses
 import functools
 import os
+import sys
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -23,7 +24,9 @@ from graphopt.comparison import Observation, non_finite, observe, unequal
 from graphopt.cost.models import COST_MODELS
 from graphopt.errors import (
     BudgetError,
+    CaptureError,
     GraphoptError,
+    InputMismatch,
     ModelError,
     NonFiniteError,
     UnsupportedError,
@@ -70,7 +73,7 @@ def capture(
         CaptureError: What failed, at which line of the model, and what to try.
         InputMismatch: The example inputs don't fit the model.
     """
-    return _capture.capture(model, _as_args(args), kwargs, dynamic=dynamic)
+    return _captured(model, _as_args(args), dict(kwargs or {}), dynamic)
 
 
 def optimize(
@@ -138,7 +141,7 @@ def optimize(
     _check_model(model, args, kwargs)
     source = model if inplace else copied(model)
     progress("capturing the model")
-    program = _capture.capture(source, args, kwargs, dynamic=dynamic)
+    program = _captured(source, args, kwargs, dynamic)
     context = PassContext(
         args=args,
         kwargs=kwargs,
@@ -255,7 +258,7 @@ def frontier(
     args, kwargs = _as_args(example_inputs), dict(example_kwargs or {})
     _check_model(model, args, kwargs)
     source = copied(model)
-    program = _capture.capture(source, args, kwargs, dynamic=dynamic)
+    program = _captured(source, args, kwargs, dynamic)
     context = PassContext(
         args=args,
         kwargs=kwargs,
@@ -345,6 +348,23 @@ def verify_capture(source: nn.Module, program: Program, context: PassContext) ->
             )
 
 
+def _captured(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], dynamic: Any
+) -> Program:
+    """Capture; where that fails because the model itself does on these inputs, say so instead."""
+    compiling = sys.modules.get("graphopt.solvers.compiling")  # not imported: nothing to wait for
+    if compiling is not None:
+        compiling.settle()
+    try:
+        return _capture.capture(model, args, kwargs, dynamic=dynamic)
+    except CaptureError:
+        try:
+            observe(model, args, kwargs, training=False)
+        except Exception as error:  # user code may raise anything
+            raise _fails_itself(model, error, InputMismatch) from error
+        raise
+
+
 def _run_source(run: Callable[[nn.Module], Observation], source: nn.Module) -> Observation:
     """Run the user's model; what it raises is the model's own problem, and said to be."""
     try:
@@ -352,13 +372,19 @@ def _run_source(run: Callable[[nn.Module], Observation], source: nn.Module) -> O
     except GraphoptError:
         raise
     except Exception as error:  # user code may raise anything
-        frames = "".join(traceback.format_tb(error.__traceback__))
-        raise ModelError(
-            f"{type(source).__name__} itself fails on the example inputs: "
-            f"{type(error).__name__}: {first_line(error)}",
-            user_line=innermost_user_frame(frames),
-            hint="run one forward and backward of the model with these inputs first",
-        ) from error
+        raise _fails_itself(source, error, ModelError) from error
+
+
+def _fails_itself(
+    model: nn.Module, error: Exception, kind: type[ModelError] | type[InputMismatch]
+) -> GraphoptError:
+    frames = "".join(traceback.format_tb(error.__traceback__))
+    return kind(
+        f"{type(model).__name__} itself fails on the example inputs: "
+        f"{type(error).__name__}: {first_line(error)}",
+        user_line=innermost_user_frame(frames),
+        hint="run one forward and backward of the model with these inputs first",
+    )
 
 
 def _budget(budget: Any, memory_scope: str | None) -> Budget:

@@ -10,6 +10,19 @@ import threading
 import time
 from collections.abc import Callable
 
+_STARTED: list[Compiled] = []
+
+
+def settle() -> None:
+    """Waits until nothing is being compiled.
+
+    For those who are about to replace builtins for everybody, as `torch.export` does with `max`,
+    `min` and `math.pow` while it traces: numba would compile the replacement.
+    """
+    for compiled in _STARTED:
+        while not compiled.ready(0.02):  # short waits, so that Ctrl-C is noticed
+            pass
+
 
 class Compiled:
     """A function to call once before something compiled may be used."""
@@ -27,7 +40,12 @@ class Compiled:
         with self._lock:
             if not self._started:
                 self._started = True
+                _STARTED.append(self)
                 threading.Thread(target=self._run, daemon=True).start()
+
+    def ready(self, seconds: float) -> bool:
+        """Whether compiling has ended, or does within so many seconds."""
+        return self._ready.wait(seconds)
 
     def wait(self, seconds: float) -> bool:
         """Whether it is ready within so many seconds; compiling goes on if it is not."""
@@ -37,16 +55,13 @@ class Compiled:
             if time.perf_counter() > limit:
                 return False
         if self._error is not None:
-            # `torch.export` replaces max, min and math.pow for everybody while it traces; numba
-            # can't compile in the meantime. Nobody traces while someone waits here: again, then.
-            self._error = None
-            self._warm_up()
+            raise self._error
         return True
 
     def _run(self) -> None:
         try:
             self._warm_up()
-        except BaseException as error:  # noqa: BLE001 -- raised again where it is waited for
+        except BaseException as error:
             self._error = error
         finally:
             self._ready.set()

@@ -203,8 +203,8 @@ BAD: dict[str, tuple[type[Exception], str, Callable[[], Any]]] = {
         lambda: graphopt.optimize(Net(), example_inputs=(X, 1.0, 2)),
     ),
     "wrong shape": (
-        errors.GraphoptError,
-        "",
+        errors.InputMismatch,
+        "itself fails",
         lambda: graphopt.optimize(Net(), example_inputs=(X[:, :3],)),
     ),
     "no module": (
