@@ -260,7 +260,7 @@ _KINDS = frozenset(
     for name in vars(Decoder)
     if name.startswith("_") and not name.startswith("__") and name != "_meta"
 )
-_META = ("stack_trace", "seq_nr", "torch_fn", "mode", "ties", "assign")
+_META = ("stack_trace", "seq_nr", "torch_fn", "mode", "ties", "assign", "constant")
 
 
 def _is_finfo(kind: Any) -> bool:
@@ -322,7 +322,7 @@ def _encode_meta(node: fx.Node) -> dict[str, Json]:
             try:
                 meta[key] = encode_value(node.meta[key])
             except UnsupportedError:
-                if key in ("mode", "ties", "assign"):
+                if key in ("mode", "ties", "assign", "constant"):
                     raise
     stack = node.meta.get("nn_module_stack")
     if stack:

@@ -180,11 +180,7 @@ class _Writer:
         if isinstance(target, fx.GraphModule):
             self.env[node] = target
             return
-        text = attribute(str(node.target))
-        tie = node.meta.get("ties", {}).get("")
-        if tie is not None:
-            text = f"{text}.to({', '.join(f'{t.kind}={self._tie(t)}' for t in tie)})"
-        self.env[node] = _Text(text)
+        self.env[node] = _Text(attribute(str(node.target)))
 
     def _call(self, module: fx.GraphModule, node: fx.Node, depth: int) -> None:
         target = node.target

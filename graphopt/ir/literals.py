@@ -21,7 +21,6 @@ from graphopt.ir.align import Comparison, all_graphs, compare, is_constant, name
 from graphopt.ir.graphs import arguments, copy_graph, get_argument, lookup, set_argument
 
 _FINFO = ("min", "max", "eps", "tiny", "smallest_normal", "resolution")
-CONSTANT = ""  # the "argument place" of a constant that follows
 
 
 @dataclass(frozen=True)
@@ -204,7 +203,9 @@ def tie_devices(module: fx.GraphModule, moved: fx.GraphModule, root: nn.Module) 
     sources = _Sources(module, root)
     for inner in all_graphs(module):
         for node in inner.graph.nodes:
-            reads = [] if name_of(node).startswith("aten::lift_fresh") else _constants(node)
+            if node.meta.get("constant") or name_of(node).startswith("aten::lift_fresh"):
+                continue
+            reads = _constants(node)
             places = {p: v for p, v in arguments(node) if isinstance(v, torch.device)}
             sizes = [lookup(inner, str(n.target)).ndim for n in reads]
             other = partners.get(node)
@@ -230,22 +231,36 @@ def _tie_constants(module: fx.GraphModule, found: Comparison, sources: _Sources)
         for mine, other in zip(reads, others, strict=True):
             a = lookup(mine.graph.owning_module, str(mine.target))
             b = lookup(other.graph.owning_module, str(other.target))
-            known = mine.meta.get("ties", {}).get(CONSTANT, ())
-            ties: dict[str, Tie | None] = {t.kind: t for t in known}
             if a.dtype != b.dtype:
-                ties["dtype"] = sources.tie(one, "dtype", a.dtype)
+                _convert(mine, one, sources.tie(one, "dtype", a.dtype), a.dtype)
             if a.device != b.device:
-                ties["device"] = sources.tie(one, "device", a.device)
-            made = tuple(t for t in ties.values() if t is not None)
-            if made:
-                mine.meta["ties"] = {CONSTANT: made}
+                _convert(mine, one, sources.tie(one, "device", a.device), a.device)
+
+
+def _convert(read: fx.Node, user: fx.Node, tie: Tie | None, value: Any) -> None:
+    """Let the users of a constant read it through a conversion whose literal is tied."""
+    if tie is None:
+        return
+    found = [node for node in read.users if node.meta.get("constant")]
+    if not found:
+        with read.graph.inserting_after(read):
+            new = read.graph.create_node(
+                "call_function", torch.ops.aten.to.dtype_layout, (read,), name=f"{read.name}_to"
+            )
+        read.replace_all_uses_with(new, delete_user_cb=lambda node: node is not new)
+        stack = dict(user.meta.get("nn_module_stack") or {})
+        new.meta = {"val": read.meta.get("val"), "nn_module_stack": stack, "constant": True}
+        found = [new]
+    found[0].update_kwarg(tie.kind, value)
+    ties = {**found[0].meta.get("ties", {}), f"kwargs.{tie.kind}": tie}
+    found[0].meta["ties"] = ties
 
 
 def _constants(node: fx.Node) -> list[fx.Node]:
     """The constants that a node reads, directly or through the copy that makes them fresh."""
     result = []
     for read in node.all_input_nodes:
-        while name_of(read) in ("aten::lift_fresh_copy", "aten::lift_fresh"):
+        while name_of(read).startswith("aten::lift_fresh") or read.meta.get("constant"):
             read = read.all_input_nodes[0]
         if is_constant(read):
             result.append(read)
@@ -313,8 +328,6 @@ def retie(
     for inner in all_graphs(copied):
         for node in inner.graph.nodes:
             for place, made in node.meta.get("ties", {}).items():
-                if place == CONSTANT:
-                    continue
                 source = inputs[made.source] if made.input else lookup(root, made.source)
                 set_argument(node, place, made.value(source))
         inner.recompile()
