@@ -1,4 +1,4 @@
-"""Views of a program: a table by module; its graph as Python, JSON, DOT, SVG."""
+"""Views of a program: a table by module; its graph as Python, JSON, DOT, SVG, HTML."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ import json
 from typing import TYPE_CHECKING
 
 from graphopt.errors import UnsupportedError, suggest
-from graphopt.inspect.document import Document, Mode, document
+from graphopt.inspect.document import Document, Mode
 from graphopt.inspect.drawing import dot_text, explorer_form, svg_text
 from graphopt.inspect.live import LiveBytes, live_bytes
 from graphopt.inspect.nodes import SCHEMA_VERSION, NodeView, json_form, node_views
+from graphopt.inspect.page import compare_html, page
 from graphopt.inspect.python import python_text
 from graphopt.inspect.summary import ScopeRow, Summary, summarize
+from graphopt.inspect.views import document
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -40,6 +42,7 @@ _PRINTERS = {
     "json": lambda shown: json.dumps(json_form(shown), indent=1, allow_nan=False),
     "dot": dot_text,
     "svg": svg_text,
+    "html": page,
     "model-explorer": lambda shown: json.dumps(explorer_form(shown), indent=1, allow_nan=False),
 }
 FORMATS = tuple(_PRINTERS)
@@ -52,7 +55,8 @@ def dump(
 
     Args:
         program: A captured program.
-        form: ``py`` (readable Python that runs), ``json``, ``dot``, ``svg``, ``model-explorer``.
+        form: ``py`` (readable Python that runs), ``json``, ``dot``, ``svg``, ``html``,
+            ``model-explorer`` (the JSON that Model Explorer opens).
         view: ``program`` (the forward graph), ``joint`` (with the backward graph), ``plan`` (the
             stages of a planned step).
         training: Mode of the model.
@@ -75,14 +79,3 @@ def dump(
 def table(program: Program, *, training: Mode = True, depth: int | None = None) -> Table:
     """The table of a program by module, for a terminal; `summarize` gives the data."""
     return summarize(program, training=training).table(depth)
-
-
-def compare_html(before: Program, after: Program) -> str:
-    """A page that compares two programs.
-
-    Raises:
-        UnsupportedError: Always, for now.
-    """
-    raise UnsupportedError(
-        "HTML pages aren't built yet", hint="use dump with py, json, dot, svg or model-explorer"
-    )

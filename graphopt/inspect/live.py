@@ -1,4 +1,4 @@
-"""Live bytes of a graph run node after node, and whose they are at the peak."""
+"""Live bytes of graphs run node after node, and whose they are at the peak."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from torch import fx
 
 from graphopt.cost.operators import OpMeasurement, Progress, measure_ops
+from graphopt.inspect.document import Document
 
 
 @dataclass(frozen=True)
@@ -36,23 +37,31 @@ class LiveBytes:
 
 
 def live_bytes(
-    graph: fx.Graph, progress: Progress | None = None, *, keep_outputs: bool = True
+    shown: Document, progress: Progress | None = None, *, keep_outputs: bool = False
 ) -> LiveBytes:
-    """Simulate a graph with measured sizes (see `graphopt.cost.measure_ops`).
+    """Simulate a document's graphs with measured sizes (see `graphopt.cost.measure_ops`).
 
     Args:
-        graph: A forward-level or joint graph.  Its inputs, parameters and buffers don't count.
+        shown: A program, a joint graph or a plan.  Its inputs, parameters, buffers and tangents
+            don't count.
         progress: Called with ``(ops measured, ops in all)``.
         keep_outputs: Whether outputs live to the end.  If not, they die after their last use in the
             graph, as gradients do once they are added to those that are allocated already.
     """
-    calls = [node for node in graph.nodes if node.op == "call_function"]
-    measured = measure_ops(calls, progress=progress)
+    nodes = [node for segment in shown.segments for node in segment.module.graph.nodes]
+    measured = measure_ops([n for n in nodes if n.op == "call_function"], progress=progress)
     storages = _Storages(measured)
-    for node in graph.nodes:
-        storages.visit(node)
-    nodes = [n for n in graph.nodes if keep_outputs or n.op != "output"]
-    return _simulate(nodes, storages, measured)
+    passed: dict[str, list[int | None]] = {}
+    for segment in shown.segments:
+        for node, binding in segment.bindings.items():
+            if binding.kind == "value":
+                storages.of[node] = passed.get(binding.name, [None])
+        for node in segment.module.graph.nodes:
+            storages.visit(node)
+        for result in segment.results:
+            if result.kind == "value" and isinstance(result.value, fx.Node):
+                passed[result.name] = storages.of[result.value]
+    return _simulate([n for n in nodes if keep_outputs or n.op != "output"], storages, measured)
 
 
 @dataclass
@@ -66,7 +75,7 @@ class _Storages:
 
     def visit(self, node: fx.Node) -> None:
         if node.op != "call_function":
-            self.of[node] = [None]
+            self.of.setdefault(node, [None])  # what an earlier segment made is there already
             return
         if node.target is operator.getitem:
             source, index = node.args

@@ -8,21 +8,19 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 from rich.text import Text
-from torch import fx
 
 from graphopt.cost.operators import Progress
 from graphopt.errors import UnsupportedError
 from graphopt.inspect.document import (
     Document,
     Mode,
-    document,
     is_training,
     scope_of,
-    traced_joint,
 )
 from graphopt.inspect.live import LiveBytes, live_bytes
 from graphopt.inspect.nodes import SCHEMA_VERSION, NodeView, node_views
 from graphopt.inspect.text import human_bytes, human_count, one_line
+from graphopt.inspect.views import document
 
 if TYPE_CHECKING:
     from graphopt.ir.program import Program
@@ -225,12 +223,10 @@ def _peak(
     program: Program, shown: Document, training: Mode, progress: Progress | None
 ) -> tuple[LiveBytes, str, tuple[str, ...]]:
     notes: tuple[str, ...] = ()
-    forward: fx.Graph = shown.segments[0].module.graph
     if is_training(training) and shown.saved is not None:
         try:
-            joint = traced_joint(program, training).graph
-            live = live_bytes(joint, progress, keep_outputs=False)
-            return live, "forward and backward", notes
+            joint = document(program, "joint", training=training)
+            return live_bytes(joint, progress), "forward and backward", notes
         except UnsupportedError as error:
             notes = (f"the peak leaves backward out: {one_line(error.message)}",)
-    return live_bytes(forward, progress), "forward", notes
+    return live_bytes(shown, progress, keep_outputs=True), "forward", notes

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
+from html.parser import HTMLParser
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ import graphopt
 from graphopt import inspect
 from graphopt.errors import UnsupportedError
 from graphopt.ir.capture import capture
+from graphopt.measure import measure_step
 from tests.zoo import ZOO
 
 SIMPLE = ["mlp", "inplace_chain", "buffer_update", "alias_outputs", "integer_outputs", "odd_names"]
@@ -123,6 +125,14 @@ def test_python_of_a_plan_gives_the_same_bits_as_the_planned_module(planned):
     assert "=== backward, stage 1" in text
 
 
+def test_live_bytes_of_a_plan_are_those_of_its_step(planned):
+    module, args = planned
+    live = inspect.live_bytes(inspect.document(module.program, "plan"))
+    measured = measure_step(module, args)
+    assert live.peak == pytest.approx(measured.peak, rel=0.02, abs=256)
+    assert max(size for _, size in live.timeline) == live.peak
+
+
 def test_plan_of_a_program_without_one():
     model, args, kwargs = ZOO["mlp"]()
     with pytest.raises(UnsupportedError, match="no plan"):
@@ -229,6 +239,51 @@ def test_hostile_names_in_json_and_dot(hostile):
     # Outside of quoted strings nothing but plain DOT is left.
     bare = re.sub(r'"(?:[^"\\]|\\.)*"', "", text)
     assert re.fullmatch(r"[\w\s{}\[\]=,;>.\-]*", bare)
+
+
+class Checked(HTMLParser):
+    """Fails on a tag that isn't closed; collects the text of tags."""
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.seen = [], []
+
+    def handle_starttag(self, tag, attrs):
+        self.seen.append(tag)
+        if tag != "meta":
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.seen.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def checked(text):
+    parser = Checked()
+    parser.feed(text)
+    parser.close()
+    assert parser.open == []
+    return parser.seen
+
+
+def test_html_pages_are_well_formed_with_hostile_names(hostile):
+    _, _, program = hostile
+    for view in ("program", "joint"):
+        tags = checked(inspect.dump(program, "html", view=view))
+        assert "script" not in tags
+        assert {"svg", "table", "details"} <= set(tags)
+
+
+def test_html_compares_before_and_after(planned):
+    model, args, kwargs = ZOO["mlp"]()
+    text = inspect.compare_html(capture(model, args, kwargs), planned[0].program)
+    assert "script" not in checked(text)
+    assert text.count("<polyline") == 2
+    assert "before (joint)" in text
+    assert "after (plan)" in text
+    assert "http" not in text  # nothing is fetched
 
 
 @pytest.mark.skipif(shutil.which("dot") is None, reason="needs Graphviz")
