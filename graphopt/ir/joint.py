@@ -127,14 +127,42 @@ def joint_view(
             mutation, or the graph cannot be traced through autograd.
     """
     wanted = None if differentiable is None else frozenset(differentiable)
+    carrying = _carrying_gradient(module, fake_inputs, wanted) if grad else frozenset()
     clones: frozenset[int] = frozenset()
     while True:
         staged, results = _stage(module, wanted, clones)
         joint = _trace(staged, tuple(fake_inputs), grad)
         aliases = _differentiable_aliases(joint, results)
         if aliases <= clones:
-            return _describe(joint, results)
+            return _describe(joint, results, carrying)
         clones |= aliases
+
+
+def _carrying_gradient(
+    module: fx.GraphModule, fake_inputs: Sequence[Any], wanted: frozenset[int] | None
+) -> frozenset[int]:
+    """Positions of the outputs that the traced graph detaches but the model does not."""
+    output = next(n for n in reversed(module.graph.nodes) if n.op == "output")
+    others = [
+        position
+        for position, value in enumerate(output.args[0])
+        if wanted is not None and position not in wanted and _is_floating(value)
+    ]
+    if not others:
+        return frozenset()
+    mode = next(t.fake_mode for t in fake_inputs)
+    tensors = {
+        name: mode.from_tensor(tensor, static_shapes=True)
+        for name, tensor in (*module.named_parameters(), *module.named_buffers())
+    }
+    with mode, torch.enable_grad():
+        outputs = torch.func.functional_call(module, tensors, tuple(fake_inputs))
+    return frozenset(position for position in others if outputs[position].requires_grad)
+
+
+def _is_floating(value: Any) -> bool:
+    fake = value.meta.get("val") if isinstance(value, fx.Node) else None
+    return isinstance(fake, torch.Tensor) and (fake.is_floating_point() or fake.is_complex())
 
 
 def _stage(
@@ -216,7 +244,7 @@ def _differentiable_aliases(joint: Any, results: _Results) -> frozenset[int]:
     )
 
 
-def _describe(joint: Any, results: _Results) -> JointView:
+def _describe(joint: Any, results: _Results, carrying: frozenset[int]) -> JointView:
     module: fx.GraphModule = joint.graph_module
     metadata = joint._aot_state.fw_metadata
     inputs: dict[Any, JointInput] = {}
@@ -246,7 +274,8 @@ def _describe(joint: Any, results: _Results) -> JointView:
             position
             for position, info in zip(results.computed, metadata.output_info, strict=True)
             if info.requires_grad
-        ),
+        )
+        | carrying,
     )
 
 

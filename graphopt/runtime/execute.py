@@ -23,7 +23,7 @@ from graphopt.runtime.boxed import BoxedCallable, run_boxed
 from graphopt.runtime.plan import Operand, PlannedStep, Stage
 
 FetchOperand = Callable[[Operand], Tensor]
-Fallback = Callable[[Sequence[Tensor]], Sequence[Any]]
+Fallback = Callable[..., Sequence[Any]]
 
 
 class BudgetWarning(UserWarning):
@@ -72,6 +72,9 @@ class CompiledStep:
     def _differentiable(self, call: _Call) -> Sequence[Any]:
         device = next((t.device for t in call.operands.values() if t.requires_grad), None)
         token = torch.zeros((), device=device, requires_grad=True)
+        if call.replay is not None:
+            owners = [call.operand_tensor(o) for o in self.step.unplanned]
+            token = _Rest.apply(call, token, *owners)
         for index in reversed(range(len(self.step.backward))):
             owners = [call.operand_tensor(o) for o, _ in self.step.backward[index].gradients]
             token = _Gate.apply(call, index, token, *owners)
@@ -125,7 +128,7 @@ class _Call:
         self.table: dict[str, Any] = {}
         self.kept: dict[str, Any] = {}
         self.shapes: dict[str, tuple[torch.Size, torch.dtype, torch.device]] = {}
-        self.versions: dict[str, int] = {}
+        self.versions: dict[str, tuple[int, str | None]] = {}
         self.next_stage = 0
         self.extra: dict[Operand, Tensor] = {}
         self.replay = _Replay.of(self) if self._may_need_replay() else None
@@ -149,27 +152,20 @@ class _Call:
             self.table = {}
             return results
         self.compiled.stages[0].run(self.table)
-        results = [self.table[name] for name in self.step.results.values()]
+        # Aliases: a result gets a grad_fn that leads back here, and the table, or a view in it,
+        # must not lead to the result. Aliases share the version, so that writes are noticed.
+        results = [_alias(self.table[name]) for name in self.step.results.values()]
         self._keep_for_backward()
         return results
 
     def _keep_for_backward(self) -> None:
         needed = {name for stage in self.step.backward for name in stage.takes}
         needed |= {name for stage in self.step.backward for _, name in stage.gradients}
-        returned = set(self.step.results.values())
-        for name in list(self.table):
-            value = self.table[name]
-            if name not in needed:
-                del self.table[name]
-            elif name in returned and isinstance(value, Tensor):
-                # The result itself gets a grad_fn that leads back here: a cycle.
-                self.table[name] = value.detach()
-        self.versions = {
-            name: self.table[name]._version
-            for name in self.table
-            if name in self.operands or name in returned
-            if isinstance(self.table[name], Tensor)
-        }
+        self.table = {name: value for name, value in self.table.items() if name in needed}
+        owners = {t.untyped_storage()._cdata: n for n, t in self.operands.items()}
+        for name, value in self.table.items():
+            if isinstance(value, Tensor):
+                self.versions[name] = value._version, owners.get(value.untyped_storage()._cdata)
         self.operands = {}
         if self.replay is None:
             self.inputs = ()
@@ -217,8 +213,11 @@ class _Call:
             self._finish(keep)
         return gradients
 
+    def rest(self) -> list[Tensor | None]:
+        """Gradients of the operands that the plan gives none."""
+        return [self.extra.pop(operand, None) for operand in self.step.unplanned]
+
     def _finish(self, keep: bool) -> None:
-        self.extra = {}
         self.table = {}
         if keep:
             self.table, self.kept, self.next_stage = self.kept, {}, 0
@@ -243,9 +242,9 @@ class _Call:
         return _in_order(tangent, self.step.tangent_layouts[position])
 
     def _check_versions(self) -> None:
-        for name, version in self.versions.items():
+        for name, (version, owner) in self.versions.items():
             if name in self.table and self.table[name]._version != version:
-                operand = self.step.operands.get(name)
+                operand = self.step.operands.get(owner or "")
                 what = f"{operand.kind} '{operand.name}'" if operand else "an output of the model"
                 raise GraphoptError(
                     f"{what} was modified in place between forward and backward, which needs its "
@@ -267,6 +266,7 @@ class _Call:
         )
         assert self.replay is not None
         wanted = [o for s in self.step.backward for o, _ in s.gradients]
+        wanted += self.step.unplanned
         self.extra = self.replay.gradients(self, wanted, tangents)
 
 
@@ -289,7 +289,7 @@ class _Replay:
     ) -> dict[Operand, Tensor]:
         owners = [call.operand_tensor(o) for o in wanted]
         with self._as_then(call), torch.enable_grad():
-            outputs = call.compiled.fallback(call.inputs)
+            outputs = call.compiled.fallback(*call.inputs)
             found = torch.autograd.grad(
                 [outputs[p] for p in tangents], owners, list(tangents.values()), allow_unused=True
             )
@@ -327,6 +327,20 @@ class _Gate(torch.autograd.Function):
         return None, None, None, *gradients
 
 
+class _Rest(torch.autograd.Function):
+    """Returns the gradients of operands that only unplanned outputs depend on."""
+
+    @staticmethod
+    def forward(ctx: Any, call: _Call, token: Tensor, *_owners: Tensor) -> Tensor:
+        ctx.call = call
+        ctx.set_materialize_grads(False)
+        return token.detach().clone()
+
+    @staticmethod
+    def backward(ctx: Any, _token: Tensor | None) -> tuple[Tensor | None, ...]:
+        return None, None, *ctx.call.rest()
+
+
 class _Forward(torch.autograd.Function):
     """Runs the forward stage; in backward only stores the gradients of the outputs."""
 
@@ -352,6 +366,10 @@ class _Forward(torch.autograd.Function):
     def backward(ctx: Any, *tangents: Tensor | None) -> tuple[None, None]:
         ctx.call.start_backward(tangents)
         return None, None
+
+
+def _alias(value: Any) -> Any:
+    return value.detach() if isinstance(value, Tensor) else value
 
 
 def _unchanged(what: Any, fetch: FetchOperand, inputs: Sequence[Tensor]) -> Any:

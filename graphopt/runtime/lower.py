@@ -209,8 +209,19 @@ class _Lowering:
             },
             out_requires_grad=self.view.out_requires_grad,
             num_outputs=self.view.num_outputs,
+            unplanned=self._unplanned(),
             random=any(is_random(node) for node in self.view.graph.nodes),
             mutates=frozenset(self.mutates),
+        )
+
+    def _unplanned(self) -> tuple[Operand, ...]:
+        planned = {o.of for o in self.view.outputs_of("gradient") if o.node is not None}
+        return tuple(
+            Operand(i.kind, i.name)  # type: ignore[arg-type]
+            for i in self.view.inputs
+            if i.kind in ("parameter", "input")
+            and i not in planned
+            and getattr(i.node.meta["val"], "requires_grad", False)
         )
 
 

@@ -60,6 +60,7 @@ class PlannedStep:
             the outputs the plan differentiates.
         out_requires_grad: Positions of outputs that carry a gradient in the source model.
         num_outputs: Number of flat program outputs.
+        unplanned: Operands that require a gradient and get none from the plan.
         tangent_layouts: Output position -> stride order expected of the tangent.
         random: Whether the forward stage draws random numbers.
         mutates: Names of operands that the forward stage writes to.
@@ -74,6 +75,7 @@ class PlannedStep:
     tangents: dict[int, str]
     out_requires_grad: frozenset[int]
     num_outputs: int
+    unplanned: tuple[Operand, ...] = ()
     tangent_layouts: dict[int, tuple[int, ...]] = field(default_factory=dict)
     random: bool = False
     mutates: frozenset[str] = frozenset()
