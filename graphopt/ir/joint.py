@@ -34,11 +34,13 @@ class JointInput:
         kind: What it stands for.
         name: The FQN of a parameter or buffer, the flat position of an input, or the position of
             the program output that a tangent belongs to (the latter two as decimal text).
+        requires_grad: Whether the caller's tensor requires a gradient.
     """
 
     node: fx.Node
     kind: InputKind
     name: str
+    requires_grad: bool = False
 
 
 @dataclass(frozen=True)
@@ -247,9 +249,11 @@ def _differentiable_aliases(joint: Any, results: _Results) -> frozenset[int]:
 def _describe(joint: Any, results: _Results, carrying: frozenset[int]) -> JointView:
     module: fx.GraphModule = joint.graph_module
     metadata = joint._aot_state.fw_metadata
+    flags = [info.requires_grad for info in metadata.input_info]
     inputs: dict[Any, JointInput] = {}
-    for node in module.graph.find_nodes(op="placeholder"):
-        inputs[node.meta["desc"]] = _joint_input(node, results)
+    for position, node in enumerate(module.graph.find_nodes(op="placeholder")):
+        requires_grad = position < len(flags) and flags[position]
+        inputs[node.meta["desc"]] = _joint_input(node, results, requires_grad)
     output_node = next(n for n in reversed(module.graph.nodes) if n.op == "output")
     outputs = [
         described
@@ -279,14 +283,14 @@ def _describe(joint: Any, results: _Results, carrying: frozenset[int]) -> JointV
     )
 
 
-def _joint_input(node: fx.Node, results: _Results) -> JointInput:
+def _joint_input(node: fx.Node, results: _Results, requires_grad: bool) -> JointInput:
     desc = node.meta["desc"]
     if isinstance(desc, _desc.ParamAOTInput):
-        return JointInput(node, "parameter", desc.target)
+        return JointInput(node, "parameter", desc.target, requires_grad)
     if isinstance(desc, _desc.BufferAOTInput):
-        return JointInput(node, "buffer", desc.target)
+        return JointInput(node, "buffer", desc.target, requires_grad)
     if isinstance(desc, _desc.PlainAOTInput):
-        return JointInput(node, "input", str(desc.idx))
+        return JointInput(node, "input", str(desc.idx), requires_grad)
     if isinstance(desc, _desc.TangentAOTInput) and isinstance(desc.output, _desc.PlainAOTOutput):
         return JointInput(node, "tangent", str(results.computed[desc.output.idx]))
     raise UnsupportedError(

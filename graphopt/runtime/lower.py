@@ -219,9 +219,7 @@ class _Lowering:
         return tuple(
             Operand(i.kind, i.name)  # type: ignore[arg-type]
             for i in self.view.inputs
-            if i.kind in ("parameter", "input")
-            and i not in planned
-            and getattr(i.node.meta["val"], "requires_grad", False)
+            if i.requires_grad and i not in planned
         )
 
 
