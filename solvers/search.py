@@ -64,9 +64,10 @@ class Search:
         self.best_cut, self.best = self.cut.copy(), np.full(2, T.NEVER, np.int64)
         self.x = T.new_table(arrays, incumbent.budget, task_classes(graph))
         self.x[T.TOTAL, T.RANDOM] = (seed * 7919 + 12345) & (2**48 - 1)
-        self.score = np.zeros((KINDS, 3))
+        self.score = np.zeros((KINDS, 4))
         excess = max(1, int(self.x[T.TOTAL, T.EXCESS]))
         self.price = {"stage": graph.duration / excess, "drop": 0.05 * graph.duration / excess}
+        self.drop_helps = True  # until it has had its turn without an improvement
         self.rate = {"stage": 300, "drop": 300}
 
     def run(self, plan: StagePlan | None = None) -> None:
@@ -82,12 +83,17 @@ class Search:
         number = 0
         while not self._done():
             kind, heat, share = _CYCLES[number % len(_CYCLES)]
+            if kind == "drop" and not self.drop_helps:
+                kind, heat = "stage", 0.2
             if kind == "drop" and not drop_set.wait(1e9 if self.clock.counted else 0.02):
                 kind = "stage"
             if kind == "drop" and self.best[0] == T.NEVER:
                 self._checkpoint_starts()
             until = self.clock.used() + unit * share
+            before = self.incumbent.sequence
             self._cycle(kind, heat, until)
+            if kind == "drop":
+                self.drop_helps = self.incumbent.sequence != before
             number += 1
 
     def _done(self) -> bool:
@@ -106,14 +112,14 @@ class Search:
             if part >= 1:
                 return
             hot = heat * self.mean * _FALL**part
-            began = time.perf_counter()
+            began = time.thread_time()  # not wall time: other threads may hold the interpreter
             moves = self.rate[kind]
             if kind == "stage":
                 self._stage_chunk(moves, hot, reload)
             else:
                 self._drop_chunk(moves, hot)
             reload = False
-            self._account(kind, moves, time.perf_counter() - began)
+            self._account(kind, moves, time.thread_time() - began)
             self.incumbent.report()
 
     def _account(self, kind: str, moves: int, seconds: float) -> None:

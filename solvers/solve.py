@@ -210,7 +210,11 @@ class Run:
     def _evict(self) -> None:
         """The first plan, in plain numpy: it must not wait for a compiler."""
         plan = StagePlan(self.arrays)
-        limit = 1e9 if self.clock.counted else min(self.clock.left(), 2.0)
+        from graphopt.solvers.search import stage_search
+
+        stage_search.start()
+        patience = 0.8 if stage_search.wait(0.0) else 3.0
+        limit = 1e9 if self.clock.counted else min(self.clock.left(), patience)
         evict(plan, self.incumbent.budget, time.perf_counter() + limit)
         self.incumbent.offer(plan.sequence(), "eviction")
         self.plan = plan

@@ -218,15 +218,16 @@ def _group(x, task, kind):
 
 @njit(**INNER)
 def _weigh(score):
-    """Fills `score[:, 2]`, the weight of a kind of move, from its successes for its work."""
+    """Fills `score[:, 3]`: a kind's share of the work follows its successes for its work."""
     most = 0.0
     for kind in range(KINDS):
-        score[kind, 0] *= 0.98
-        score[kind, 1] *= 0.98
-        score[kind, 2] = (score[kind, 1] + 0.5) / (score[kind, 0] + 10.0)
-        most = max(most, score[kind, 2])
+        for column in range(3):
+            score[kind, column] *= 0.98
+        score[kind, 3] = (score[kind, 1] + 0.5) / (score[kind, 0] + 10.0)
+        most = max(most, score[kind, 3])
     for kind in range(KINDS):
-        score[kind, 2] = max(score[kind, 2], 0.02 * most)
+        work = (score[kind, 0] + 5.0) / (score[kind, 2] + 1.0)
+        score[kind, 3] = max(score[kind, 3], 0.03 * most) / work
 
 
 @njit(**INNER)
@@ -234,10 +235,10 @@ def _pick(x, score):
     """A kind of move, by weight."""
     total = 0.0
     for kind in range(KINDS):
-        total += score[kind, 2]
+        total += score[kind, 3]
     total *= rand(x)
     for kind in range(KINDS):
-        total -= score[kind, 2]
+        total -= score[kind, 3]
         if total < 0:
             return kind
     return 0
@@ -249,8 +250,8 @@ def anneal(x, score, steps, t0, t1, price, reload):
 
     Args:
         x: the table.
-        score: per kind of move, (work, successes) so far, changed in place; kinds that succeed
-            more often for their work are tried more often.
+        score: per kind of move, (work, successes, tries, weight), changed in place; kinds that
+            succeed more often for their work are tried more often.
         steps: moves to make.
         t0: first temperature, in units of duration.
         t1: last temperature.
@@ -275,6 +276,7 @@ def anneal(x, score, steps, t0, t1, price, reload):
                 work(x, False)
                 flush(x)
         score[kind, 0] += 1 + x[TOTAL, LOGGED]
+        score[kind, 2] += 1
         delta = x[TOTAL, EXTRA] - extra + price * (x[TOTAL, EXCESS] - excess)
         if delta <= 0 or rand(x) < math.exp(-delta / temperature):
             score[kind, 1] += delta < 0
