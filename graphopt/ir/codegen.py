@@ -247,6 +247,7 @@ class _Writer:
         path, cls = stack[-1][0], stack[-1][1]
         cls = cls if isinstance(cls, str) else getattr(cls, "__qualname__", str(cls))
         label = f"# {path or 'root'}: {cls.rsplit('.', 1)[-1]}"
+        label = " ".join(label.split())  # a comment is one line, whatever a file says
         # A name can hold a line end, which would end the comment and start code.
         label = "".join(c if c.isprintable() else "?" for c in label)
         if label != self.scope:
@@ -314,13 +315,15 @@ class _Writer:
             flag = f"{attribute(mode.owner)}.training"
             if (train, evaluate) == (True, False):
                 return flag
-            return f"({train!r} if {flag} else {evaluate!r})"
+            return f"({self.render(train)} if {flag} else {self.render(evaluate)})"
         tie: Tie | None = node.meta.get("ties", {}).get(path)
         return None if tie is None else self._tie(tie)
 
     def _tie(self, tie: Tie) -> str:
         if tie.input:
-            source = self.inputs.get(tie.source, tie.source)
+            if tie.source not in self.inputs:
+                raise UnsupportedError(f"a literal is tied to {tie.source!r}, which is no input")
+            source = self.inputs[tie.source]
             self.used.add(source)
         else:
             source = attribute(tie.source)

@@ -23,6 +23,7 @@ from graphopt.ir.mode import runs_eval
 from graphopt.ir.program import Program
 from graphopt.ir.signature import Signature
 from graphopt.ir.skeleton import (
+    INNER_HOOKS,
     Container,
     SequenceContainer,
     Skeleton,
@@ -162,6 +163,9 @@ class OptimizedModule(Container):
                 raise
             return _from_source(self, program.skeleton, name)
 
+
+for _name in INNER_HOOKS:  # hooks on the whole module run as on any other
+    setattr(OptimizedModule, _name, getattr(nn.Module, _name))
 
 _INSTALLED = frozenset({"_program", "_graphs", "_planner", "_modules", "_parameters", "_buffers"})
 

@@ -15,7 +15,7 @@ from torch import nn
 from graphopt.errors import UnsupportedError
 
 _MODULE_FIELDS = frozenset(vars(nn.Module()))
-_INNER_HOOKS = (
+INNER_HOOKS = (
     "register_forward_hook",
     "register_forward_pre_hook",
     "register_full_backward_hook",
@@ -67,6 +67,11 @@ class SequenceContainer(Container):
     def __bool__(self) -> bool:
         return True
 
+    def __repr__(self) -> str:
+        if self._class_name == "ModuleList":  # which shows equal entries once
+            return nn.ModuleList.__repr__(self)  # type: ignore[arg-type]
+        return super().__repr__()
+
     def __iter__(self) -> Iterator[Any]:
         if self._class_name in ("ModuleDict", "ParameterDict"):
             return iter(list(self._modules) or list(self._parameters))
@@ -98,7 +103,7 @@ def _refuse(name: str) -> Callable[..., NoReturn]:
     return refuse
 
 
-for _name in _INNER_HOOKS:
+for _name in INNER_HOOKS:
     setattr(Container, _name, _refuse(_name))
 
 
