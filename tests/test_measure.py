@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from graphopt.errors import NothingToTrainError
+from graphopt.errors import NothingToTrainError, UnsupportedError
 from graphopt.measure import (
     default_loss,
     measure_loss,
@@ -61,7 +61,12 @@ def test_garbage_from_before_does_not_count():
     assert trace_memory(lambda: None).live == 0
 
 
-def test_nested_profiler_is_refused_and_leaves_the_collector_on():
+def test_a_running_profiler_is_named():
+    with torch.profiler.profile(), pytest.raises(UnsupportedError, match="profiler is running"):
+        trace_memory(lambda: None)
+
+
+def test_an_exception_closes_the_session_and_leaves_the_collector_on():
     import gc
 
     with pytest.raises(ZeroDivisionError):

@@ -2,7 +2,16 @@
 
 from graphopt.cost.allocator import MemoryTrace, trace_memory
 from graphopt.cost.flops import FlopCounter, flops, graph_flops, symbolic_flops
-from graphopt.cost.models import AnalyticCost, CostModel, ProfiledCost, analytic, profiled
+from graphopt.cost.models import (
+    COST_MODELS,
+    AnalyticCost,
+    CostModel,
+    FlopsCost,
+    ProfiledCost,
+    analytic,
+    cost_model,
+    profiled,
+)
 from graphopt.cost.operators import (
     OpMeasurement,
     measure_ops,
@@ -21,9 +30,11 @@ from graphopt.cost.sizes import (
 )
 
 __all__ = [
+    "COST_MODELS",
     "AnalyticCost",
     "CostModel",
     "FlopCounter",
+    "FlopsCost",
     "MemoryTrace",
     "OpMeasurement",
     "ProfiledCost",
@@ -32,6 +43,7 @@ __all__ = [
     "analytic",
     "bytes_moved",
     "concrete",
+    "cost_model",
     "flops",
     "graph_flops",
     "measure_ops",

@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch.profiler import profile
 
+from graphopt.errors import UnsupportedError
+
 _MARK = "graphopt::mark "
 # Kineto announces every profiler session on stderr unless told not to before the first of them.
 os.environ.setdefault("KINETO_LOG_LEVEL", "6")
@@ -102,9 +104,14 @@ def trace_memory(
         The trace.  ``fn``'s return value is alive at the end and counted in ``live``.
 
     Raises:
-        RuntimeError: A profiler session is already running.
+        UnsupportedError: A profiler session is already running; there can be only one.
     """
     where = torch.device(device) if device is not None else torch.device("cpu")
+    if where.type != "cuda" and torch._C._autograd._profiler_enabled():
+        raise UnsupportedError(
+            "memory can't be measured while a profiler is running",
+            hint="call this outside of torch.profiler.profile",
+        )
     gc.collect()
     was_enabled = gc.isenabled()
     gc.disable()

@@ -48,8 +48,8 @@ class AnalyticCost:
     """A roofline: an op takes its launch overhead, plus computing, plus moving its bytes.
 
     The ops of a graph run one by one, and none of PyTorch's overlaps both perfectly: the sum ranks
-    them better than the longer of the two. After Williams, Waterman and Patterson, "Roofline: an insightful visual performance model"
-    (2009), with one ceiling for each kind of arithmetic.
+    them better than the longer of the two.  After Williams, Waterman and Patterson, "Roofline: an
+    insightful visual performance model" (2009), with one ceiling for each kind of arithmetic.
 
     Attributes:
         roofline: The machine's ceilings.

@@ -19,6 +19,7 @@ from torch import fx
 
 from graphopt.cost.allocator import trace_memory
 from graphopt.cost.calls import Call, CallError, describe
+from graphopt.cost.preserve import autocast_off
 from graphopt.cost.sizes import (
     Substitution,
     UnknownSizeError,
@@ -83,8 +84,9 @@ def measure_ops(
 ) -> dict[fx.Node, OpMeasurement]:
     """Measure many nodes; each distinct call runs once and is remembered for this process.
 
-    The ops run without gradient recording, as in a planned step, with the number of threads set at
-    the time.  The random state is restored.
+    The ops run without autocast, as in a planned step, with the number of threads set at the time.
+    Their inputs require no gradient, but grad mode is on: oneDNN's recurrent layers allocate what
+    their backward needs only then.  The random state is restored.
 
     Args:
         nodes: Nodes of a forward-level or joint graph, with fake tensors in ``meta["val"]``.
@@ -165,7 +167,7 @@ def _measure_calls(calls: dict[Hashable, Call], seconds: bool, progress: Progres
     total = len(fresh) + len(untimed)
     cuda = [d for d in {call.device for call in calls.values()} if d.type == "cuda"]
     done = 0
-    with torch.random.fork_rng(devices=cuda), torch.enable_grad():
+    with torch.random.fork_rng(devices=cuda), torch.enable_grad(), autocast_off():
         for start in range(0, len(fresh), _SESSION):
             chunk = fresh[start : start + _SESSION]
             for device in {call.device for _, call in chunk}:

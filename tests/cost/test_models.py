@@ -6,7 +6,7 @@ import os
 import pytest
 import torch
 
-from graphopt.cost import CostModel, analytic, models, profiled, roofline
+from graphopt.cost import COST_MODELS, CostModel, analytic, cost_model, models, profiled, roofline
 from graphopt.cost.roofline import Roofline, calibrated
 from tests.cost.joint_graphs import cnn, joint_graph
 
@@ -41,6 +41,14 @@ def test_roofline_by_hand():
     assert model.seconds(product) == pytest.approx(1e-6 + 2 * 64**3 / 1e9 + 3 * 64 * 64 * 4 / 1e8)
     assert model.seconds(relu) == pytest.approx(1e-6 + 2 * 64 * 64 * 4 / 1e8)
     assert model.seconds(view) == 0
+    counted = cost_model("flops")
+    assert counted.seconds(product) == pytest.approx((2 * 64**3 + 3 * 64 * 64) * 1e-12)
+    assert counted.seconds(view) == 0
+
+
+@pytest.mark.parametrize("name", COST_MODELS)
+def test_models_by_name(name, calibrations):
+    assert cost_model(name).name == name
 
 
 def test_a_real_calibration_is_plausible():

@@ -164,6 +164,14 @@ def test_an_op_that_cannot_run_falls_back_to_the_graphs_sizes():
     assert unmeasured(found) == [(node.name, str(failing), "RuntimeError: needs a licence")]
 
 
+def test_autocast_around_the_call_does_not_count():
+    node = call(aten.mm.default, torch.rand(17, 19), torch.rand(19, 23))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = measured_op(node)
+        assert torch.is_autocast_enabled("cpu")
+    assert (found.output_bytes, found.workspace) == ((17 * 23 * 4,), 0)
+
+
 def test_random_state_is_untouched():
     node = call(aten.rand_like.default, torch.rand(31))
     torch.manual_seed(3)
