@@ -31,7 +31,7 @@ from graphopt.arguments import format_value, read_value, split_top_level
 from graphopt.budget import Budget, Quantity, field_names, read_field
 from graphopt.errors import GraphoptError, PipelineError, suggest
 from graphopt.ir.program import PassRecord
-from graphopt.report import to_plain
+from graphopt.plain import to_plain
 
 if TYPE_CHECKING:
     from graphopt.ir.program import Program

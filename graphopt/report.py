@@ -6,14 +6,13 @@ count a multiply-add as 2; ratios are plain fractions (0.1 is ten percent).
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from graphopt.errors import UnsupportedError
+from graphopt.plain import to_plain
 
 if TYPE_CHECKING:
     from graphopt.ir.program import PassRecord, Program
@@ -171,26 +170,6 @@ class Predictor:
     def __call__(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
         """Peak bytes of a call with these inputs."""
         return int(self.planner.predict_peak(self.signature.flatten_inputs(args, kwargs)))
-
-
-def to_plain(value: Any) -> Any:
-    """JSON-able form of a dataclass, a mapping, a sequence or a number.
-
-    NaN and infinities, which JSON doesn't have, become None; numpy and torch scalars become
-    numbers; anything else becomes its text.
-    """
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: to_plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-    if isinstance(value, Mapping):
-        return {str(k): to_plain(v) for k, v in value.items()}
-    if value is None or isinstance(value, (str, bool, int)):
-        return value
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Iterable):
-        return [to_plain(v) for v in value]
-    item = getattr(value, "item", None)
-    return to_plain(item()) if callable(item) else str(value)
 
 
 def human_bytes(count: float) -> str:

@@ -13,14 +13,18 @@ ROOT = Path(__file__).parents[1]
 GROUND, IR, CORE, PASSES, DOORS = range(5)
 FLOORS = {
     "errors": GROUND,
+    "files": GROUND,
+    "plain": GROUND,
     "solvers": GROUND,
     "ir": IR,
+    # Saving writes the report and loading asks the registry for planners: it stands on the core,
+    # and `OptimizedModule.save` alone reaches up to it.
+    "ir.persist": CORE,
     "cost": IR,
     "runtime": IR,
     "arguments": CORE,
     "budget": CORE,
     "comparison": CORE,
-    "files": CORE,
     "graphcheck": CORE,
     "instruments": CORE,
     "measure": CORE,
@@ -73,6 +77,11 @@ EDGES = [
 ]
 
 
+def floor(module: str) -> int:
+    """Where a module stands: by its own name, else by its folder's."""
+    return FLOORS.get(module, FLOORS[module.split(".")[0]])
+
+
 def test_every_module_has_a_floor() -> None:
     unknown = {module.split(".")[0] for module, _ in sources()} - set(FLOORS)
     assert not unknown, f"say in FLOORS where these stand: {unknown}"
@@ -82,7 +91,7 @@ def test_nobody_imports_from_a_floor_above() -> None:
     wrong = [
         f"{where}: {module} imports graphopt.{'.'.join(target)}"
         for module, target, where in EDGES
-        if FLOORS[module.split(".")[0]] < FLOORS.get(target[0], GROUND)
+        if floor(module) < FLOORS.get(target[0], GROUND)
     ]
     assert not wrong, "\n".join(wrong)
 

@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from graphopt.report import to_plain
+from graphopt.plain import to_plain
 
 _PLAIN_SECONDS = 2.0
 

@@ -80,7 +80,7 @@ def encode_program(program: Program, table: TensorTable) -> dict[str, Json]:
 
 
 def _encode_record(record: PassRecord) -> Json:
-    from graphopt.report import to_plain
+    from graphopt.plain import to_plain
 
     return [record.name, record.spec, record.changed, to_plain(record.report), record.seconds]
 
@@ -357,7 +357,7 @@ def encode_attributes(attributes: Mapping[str, Any]) -> dict[str, Json]:
 def _config_of(value: Any) -> Json:
     if type(value).__module__.split(".")[0] != "transformers" or not hasattr(value, "to_dict"):
         return None
-    from graphopt.report import to_plain
+    from graphopt.plain import to_plain
 
     try:
         return [class_name(type(value)), to_plain(value.to_dict())]

@@ -55,7 +55,7 @@ def save(module: OptimizedModule, path: str | os.PathLike[str]) -> None:
 
 def pack(module: OptimizedModule) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """The JSON document and the tensors of a module."""
-    from graphopt.report import to_plain
+    from graphopt.plain import to_plain
 
     program = module._program
     table = TensorTable()
