@@ -49,7 +49,7 @@ FORMATS = tuple(_PRINTERS)
 
 
 def dump(
-    program: Program, form: str = "py", *, view: str = "program", training: Mode = True
+    program: Program, form: str = "py", *, view: str | None = None, training: Mode = True
 ) -> str:
     """A program's graph as text.
 
@@ -58,7 +58,7 @@ def dump(
         form: ``py`` (readable Python that runs), ``json``, ``dot``, ``svg``, ``html``,
             ``model-explorer`` (the JSON that Model Explorer opens).
         view: ``program`` (the forward graph), ``joint`` (with the backward graph), ``plan`` (the
-            stages of a planned step).
+            stages of a planned step); default: the plan if there is one, else the program.
         training: Mode of the model.
 
     Returns:
@@ -73,7 +73,14 @@ def dump(
         known = ", ".join(FORMATS)
         hint = suggest(form, FORMATS) or f"one of {known}"
         raise UnsupportedError(f"no format {form!r} for dumps", hint=hint)
-    return printer(document(program, view, training=training))
+    if view is not None:
+        return printer(document(program, view, training=training))
+    if program.planner is not None:
+        try:
+            return printer(document(program, "plan", training=training))
+        except UnsupportedError:  # planned for the other mode, for example
+            pass
+    return printer(document(program, "program", training=training))
 
 
 def table(program: Program, *, training: Mode = True, depth: int | None = None) -> Table:

@@ -68,7 +68,7 @@ class Summary:
         saved: Bytes kept between forward and backward.
         peak: Most live bytes above parameters, gradients and inputs, as simulated node after node
             with measured op sizes in the captured order.  It is an estimate: eager's order differs,
-            and steps measured up to a sixth above it.
+            and measured steps were up to a sixth off.
         peak_of: ``forward and backward`` or ``forward``.
         peak_at: The node that runs at the peak, and its module.
         notes: What limits these figures.

@@ -147,7 +147,7 @@ def planned_step(program: Program, training: Mode) -> Any:
     """
     if program.planner is None:
         raise UnsupportedError(
-            "this program has no plan", hint="run the pass rematerialize, or give --passes"
+            "this program has no plan", hint="run the pass rematerialize on it first"
         )
     module = program.emit().train(is_training(training))
     if not isinstance(training, bool):

@@ -133,6 +133,15 @@ def test_live_bytes_of_a_plan_are_those_of_its_step(planned):
     assert max(size for _, size in live.timeline) == live.peak
 
 
+def test_a_plan_is_shown_by_default_where_there_is_one(planned):
+    program = planned[0].program
+    assert inspect.dump(program) == inspect.dump(program, view="plan")
+    assert "def step(" in inspect.dump(program)
+    assert "def forward(" in inspect.dump(program, view="program")
+    # It was planned for training; in eval mode the forward graph is what runs.
+    assert "def forward(" in inspect.dump(program, training=False)
+
+
 def test_plan_of_a_program_without_one():
     model, args, kwargs = ZOO["mlp"]()
     with pytest.raises(UnsupportedError, match="no plan"):
