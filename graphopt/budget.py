@@ -166,7 +166,8 @@ class Budget:
             )
         for name in source:
             check_field(str(name))
-        return cls(**{str(name): value for name, value in source.items()})
+        fields: dict[str, Any] = {str(name): value for name, value in source.items()}
+        return cls(**fields)
 
     def items(self) -> dict[str, Quantity | str]:
         """The fields that are set, in the order of declaration."""

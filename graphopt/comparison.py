@@ -14,7 +14,6 @@ from graphopt.cost.losses import default_loss, loss_value
 from graphopt.cost.preserve import autocast_off, preserved
 from graphopt.errors import NothingToTrainError
 
-
 _MOST_NOISE = 1e-3
 
 
@@ -203,7 +202,7 @@ def _backward(outputs: Any, loss: Callable[..., Any] | None) -> None:
 
 def _gradients(module: nn.Module, inputs: Any) -> dict[str, torch.Tensor]:
     tensors = [t for t in pytree.tree_leaves(inputs) if isinstance(t, torch.Tensor)]
-    named = {**dict(module.named_parameters())}
+    named: dict[str, torch.Tensor] = dict(module.named_parameters())
     named.update({f"input[{i}]": t for i, t in enumerate(tensors) if t.requires_grad})
     # Absent and zero gradients are the same to an optimizer that skips neither: compare as zero.
     return {

@@ -58,8 +58,8 @@ def _obstacle(node: fx.Node) -> str | None:
         return "an unknown form of region"
     if any(n.users for n in inner.graph.find_nodes(op="get_attr")):
         return "holds tensors or further regions of its own"
-    outer = {i: o for i, o in zip(inputs, operands, strict=True) if isinstance(o, fx.Node)}
-    differentiable = [n for n in inputs if _may_require_grad(outer.get(n, n))]
+    sources = {i: o if isinstance(o, fx.Node) else i for i, o in zip(inputs, operands, strict=True)}
+    differentiable = [n for n in inputs if _may_require_grad(sources[n])]
     if not differentiable:
         return None
     if enabled:
@@ -104,10 +104,10 @@ def _splice(node: fx.Node) -> None:
             if member.op == "placeholder":
                 env[member] = _detached(next(values), graph, node)
             elif member.op == "output":
-                results = member.args[0]
+                continue
             elif member.op != "get_attr":  # an unused one
                 env[member] = graph.node_copy(member, lambda n: env[n])
-    flat = fx.map_arg(results, lambda n: env[n])
+    flat = fx.map_arg(inner.graph.output_node().args[0], lambda n: env[n])
     outputs = list(flat) if isinstance(flat, (list, tuple)) else [flat]
     for user in list(node.users):
         if user.target is operator.getitem and isinstance(user.args[1], int):
