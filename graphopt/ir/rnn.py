@@ -54,13 +54,16 @@ def split_dropout_layers(graph: fx.Graph) -> None:
 
 def _drops(node: fx.Node, offset: int) -> bool:
     """Whether the op has several layers, runs in training mode and drops something."""
-    _biases, layers, probability, train = node.args[offset : offset + 4]
+    arguments: tuple[Any, ...] = node.args
+    _biases, layers, probability, train = arguments[offset : offset + 4]
     return bool(layers > 1 and train and probability > 0)
 
 
 def _layer_by_layer(graph: fx.Graph, node: fx.Node) -> list[fx.Node]:
-    x, hx, params, biases, layers, probability, _train, bidirectional, batch_first = node.args
-    states = _STATES[node.target]
+    arguments: tuple[Any, ...] = node.args
+    x, hx, params, biases, layers, probability, _train, bidirectional, batch_first = arguments
+    op: Any = node.target
+    states = _STATES[op]
     directions = 2 if bidirectional else 1
     count = len(params) // layers
     x = graph.call_function(aten.transpose.int, (x, 0, 1)) if batch_first else x
@@ -76,7 +79,7 @@ def _layer_by_layer(graph: fx.Graph, node: fx.Node) -> list[fx.Node]:
         weights = list(params[layer * count : (layer + 1) * count])
         state: Any = parts if states == 2 else parts[0]
         options = (biases, 1, 0.0, True, bidirectional, False)
-        run = graph.call_function(node.target, (x, state, weights, *options))
+        run = graph.call_function(op, (x, state, weights, *options))
         x = graph.call_function(operator.getitem, (run, 0))
         for index, final in enumerate(finals):
             final.append(graph.call_function(operator.getitem, (run, index + 1)))

@@ -322,7 +322,7 @@ class _Gate(torch.autograd.Function):
         return token.detach().clone()
 
     @staticmethod
-    def backward(ctx: Any, _token: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         gradients = ctx.call.run_stage(ctx.index)
         return None, None, None, *gradients
 
@@ -337,7 +337,7 @@ class _Rest(torch.autograd.Function):
         return token.detach().clone()
 
     @staticmethod
-    def backward(ctx: Any, _token: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         return None, None, *ctx.call.rest()
 
 

@@ -157,11 +157,12 @@ class _StageWriter:
         if isinstance(value, Ref):
             return self.nodes[value.instance]
         if isinstance(value, fx.Node):
-            if value.target not in self.constants:
+            name = str(value.target)
+            if name not in self.constants:
                 first = next(iter(self.graph.nodes), None)
                 with self.graph.inserting_before(first):
-                    self.constants[value.target] = self.graph.get_attr(value.target)
-            return self.constants[value.target]
+                    self.constants[name] = self.graph.get_attr(name)
+            return self.constants[name]
         if isinstance(value, slice):
             return slice(*(self._argument(v) for v in (value.start, value.stop, value.step)))
         return value
