@@ -7,6 +7,7 @@ from graphopt.solvers.check import Check, check
 from graphopt.solvers.frontier import frontier, minimise
 from graphopt.solvers.graph import Task, TaskGraph, TaskGraphError, Value
 from graphopt.solvers.order import reorder
+from graphopt.solvers.search import prepare
 from graphopt.solvers.solution import Progress, Solution
 from graphopt.solvers.solve import solve
 
@@ -21,6 +22,7 @@ __all__ = [
     "check",
     "frontier",
     "minimise",
+    "prepare",
     "reorder",
     "solve",
 ]

@@ -10,6 +10,8 @@ Stage s of a plan is: some recomputations, then the first execution of task s.
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 from numba import njit
 
@@ -57,6 +59,25 @@ def stage_peaks(a, stage, end1, end2, carry, head, link, mark, peaks):
         peaks: the result.
     """
     n = len(a.duration)
+    _lifetimes(a, stage, end1, end2, carry)
+    for s in range(n):
+        head[s] = -1
+        peaks[s] = carry[s] + a.out_bytes[s] + a.workspace[s]
+    for t in range(n):
+        if stage[t] < n:
+            link[t] = head[stage[t]]
+            head[stage[t]] = t
+    for v in range(len(a.bytes)):
+        mark[v] = -1
+    for s in range(n):
+        if head[s] >= 0:
+            peaks[s] = _mixed_stage(a, s, stage, end1, end2, carry[s + 1], head[s], link, mark)
+
+
+@njit(cache=True, nogil=True)
+def _lifetimes(a, stage, end1, end2, carry):
+    """Fills the last stages of both instances of every value, and the bytes between stages."""
+    n = len(a.duration)
     carry[:] = 0
     for v in range(len(a.bytes)):
         p = a.producer[v]
@@ -64,16 +85,11 @@ def stage_peaks(a, stage, end1, end2, carry, head, link, mark, peaks):
         last1 = p
         last2 = r
         for j in range(a.use_ptr[v], a.use_ptr[v + 1]):
-            u = a.use_idx[j]
-            if u < r:
-                last1 = max(last1, u)
-            else:
-                last2 = max(last2, u)
-            u = stage[u]
-            if u < n:
+            user = a.use_idx[j]
+            for u in (user, stage[user]):
                 if u < r:
                     last1 = max(last1, u)
-                else:
+                elif u < n:
                     last2 = max(last2, u)
         if a.keep[v]:
             if r < n:
@@ -90,18 +106,6 @@ def stage_peaks(a, stage, end1, end2, carry, head, link, mark, peaks):
             carry[last2 + 1] -= size
     for s in range(1, n + 1):
         carry[s] += carry[s - 1]
-    for s in range(n):
-        head[s] = -1
-        peaks[s] = carry[s] + a.out_bytes[s] + a.workspace[s]
-    for t in range(n):
-        if stage[t] < n:
-            link[t] = head[stage[t]]
-            head[stage[t]] = t
-    for v in range(len(a.bytes)):
-        mark[v] = -1
-    for s in range(n):
-        if head[s] >= 0:
-            peaks[s] = _mixed_stage(a, s, stage, end1, end2, carry[s + 1], head[s], link, mark)
 
 
 @njit(cache=True, nogil=True)
@@ -127,10 +131,7 @@ def _mixed_stage(a, s, stage, end1, end2, live, t, link, mark):
                 dies += a.bytes[v]
         peak = max(peak, live + dies)
         live -= freed
-        if task == s:
-            task = t
-        else:
-            task = link[task]
+        task = t if task == s else link[task]
     return peak
 
 
@@ -288,7 +289,7 @@ def _before_longest_gap(row: list[int]) -> int:
     uses = row[:-1]
     if len(uses) == 1:
         return uses[0]
-    gaps = [later - before for before, later in zip(uses, uses[1:], strict=False)]
+    gaps = [later - before for before, later in pairwise(uses)]
     return uses[int(np.argmax(gaps))]
 
 

@@ -3,7 +3,6 @@
 A greedy list schedule, then simulated annealing over swaps of adjacent segments.
 """
 
-# ruff: noqa: ANN001, ANN201, ANN202 -- the compiled functions' types are inferred
 from __future__ import annotations
 
 import math

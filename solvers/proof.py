@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import queue
+import random
 import threading
 
 from ortools.sat.python import cp_model
@@ -10,7 +11,9 @@ from ortools.sat.python import cp_model
 from graphopt.solvers.arrays import Arrays
 from graphopt.solvers.cover import CoverBounder
 from graphopt.solvers.cpsat import RetentionModel, run
+from graphopt.solvers.neighbourhood import Neighbourhood
 from graphopt.solvers.solution import Incumbent
+from graphopt.solvers.stages import from_sequence
 
 _MOST_STAGES = 24  # cover conditions in the constraint program
 
@@ -34,6 +37,10 @@ class Prover:
         self.busy = threading.Event()
         self.raised = False
 
+    def found(self, sequence: list[int]) -> None:
+        """Takes a plan from any thread; `deliver` hands it over."""
+        self._found.put(sequence)
+
     def stop(self) -> None:
         """Ends a running proof early; may be called from another thread."""
         if self._solver is not None:
@@ -42,7 +49,7 @@ class Prover:
     def deliver(self) -> None:
         """Hands plans and bounds to the incumbent; call it from the thread that owns that."""
         while not self._found.empty():
-            self._incumbent.offer(self._found.get(), "constraint program")
+            self._incumbent.offer(self._found.get(), "second search")
         if self._bound > self._incumbent.lower_bound and self._incumbent.feasible:
             self.raised = True
             self._incumbent.raise_bound(min(self._bound, self._incumbent.duration))
@@ -85,7 +92,7 @@ class Prover:
                 steps=steps,
                 workers=workers,
                 seed=self._seed,
-                found=self._found.put,
+                found=self.found,
             )
         finally:
             self.busy.clear()
@@ -93,3 +100,27 @@ class Prover:
             bound = most + 1
         self._bound = self._base + bound
         return status != "unknown"
+
+    def improve(self, time_limit: float, rng: random.Random) -> None:
+        """Looks for a better plan near the incumbent (large-neighbourhood search).
+
+        Args:
+            time_limit: seconds.
+            rng: chooses the neighbourhood.
+        """
+        n = len(self._arrays.duration)
+        sequence = [*self._incumbent.sequence, *range(len(self._incumbent.graph.tasks), n)]
+        near = Neighbourhood(self._arrays, from_sequence(self._arrays, sequence), rng)
+        most = self._incumbent.duration - self._base - 1
+        model = RetentionModel(
+            self._arrays, self._incumbent.budget, near.copies, (0, most), stages=near.stages
+        )
+        self._solver = cp_model.CpSolver()
+        run(
+            model,
+            self._solver,
+            time_limit=time_limit,
+            workers=1,
+            seed=rng.randrange(2**31),
+            found=self.found,
+        )

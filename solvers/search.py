@@ -162,7 +162,9 @@ class Search:
 
     def _share_incumbent(self) -> None:
         """Hands the incumbent to the stage search if it is better than what that has."""
-        plan = from_sequence(self.arrays, list(self.incumbent.sequence))
+        n = len(self.graph.tasks)
+        sequence = [*self.incumbent.sequence, *range(len(self.incumbent.graph.tasks), n)]
+        plan = from_sequence(self.arrays, sequence)
         excess = int(np.maximum(plan.peaks() - self.incumbent.budget, 0).sum())
         mine = (int(self.x[T.TOTAL, T.BEST_EXCESS]), int(self.x[T.TOTAL, T.BEST_EXTRA]))
         if (excess, plan.extra) < mine:
@@ -174,7 +176,7 @@ class Search:
         from graphopt.solvers.starts import checkpoint_cuts
 
         for name, cut in checkpoint_cuts(self.arrays, self.space):
-            extra, stage, peaks = evaluate(self.arrays, cut)
+            extra, _, peaks = evaluate(self.arrays, cut)
             excess = int(np.maximum(peaks - self.incumbent.budget, 0).sum())
             if (excess, extra) < tuple(self.best):
                 self.best[:] = (excess, extra)
@@ -212,3 +214,15 @@ def _compile_drop() -> None:
 
 stage_search = Compiled(_compile_stage)
 drop_set = Compiled(_compile_drop)
+
+
+def prepare(seconds: float = 0.0) -> bool:
+    """Begins to compile the searches in the background; a later `solve` has them sooner.
+
+    Args:
+        seconds: how long to wait for them.
+
+    Returns:
+        Whether they are ready.
+    """
+    return stage_search.wait(seconds)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 import threading
 import time
 from collections.abc import Sequence
@@ -11,7 +12,9 @@ from dataclasses import replace
 import numpy as np
 
 from graphopt.solvers.arrays import to_arrays
+from graphopt.solvers.blocks import task_classes
 from graphopt.solvers.clock import Clock
+from graphopt.solvers.companion import accompany
 from graphopt.solvers.cover import CoverBounder, working_set
 from graphopt.solvers.eviction import evict
 from graphopt.solvers.graph import TaskGraph, TaskGraphError, with_end
@@ -21,6 +24,7 @@ from graphopt.solvers.solution import Incumbent, OnProgress, Progress, Solution
 from graphopt.solvers.stages import StagePlan
 
 _PROVABLE = 160  # tasks up to which a proof by constraint programming is tried
+_NEIGHBOURLY = 600  # tasks up to which large-neighbourhood search is tried
 _BEFORE_PROOF = 0.12  # share of the time that the search has before that
 _STEP_SECONDS = 0.001  # deterministic time of CP-SAT that one counted step is worth
 
@@ -84,7 +88,7 @@ def _check_arguments(graph: TaskGraph, budget: int, order: str, time_limit: floa
         raise TaskGraphError(f"time_limit must be a positive number of seconds, not {time_limit!r}")
 
 
-def _solve_free(  # noqa: PLR0913
+def _solve_free(
     graph: TaskGraph,
     budget: int,
     time_limit: float,
@@ -238,9 +242,8 @@ class Run:
         return self.bounder.infeasible
 
     def _bound(self) -> None:
-        """The second thread: cover bounds, then proofs on small graphs."""
-        share = 0.5 if len(self.graph.tasks) <= _PROVABLE else 1.0
-        until = self.clock.left() * (1 - share)
+        """The second thread: cover bounds, then proofs on small graphs, else a second search."""
+        until = self.clock.left() * 0.5
         while not (self._closed() or self.bounder.exhausted):
             if self.clock.left() < until + 0.1:
                 break
@@ -248,13 +251,31 @@ class Run:
             self.incumbent.lower_bound = max(
                 self.incumbent.lower_bound, self.graph.duration + self.bounder.extra
             )
-        if len(self.graph.tasks) > _PROVABLE:
-            return
+        if len(self.graph.tasks) <= _PROVABLE:
+            self._prove()
+        else:
+            self._improve()
+
+    def _prove(self) -> None:
         while not self._closed() and self.clock.left() > 0.5:
             if not self.incumbent.feasible or self.clock.used() < _BEFORE_PROOF:
                 time.sleep(0.02)
             elif self.prover.prove(self.bounder, self.clock.left(), workers=2):
                 return
+
+    def _improve(self) -> None:
+        from graphopt.solvers.search import stage_search
+
+        if len(self.graph.tasks) <= _NEIGHBOURLY and self.incumbent.feasible:
+            until = self.clock.left() * 0.8
+            rng = random.Random(self.seed)
+            while not self._closed() and self.clock.left() > until:
+                self.prover.improve(min(4.0, self.clock.left() - until), rng)
+        if stage_search.wait(self.clock.left()):
+            accompany(
+                self.arrays, self.incumbent, self.clock, self.seed + 1,
+                task_classes(self.graph), self.prover.found, self._closed,
+            )  # fmt: skip
 
     def _closed(self) -> bool:
         return self.closing.is_set() or self.bounder.infeasible or self.incumbent.optimal

@@ -12,22 +12,18 @@ import math
 
 from numba import njit
 
-from graphopt.solvers.stage_state import (
+from graphopt.solvers.stage_queries import (
     INNER,
     JIT,
     end_of,
-    flush,
-    keep_if_best,
     last_use,
-    load_best,
     next_use,
-    push,
     rand,
     run_after,
     run_before,
     runs_in,
-    work,
 )
+from graphopt.solvers.stage_state import flush, keep_if_best, load_best, push, work
 from graphopt.solvers.table import (
     ADD,
     BYTES,
@@ -160,7 +156,6 @@ def _length(x):
 @njit(**INNER)
 def _move(x, kind, phase):
     """Jobs for one random move of a kind; returns whether there are any."""
-    n = x[TOTAL, N_TASKS]
     tasks = x[TOTAL, TASKS]
     if tasks == 0 and kind != EVICT_RUN and kind != EVICT_CLASS:
         kind = EVICT
@@ -180,7 +175,7 @@ def _move(x, kind, phase):
             else:
                 _evict(x, task, rand(x) < 0.5)
                 task = x[POOL, int(rand(x) * x[TOTAL, POOLED])]
-    elif kind == RELEASE or kind == SWAP:
+    elif kind in (RELEASE, SWAP):
         _release(x, task)
     elif kind == SHIFT:
         _shift(x, task)
@@ -190,12 +185,17 @@ def _move(x, kind, phase):
 
 
 @njit(**INNER)
+def _has_outputs(x, task):
+    return x[RECOMPUTABLE, task] and x[OUT_PTR, task + 1] > x[OUT_PTR, task]
+
+
+@njit(**INNER)
 def _group(x, task, kind):
     """Evicts or releases a run of neighbours, or tasks of one class."""
     n = x[TOTAL, N_TASKS]
     low = int(rand(x) * n)
     high = n
-    one_class = kind == EVICT_CLASS or kind == RELEASE_CLASS
+    one_class = kind in (EVICT_CLASS, RELEASE_CLASS)
     if not one_class:
         high = min(n, low + 1 + _length(x))
     elif rand(x) < 0.5:
@@ -205,15 +205,14 @@ def _group(x, task, kind):
     x[TOTAL, CHAIN] = 1000
     x[TOTAL, PULL] = 1000
     x[TOTAL, LIMIT] = 4 * (high - low) + 2
-    evict = kind == EVICT_RUN or kind == EVICT_CLASS
+    evict = kind in (EVICT_RUN, EVICT_CLASS)
     for other in range(low, high):
         if one_class and x[MEMBER, other] != x[MEMBER, task]:
             continue
         if not evict and x[COUNT, other] > 0:
             _release(x, other)
-        elif evict and x[COUNT, other] == 0 and x[RECOMPUTABLE, other]:
-            if x[OUT_PTR, other + 1] > x[OUT_PTR, other]:
-                _evict(x, other, True)
+        elif evict and x[COUNT, other] == 0 and _has_outputs(x, other):
+            _evict(x, other, True)
 
 
 @njit(**INNER)
@@ -290,10 +289,7 @@ def anneal(x, score, steps, t0, t1, price, reload):
             flush(x)
         infeasible += excess > 0
         if step % 100 == 99:
-            if infeasible > 60:
-                price *= 1.15
-            elif infeasible < 20:
-                price *= 0.9
+            price *= 1.15 if infeasible > 60 else (0.9 if infeasible < 20 else 1.0)
             infeasible = 0
     x[TOTAL, MOST] = NEVER
     return price

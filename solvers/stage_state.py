@@ -12,6 +12,16 @@ from __future__ import annotations
 
 from numba import njit
 
+from graphopt.solvers.stage_queries import (
+    INNER,
+    end_of,
+    last_use,
+    next_use,
+    rand,
+    run_after,
+    run_before,
+    runs_in,
+)
 from graphopt.solvers.table import (
     ADD,
     BEST_COUNT,
@@ -35,7 +45,6 @@ from graphopt.solvers.table import (
     JOB_STAGE,
     JOB_TASK,
     JOBS,
-    KEEP,
     LIMIT,
     LISTED,
     LOCAL,
@@ -61,7 +70,6 @@ from graphopt.solvers.table import (
     PULL,
     PUSH,
     PUT,
-    RANDOM,
     RECOMPUTABLE,
     RUNS,
     SOILED,
@@ -69,98 +77,8 @@ from graphopt.solvers.table import (
     TASKS,
     TIDY,
     TOTAL,
-    USE_IDX,
-    USE_PTR,
     WORKSPACE,
 )
-
-# Only what Python calls needs a wrapper; leaving the others' out halves the time to compile.
-JIT = {"cache": True, "nogil": True, "no_cfunc_wrapper": True, "error_model": "numpy"}
-INNER = {
-    "nogil": True,
-    "no_cfunc_wrapper": True,
-    "no_cpython_wrapper": True,
-    "error_model": "numpy",
-}
-
-
-@njit(**INNER)
-def rand(x):
-    """A random number in [0, 1); the generator's state is part of the table."""
-    state = (x[TOTAL, RANDOM] * 25214903917 + 11) & 281474976710655
-    x[TOTAL, RANDOM] = state
-    return (state >> 16) * 2.3283064365386963e-10
-
-
-@njit(**INNER)
-def run_before(x, task, stage):
-    """The last stage <= `stage` in which the task runs (its own stage is <= `stage`)."""
-    result = task
-    for i in range(x[COUNT, task]):
-        if x[RUNS + i, task] <= stage:
-            result = x[RUNS + i, task]
-        else:
-            break
-    return result
-
-
-@njit(**INNER)
-def run_after(x, task, stage, n):
-    """The first stage > `stage` in which the task runs; 2 n if there is none."""
-    for i in range(x[COUNT, task]):
-        if x[RUNS + i, task] > stage:
-            return x[RUNS + i, task]
-    return 2 * n
-
-
-@njit(**INNER)
-def runs_in(x, task, stage):
-    """Whether the task runs in the stage."""
-    if task == stage:
-        return True
-    for i in range(x[COUNT, task]):
-        if x[RUNS + i, task] == stage:
-            return True
-    return False
-
-
-@njit(**INNER)
-def last_use(x, value, low, high):
-    """The last stage in [low, high) that uses the value; `low` if there is none."""
-    result = low
-    for j in range(x[USE_PTR, value], x[USE_PTR, value + 1]):
-        user = x[USE_IDX, j]
-        if result < user < high:
-            result = user
-        for i in range(x[COUNT, user]):
-            s = x[RUNS + i, user]
-            if result < s < high:
-                result = s
-    return result
-
-
-@njit(**INNER)
-def next_use(x, value, after):
-    """The first stage > `after` that uses the value; 2 n if there is none."""
-    result = 2 * x[TOTAL, N_TASKS]
-    for j in range(x[USE_PTR, value], x[USE_PTR, value + 1]):
-        user = x[USE_IDX, j]
-        if after < user < result:
-            result = user
-        for i in range(x[COUNT, user]):
-            s = x[RUNS + i, user]
-            if after < s < result:
-                result = s
-    return result
-
-
-@njit(**INNER)
-def end_of(x, value, start, following):
-    """The last stage that needs the instance created in `start`; n: it lives to the end."""
-    n = x[TOTAL, N_TASKS]
-    if following > n and x[KEEP, value]:
-        return n
-    return last_use(x, value, start, following)
 
 
 @njit(**INNER)
@@ -282,10 +200,18 @@ def _may_add(x, stage, task):
         task < stage
         and x[COUNT, task] < MAX_RUNS
         and x[TOTAL, NODES] > 0
+        and x[TOTAL, LOGGED] < x[TOTAL, LOG_SIZE]
         and x[RECOMPUTABLE, task]
         and not runs_in(x, task, stage)
         and x[TOTAL, EXTRA] <= x[TOTAL, MOST]
     )
+
+
+@njit(**INNER)
+def _may_drop(x, stage, task):
+    """Whether the task is recomputed in the stage, and there is room to note the change."""
+    room = x[TOTAL, LOGGED] < x[TOTAL, LOG_SIZE]
+    return room and task != stage and runs_in(x, task, stage)
 
 
 @njit(**INNER)
@@ -349,6 +275,16 @@ def _tidy(x, stage, below):
 
 
 @njit(**INNER)
+def _note(x, added, stage, task):
+    """Logs a change, so that it can be undone."""
+    last = x[TOTAL, LOGGED]
+    x[LOG, last] = added
+    x[LOG_STAGE, last] = stage
+    x[LOG_TASK, last] = task
+    x[TOTAL, LOGGED] = last + 1
+
+
+@njit(**INNER)
 def work(x, undoing):
     """Does all jobs, or takes back everything since the last commit."""
     while True:
@@ -372,18 +308,11 @@ def work(x, undoing):
                 _tidy(x, stage, task)
                 continue
             added = job != DROP
-            if added and not _may_add(x, stage, task):
-                continue
-            if not added and (task == stage or not runs_in(x, task, stage)):
-                continue
-            if x[TOTAL, LOGGED] >= x[TOTAL, LOG_SIZE]:
+            if not (_may_add(x, stage, task) if added else _may_drop(x, stage, task)):
                 continue
             if job == ADD:
                 _call_inputs(x, stage, task)
-            x[LOG, x[TOTAL, LOGGED]] = added
-            x[LOG_STAGE, x[TOTAL, LOGGED]] = stage
-            x[LOG_TASK, x[TOTAL, LOGGED]] = task
-            x[TOTAL, LOGGED] += 1
+            _note(x, added, stage, task)
         if not added:
             _unlink(x, stage, task)
         _lifetimes(x, stage, task, 1 if added else -1)

@@ -8,6 +8,7 @@ that are needed later simply live longer.
 from __future__ import annotations
 
 from bisect import bisect_right, insort
+from itertools import pairwise
 
 import numpy as np
 
@@ -172,7 +173,7 @@ class StagePlan:
 def _rows(pointers: Array, items: Array) -> list[list[int]]:
     """The rows of a CSR list as Python lists."""
     bounds, flat = pointers.tolist(), items.tolist()
-    return [flat[a:b] for a, b in zip(bounds, bounds[1:], strict=False)]
+    return [flat[a:b] for a, b in pairwise(bounds)]
 
 
 def from_sequence(arrays: Arrays, sequence: list[int]) -> StagePlan:

@@ -11,7 +11,6 @@ from itertools import combinations
 
 from graphopt.solvers import TaskGraph
 
-
 State = tuple[frozenset[int], frozenset[int], int]  # values in memory, tasks done, last rerun
 
 

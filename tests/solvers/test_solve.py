@@ -58,7 +58,7 @@ def test_chain_is_optimal_at_every_budget(length: int) -> None:
     assert plain_peak(graph) == length + 1
     for budget in range(2, length + 2):
         expected = brute.shortest(graph, budget)
-        found = solve(graph, budget, time_limit=20, step_limit=400, max_copies=4)
+        found = solve(graph, budget, time_limit=900, step_limit=400, max_copies=4)
         assert_honest(graph, found)
         if expected is None:
             assert found.status == "infeasible"
@@ -74,7 +74,7 @@ def test_tiny_graphs_against_exhaustive_search(seed: int) -> None:
     for budget in sorted({peak - 1, round(0.75 * peak), round(0.5 * peak)} - {-1}):
         least = brute.shortest(graph, budget)
         staged = brute.shortest(graph, budget, staged=True)
-        found = solve(graph, budget, step_limit=60, max_copies=4)
+        found = solve(graph, budget, step_limit=60, time_limit=900, max_copies=4)
         assert_honest(graph, found)
         if staged is None:
             assert found.status == "infeasible"
@@ -91,7 +91,7 @@ def test_free_order_against_exhaustive_search(seed: int) -> None:
     least = brute.least_peak(graph, free_order=True)
     for budget in (least, least + 1):
         expected = brute.shortest(graph, budget, free_order=True)
-        found = solve(graph, budget, order="free", step_limit=60)
+        found = solve(graph, budget, order="free", step_limit=60, time_limit=900)
         assert_honest(graph, found, "free")
         assert expected is not None
         assert found.lower_bound <= expected
@@ -104,7 +104,7 @@ def test_free_order_against_exhaustive_search(seed: int) -> None:
 def test_smallest_peak_against_exhaustive_search(seed: int) -> None:
     graph = graphs.tiny(200 + seed)
     least, staged = brute.least_peak(graph), brute.least_peak(graph, staged=True)
-    found = minimise(graph, step_limit=200, time_limit=20)
+    found = minimise(graph, step_limit=200, time_limit=900)
     figures = check(graph, found.sequence)
     assert (figures.ok, figures.peak, figures.duration) == (True, found.peak, found.duration)
     assert found.min_peak_bound <= least
@@ -139,7 +139,7 @@ def task_graphs(draw: st.DrawFn) -> TaskGraph:
 @SLOW
 @given(task_graphs(), st.floats(0.3, 1.0))
 def test_checker_agrees_with_the_solver(graph: TaskGraph, fraction: float) -> None:
-    found = solve(graph, math.ceil(fraction * plain_peak(graph)), step_limit=30)
+    found = solve(graph, math.ceil(fraction * plain_peak(graph)), step_limit=30, time_limit=900)
     assert_honest(graph, found)
 
 
@@ -167,7 +167,7 @@ def test_reorder_finds_the_depth_first_order() -> None:
 def test_training_graphs_beat_checkpointing() -> None:
     graph = graphs.transformer(3)
     budget = math.ceil(0.5 * plain_peak(graph))
-    found = solve(graph, budget, step_limit=1500)
+    found = solve(graph, budget, step_limit=1500, time_limit=900)
     assert_honest(graph, found)
     assert found.gap < 0.02
     # Running the whole forward part twice is what checkpointing costs at most.
@@ -176,7 +176,7 @@ def test_training_graphs_beat_checkpointing() -> None:
 
 def test_general_features_on_a_training_graph() -> None:
     graph = graphs.transformer(2, workspace=0.5, statistics=True)
-    found = solve(graph, math.ceil(0.7 * plain_peak(graph)), step_limit=800)
+    found = solve(graph, math.ceil(0.7 * plain_peak(graph)), step_limit=800, time_limit=900)
     assert_honest(graph, found)
     assert found.status != "infeasible"
 
@@ -184,7 +184,7 @@ def test_general_features_on_a_training_graph() -> None:
 def test_same_seed_same_plan() -> None:
     graph = graphs.layered(60, seed=3)
     budget = math.ceil(0.85 * plain_peak(graph))
-    first, second = (solve(graph, budget, step_limit=300, seed=5) for _ in range(2))
+    first, second = (solve(graph, budget, step_limit=300, time_limit=900, seed=5) for _ in range(2))
     assert first.sequence == second.sequence
     assert (first.lower_bound, first.status) == (second.lower_bound, second.status)
 
@@ -192,7 +192,13 @@ def test_same_seed_same_plan() -> None:
 def test_progress_is_monotone() -> None:
     seen: list[Progress] = []
     graph = graphs.layered(80, seed=4)
-    solve(graph, math.ceil(0.8 * plain_peak(graph)), step_limit=600, on_progress=seen.append)
+    solve(
+        graph,
+        math.ceil(0.8 * plain_peak(graph)),
+        step_limit=600,
+        time_limit=900,
+        on_progress=seen.append,
+    )
     durations = [p.duration for p in seen if p.duration is not None]
     assert durations == sorted(durations, reverse=True)
     assert len(set(durations)) > 1
@@ -233,14 +239,14 @@ def test_impossible_budget_is_proven() -> None:
 
 def test_a_given_start_is_not_lost() -> None:
     graph = graphs.chain(6)
-    start = solve(graph, 4, step_limit=300).sequence
-    found = solve(graph, 4, start=start, step_limit=1)
+    start = solve(graph, 4, step_limit=300, time_limit=900).sequence
+    found = solve(graph, 4, start=start, step_limit=1, time_limit=900)
     assert found.duration <= check(graph, start).duration
 
 
 def test_frontier_is_monotone() -> None:
     graph = graphs.unet(2)
-    curve = frontier(graph, 5, time_limit=20, step_limit=1500)
+    curve = frontier(graph, 5, time_limit=900, step_limit=1500)
     for found in curve:
         assert_honest(graph, found)
     assert [f.budget for f in curve] == sorted((f.budget for f in curve), reverse=True)
