@@ -204,7 +204,7 @@ class _Comparer:
 def _follows(mine: fx.Node, source: Any, node: fx.Node) -> bool:
     """Whether a conversion in the second graph is one to the dtype that the model has there."""
     a, b, c = (n.meta.get("val") for n in (mine, source, node))
-    if not all(isinstance(v, torch.Tensor) for v in (a, b, c)):
+    if a is None or b is None or c is None or not isinstance(c, torch.Tensor):
         return False
     return c.dtype not in (a.dtype, b.dtype) or (c.dtype == b.dtype and c.device != a.device)
 

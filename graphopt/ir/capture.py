@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import logging
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -385,9 +386,7 @@ def _spread(tree: Tree, spec: Any, specs: list[Any]) -> None:
 def _export(wrapper: FlatCall, inputs: tuple[Any, ...], shapes: Any) -> Any:
     export: Callable[..., Any] = torch.export.export
     try:
-        # On failure torch prints the graph so far to stderr; the error says what matters.
-        quiet = contextlib.redirect_stderr(io.StringIO())
-        with warnings.catch_warnings(), _no_custom_functions(wrapper.model), quiet:
+        with warnings.catch_warnings(), _no_custom_functions(wrapper.model), _quiet():
             warnings.simplefilter("ignore")
             exported = export(wrapper, inputs, strict=False, dynamic_shapes=shapes)
             return exported, exported.module(check_guards=False)
@@ -395,6 +394,23 @@ def _export(wrapper: FlatCall, inputs: tuple[Any, ...], shapes: Any) -> Any:
         raise
     except Exception as error:
         raise capture_error(wrapper.model, error) from error
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep torch's own remarks about a failing export back: the error says it better."""
+    names = ("torch.fx.experimental.symbolic_shapes", "torch.fx.experimental.proxy_tensor")
+    loggers = [logging.getLogger(name) for name in names]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        # On failure torch prints the graph so far to stderr; the error says what matters.
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 @contextlib.contextmanager

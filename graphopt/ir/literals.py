@@ -211,7 +211,9 @@ def tie_devices(module: fx.GraphModule, moved: fx.GraphModule, root: nn.Module) 
             other = partners.get(node)
             if other is None and (places or any(sizes)):
                 return f"node {node.name} ({node.target}) makes a tensor on a fixed device"
-            for place, device in places.items() if other is not None else ():
+            if other is None:
+                continue
+            for place, device in places.items():
                 if get_argument(other, place) == device:
                     continue
                 made = sources.tie(node, "device", device)

@@ -32,9 +32,11 @@ class Planner(Protocol):
 
     def runner(self, module: OptimizedModule, inputs: list[torch.Tensor]) -> Runner | None:
         """What shall run this call: a callable on the flat inputs, or None for the plain graph."""
+        ...
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form."""
+        ...
 
 
 @dataclass(frozen=True)

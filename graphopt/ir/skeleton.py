@@ -52,7 +52,7 @@ class Container(nn.Module):
     def __getitem__(self, key: Any) -> Any:
         modules = self._modules
         if isinstance(key, int):
-            key = str(key if key >= 0 else len(self) + key)
+            key = str(key if key >= 0 else len(modules) + key)
         if isinstance(key, str):
             return modules[key] if key in modules else self._parameters[key]
         return nn.ModuleList(list(modules.values())[key])
