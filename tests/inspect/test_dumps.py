@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 import json
 import re
 import shutil
@@ -22,6 +23,13 @@ from tests.zoo import ZOO
 SIMPLE = ["mlp", "inplace_chain", "buffer_update", "alias_outputs", "integer_outputs", "odd_names"]
 REGIONS = ["autocast", "no_grad_region", "cond"]
 OTHERS = ["tied_weights", "fft", "dtype_mix", "noise", "nested_outputs", "none_outputs", "frozen"]
+
+
+@functools.cache
+def captured(name):
+    """The program of a zoo model; `ZOO[name]()` gives an equal model to run."""
+    model, args, kwargs = ZOO[name]()
+    return capture(model, args, kwargs)
 
 
 def modes(model):
@@ -51,7 +59,7 @@ def same(first, second):
 @pytest.mark.parametrize("name", [*SIMPLE, *REGIONS, *OTHERS])
 def test_python_of_a_program_computes_what_the_model_computes(name):
     model, args, kwargs = ZOO[name]()
-    program = capture(model, args, kwargs)
+    program = captured(name)
     state, flat = copied_state(model), program.signature.flatten_inputs(args, kwargs)
     found = run_dump(inspect.dump(program, training=modes(model)), "forward", state, *flat)
     torch.manual_seed(7)
@@ -65,7 +73,7 @@ def test_python_of_a_program_computes_what_the_model_computes(name):
 @pytest.mark.parametrize("name", ["mlp", "double_dropout"])
 def test_python_of_a_program_in_eval_mode(name):
     model, args, kwargs = ZOO[name]()
-    program = capture(model, args, kwargs)
+    program = captured(name)
     flat = program.signature.flatten_inputs(args, kwargs)
     text = inspect.dump(program, training=False)
     (found,) = run_dump(text, "forward", copied_state(model), *flat)
@@ -76,7 +84,7 @@ def test_python_of_a_program_in_eval_mode(name):
 @pytest.mark.parametrize("name", ["mlp", "buffer_update", "tied_weights", "cond", "frozen"])
 def test_python_of_a_joint_graph_computes_the_gradients(name):
     model, args, kwargs = ZOO[name]()
-    program = capture(model, args, kwargs)
+    program = captured(name)
     shown = inspect.document(program, "joint", training=modes(model))
     state, flat = copied_state(model), program.signature.flatten_inputs(args, kwargs)
     torch.manual_seed(7)
@@ -143,9 +151,8 @@ def test_a_plan_is_shown_by_default_where_there_is_one(planned):
 
 
 def test_plan_of_a_program_without_one():
-    model, args, kwargs = ZOO["mlp"]()
     with pytest.raises(UnsupportedError, match="no plan"):
-        inspect.dump(capture(model, args, kwargs), view="plan")
+        inspect.dump(captured("mlp"), view="plan")
 
 
 @pytest.mark.parametrize("view", ["program", "joint", "plan"])
@@ -286,8 +293,7 @@ def test_html_pages_are_well_formed_with_hostile_names(hostile):
 
 
 def test_html_compares_before_and_after(planned):
-    model, args, kwargs = ZOO["mlp"]()
-    text = inspect.compare_html(capture(model, args, kwargs), planned[0].program)
+    text = inspect.compare_html(captured("mlp"), planned[0].program)
     assert "script" not in checked(text)
     assert text.count("<polyline") == 2
     assert "before (joint)" in text
@@ -313,14 +319,12 @@ def test_svg_without_graphviz_says_so(hostile, monkeypatch):
 def test_unknown_format_suggests():
     with pytest.raises(UnsupportedError, match="did you mean 'json'"):
         inspect.dump(None, "jsn")
-    model, args, kwargs = ZOO["mlp"]()
     with pytest.raises(UnsupportedError, match="no view"):
-        inspect.dump(capture(model, args, kwargs), view="jiont")
+        inspect.dump(captured("mlp"), view="jiont")
 
 
 def test_json_describes_nodes():
-    model, args, kwargs = ZOO["mlp"]()
-    data = json.loads(inspect.dump(capture(model, args, kwargs), "json"))
+    data = json.loads(inspect.dump(captured("mlp"), "json"))
     assert data["schema_version"] == inspect.SCHEMA_VERSION
     assert data["state"]["fc1.weight"]["shape"] == [64, 20]
     assert data["inputs"]["x"] == {
@@ -344,16 +348,14 @@ def test_json_describes_nodes():
 
 
 def test_json_of_regions_lays_them_open():
-    model, args, kwargs = ZOO["no_grad_region"]()
-    data = json.loads(inspect.dump(capture(model, args, kwargs), "json"))
+    data = json.loads(inspect.dump(captured("no_grad_region"), "json"))
     names = {node["name"] for node in data["nodes"]}
     assert any("/" in name for name in names)
     assert all(set(node["inputs"]) <= names for node in data["nodes"])
 
 
 def test_model_explorer_form():
-    model, args, kwargs = ZOO["mlp"]()
-    data = json.loads(inspect.dump(capture(model, args, kwargs), "model-explorer", view="joint"))
+    data = json.loads(inspect.dump(captured("mlp"), "model-explorer", view="joint"))
     nodes = data["graphs"][0]["nodes"]
     identities = {node["id"] for node in nodes}
     assert len(identities) == len(nodes)
