@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -14,7 +15,7 @@ import torch
 from graphopt.passes.rematerialize.problem import Problem
 from graphopt.passes.rematerialize.search import Plan, PlanSettings, Search, make_problem
 from graphopt.passes.rematerialize.situation import CallKey, Situation, make_situation
-from graphopt.runtime.execute import CompiledStep
+from graphopt.runtime.execute import BudgetWarning, CompiledStep
 from graphopt.runtime.lower import lower
 from graphopt.solvers import check
 
@@ -51,9 +52,8 @@ class MemoryPlanner:
     ) -> Callable[[list[torch.Tensor]], Sequence[Any]] | None:
         """What runs this call; None where the budget says nothing about such a call.
 
-        Raises:
-            BudgetInfeasible: Something that the plan depends on was changed (a `requires_grad`,
-                a dtype, autocast), and no plan for it keeps the budget.
+        Where something that a plan depends on was changed (a `requires_grad`, a dtype, autocast),
+        the call is planned anew; a `BudgetWarning` says if the budget cannot be kept then.
         """
         key = CallKey.of(module, inputs)
         if key.differentiable != self.training or not self._same_mode(key):
@@ -76,7 +76,13 @@ class MemoryPlanner:
             problem = make_problem(situation, self.settings)
             plan = Search(situation, problem, self.settings).plan(self.settings.budget)
             if not plan.keeps_budget:
-                raise plan.infeasible()
+                warnings.warn(
+                    f"A call of another kind (dtype, frozen parameters, autocast) than the one "
+                    f"planned takes at least {plan.peak:,} bytes: the budget of "
+                    f"{self.settings.budget:,} bytes does not hold for it.",
+                    BudgetWarning,
+                    stacklevel=4,
+                )
             self.adopt(key, situation, plan, problem)
         else:
             self.adopt(key, situation, plan)
@@ -105,11 +111,7 @@ class MemoryPlanner:
         self._ready[key] = situation, CompiledStep(step, situation.forward)
 
     def predict_peak(self, inputs: Sequence[torch.Tensor]) -> int:
-        """Peak bytes of a planned call with inputs of other sizes; nothing of the model runs.
-
-        Raises:
-            BudgetInfeasible: Never; the figure may exceed the budget.
-        """
+        """Peak bytes of a planned call with inputs of other sizes; nothing of the model runs."""
         key, (situation, _) = next(iter(self._ready.items()))
         symbols = situation.symbols(inputs)
         problem = situation.problem(lambda _: 0, symbols=symbols)

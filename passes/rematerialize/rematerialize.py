@@ -186,8 +186,6 @@ class _Run:
         allowed, start = asked, None
         for _ in range(_ATTEMPTS):
             plan = search.plan(allowed, start=start)
-            if not plan.keeps_budget:
-                break
             planner.adopt(key, search.situation, plan, search.problem)
             program = self.program.replace(planner=planner)
             module = program.emit()
@@ -196,9 +194,11 @@ class _Run:
             measured = self._measure(module)
             if measured <= asked:
                 return plan, measured, program
+            if not plan.keeps_budget:
+                raise plan.infeasible(asked, smallest=max(measured, plan.peak))
             allowed -= measured - asked
             start = plan.sequence
-        raise plan.infeasible(asked)
+        raise plan.infeasible(asked, smallest=measured)
 
     def _measure(self, module: nn.Module) -> int:
         with torch.set_grad_enabled(self.training):

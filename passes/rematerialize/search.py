@@ -99,14 +99,18 @@ class Plan:
         """Whether the predicted peak is within the budget."""
         return self.peak <= self.budget
 
-    def infeasible(self, asked: int | None = None) -> BudgetInfeasible:
-        """The error that says that no plan was found, and what would do."""
-        asked = self.budget if asked is None else asked
+    def infeasible(self, asked: int, smallest: int) -> BudgetInfeasible:
+        """The error that says that no plan was found, and what would do.
+
+        Args:
+            asked: The budget in bytes.
+            smallest: Measured bytes of the plan of least peak.
+        """
         return BudgetInfeasible(
             f"No plan keeps a peak of {asked:,} bytes.",
             field="memory",
             requested=asked,
-            smallest=self.smallest,
+            smallest=smallest,
             obstacle=self.obstacle,
             proven=self.smallest_bound > asked,
             bound=self.smallest_bound,
@@ -146,8 +150,6 @@ class Search:
     def order(self) -> list[int]:
         """The order of least peak before anything is recomputed."""
         self.progress("ordering the step")
-        if not hasattr(solvers, "reorder"):
-            return list(range(len(self.problem.graph.tasks)))
         limit = min(10.0, 0.15 * self.settings.time_limit)
         return list(solvers.reorder(self.problem.graph, time_limit=limit, seed=self.settings.seed))
 
@@ -175,15 +177,43 @@ class Search:
             on_progress=self._tell,
             start=None if start is None else [place[task] for task in start],
         )
+        if solution.peak > budget and budget > 0:
+            solution = self._with_least(budget, solution)
         sequence = tuple(self.order[task] for task in solution.sequence)
         return _describe(self.situation, budget, self.problem, solution, sequence)
+
+    def _with_least(self, budget: int, solution: Solution) -> Solution:
+        """The least peak decides whether a budget is infeasible, whatever the first search saw."""
+        least = self.least
+        if least.peak <= budget:
+            return solvers.solve(
+                self.graph,
+                budget,
+                time_limit=0.5 * self.settings.time_limit,
+                seed=self.settings.seed,
+                start=least.sequence,
+                on_progress=self._tell,
+            )
+        found = min(least, solution, key=lambda s: s.peak)
+        return dataclasses.replace(
+            found,
+            min_peak=found.peak,
+            min_peak_bound=max(least.min_peak_bound, solution.min_peak_bound),
+        )
+
+    @cached_property
+    def least(self) -> Solution:
+        """The plan of least peak."""
+        self.progress("looking for the smallest budget")
+        limit = min(20.0, max(2.0, self.settings.time_limit))
+        return solvers.minimise(self.graph, time_limit=limit, seed=self.settings.seed)
 
     def sweep(self, budgets: int | Sequence[int]) -> list[Plan]:
         """Plans by falling budget, each beginning with the one before; infeasible ones left out."""
         count = budgets if isinstance(budgets, int) else len(budgets)
         share = self.settings.time_limit / max(1, count)
         if isinstance(budgets, int):
-            budgets = self._between(budgets, share)
+            budgets = self._between(budgets)
         plans: list[Plan] = []
         for budget in sorted(budgets, reverse=True):
             start = plans[-1].sequence if plans else None
@@ -193,10 +223,10 @@ class Search:
             plans.append(plan)
         return plans
 
-    def _between(self, count: int, share: float) -> list[int]:
+    def _between(self, count: int) -> list[int]:
         """Budgets from the peak without recomputation down to the smallest found."""
         most = solvers.check(self.graph, range(len(self.graph.tasks))).peak
-        least = self.plan(0, time_limit=share).smallest
+        least = self.least.peak
         steps = max(1, count - 1)
         return [most - (most - least) * i // steps for i in range(count)]
 
