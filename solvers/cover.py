@@ -46,9 +46,11 @@ class CoverBounder:
         over = StagePlan(arrays).peaks() - budget
         self._ranked = [s for s in np.argsort(-over, kind="stable").tolist() if over[s] > 0]
         self._solver: cp_model.CpSolver | None = None
+        self._stopped = False
 
     def stop(self) -> None:
         """Ends a running round early; may be called from another thread."""
+        self._stopped = True
         if self._solver is not None:
             self._solver.stop_search()
 
@@ -67,6 +69,8 @@ class CoverBounder:
         model = cp_model.CpModel()
         again: dict[int, cp_model.IntVar] = {}
         for stage in self.stages:
+            if self._stopped:
+                return False
             add_conditions(model, self.arrays, self.budget, stage, again)
         extra = sum(int(self.arrays.duration[t]) * var for t, var in again.items())
         if again:

@@ -84,6 +84,7 @@ class TaskGraph:
         _check_values(self)
         _check_tasks(self)
         _check_precedence(self)
+        _check_totals(self)
 
     @cached_property
     def duration(self) -> int:
@@ -207,6 +208,17 @@ def _check_precedence(graph: TaskGraph) -> None:
                 f"the order puts task {graph.ids[later]!r} before task {graph.ids[before]!r}, "
                 "which it depends on; give a topological order, or leave the order out"
             )
+
+
+def _check_totals(graph: TaskGraph) -> None:
+    """Sums must stay exact in 64-bit arithmetic and in CP-SAT's bounds."""
+    if graph.duration >= 2**53:
+        raise TaskGraphError("the durations sum up to 2**53 or more; use a coarser unit")
+    total = sum(value.bytes for value in graph.values) + sum(t.workspace for t in graph.tasks)
+    if total * len(graph.tasks) >= _MAX_INT:
+        raise TaskGraphError(
+            "the bytes, times the number of tasks, reach 2**62; use a coarser unit"
+        )
 
 
 def _whole(number: Any, what: str) -> int:

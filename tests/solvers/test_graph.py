@@ -84,6 +84,8 @@ def _plain(**changes: object) -> dict[str, object]:
         ({"tasks": [{"duration": 1, "outputs": [0]}], "values": []}, "not its producer"),
         ({"tasks": [{"duration": 1}], "values": [{"bytes": 1, "producer": 0}]}, "not list it"),
         ({"tasks": [{"duration": 1}], "values": [{"bytes": 1, "producer": 7}]}, "index 7"),
+        (_plain(nodes=[{"id": "a", "bytes": 1, "duration": 2**53}], edges=[]), "coarser"),
+        (_plain(nodes=[{"id": i, "bytes": 2**61, "duration": 1} for i in "ab"], edges=[]), "bytes"),
         ({"tasks": [{"duration": 1, "inputs": [3]}], "values": []}, "no value"),
         ({"tasks": [{"duration": 1}], "values": [], "after": [[0]]}, "pairs"),
         ({"tasks": [{"duration": 1}], "values": [], "after": [[0, 0]]}, "depends on"),
