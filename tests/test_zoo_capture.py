@@ -21,7 +21,12 @@ def emit(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> nn.
     return graphopt.capture(model, args, kwargs).emit()
 
 
-@pytest.mark.parametrize("entry", zoo_params())
+# Long to trace and run; the default tests have others of their kind.
+LONG = """t5 whisper llama transformer transformer_encoder gru rnn_tanh multihead_attention cnn unet
+    groupnorm wide_linear_chain""".split()
+
+
+@pytest.mark.parametrize("entry", zoo_params(slow=LONG))
 def test_the_emission_keeps_the_contract(entry: ZooModel) -> None:
     found = problems(entry, emit, load=graphopt.load, recapture=emit)
     assert not found, "\n".join(found)
