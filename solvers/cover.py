@@ -40,13 +40,36 @@ class CoverBounder:
         """Ranks the stages by how far the plain order is over budget there."""
         self.arrays, self.budget = arrays, budget
         self.infeasible = working_set(arrays) > budget
-        self.extra = 0
+        self.extra = 0  # no plan within the budget recomputes for a shorter duration
         self.stages: list[int] = []
         self.exhausted = False
         over = StagePlan(arrays).peaks() - budget
+        worst = int(np.argmax(over))
+        if over[worst] > 0 and not self.infeasible:
+            self._knapsack(worst, int(over[worst]))
         self._ranked = [s for s in np.argsort(-over, kind="stable").tolist() if over[s] > 0]
         self._solver: cp_model.CpSolver | None = None
         self._stopped = False
+
+    def _knapsack(self, stage: int, excess: int) -> None:
+        """The bound in closed form: whole values dropped at one stage, the last in part."""
+        a = self.arrays
+        used = a.use_ptr[1:] > a.use_ptr[:-1]
+        last = np.full(len(a.bytes), -1)
+        last[used] = a.use_idx[a.use_ptr[1:][used] - 1]
+        live = (a.producer < stage) & ((last > stage) | (a.keep > 0))
+        live[a.in_idx[a.in_ptr[stage] : a.in_ptr[stage + 1]]] = False
+        freed = np.zeros(len(a.duration), np.int64)
+        np.add.at(freed, a.producer[live], a.bytes[live])
+        tasks = np.flatnonzero((freed > 0) & (a.recomputable > 0))
+        tasks = tasks[np.argsort(a.duration[tasks] / freed[tasks], kind="stable")]
+        for task in tasks.tolist():
+            part = min(1.0, excess / int(freed[task]))
+            self.extra += math.floor(part * int(a.duration[task]))
+            excess -= int(freed[task])
+            if excess <= 0:
+                return
+        self.infeasible = True
 
     def stop(self) -> None:
         """Ends a running round early; may be called from another thread."""

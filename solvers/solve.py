@@ -187,6 +187,7 @@ class Run:
         """Works until the clock runs out or nothing better can exist."""
         if self.incumbent.optimal or self.bounder.infeasible:
             return
+        self.incumbent.raise_bound(self.graph.duration + self.bounder.extra)
         if self.clock.counted:
             self._bound_counted()
         self._evict()
