@@ -6,9 +6,13 @@ import os
 import warnings
 from collections.abc import Iterator
 
+# One thread a process: tests run two at a time on two cores, and small ops gain nothing from more.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 import torch
 
+torch.set_num_threads(1)
 # Nothing here may reach for the network, and progress bars spoil captured output.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
