@@ -8,6 +8,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import inspect
+import itertools
 import os
 import sys
 import traceback
@@ -142,12 +144,14 @@ def optimize(
     source = model if inplace else copied(model)
     progress("capturing the model")
     program = _captured(source, args, kwargs, dynamic)
+    example_loss, data = _example_loss(loss, data)
     context = PassContext(
         args=args,
         kwargs=kwargs,
         source=source,
         budget=wanted,
-        loss=loss,
+        loss=example_loss,
+        data_loss=loss,
         data=data,
         optimizer=optimizer,
         time_limit=time_limit,
@@ -323,7 +327,7 @@ def verify_capture(source: nn.Module, program: Program, context: PassContext) ->
             args=context.args,
             kwargs=context.kwargs,
             training=training,
-            loss=context.loss if context.data is None else None,
+            loss=context.loss,
             seed=context.seed,
         )
         expected = _run_source(run, source)
@@ -418,6 +422,52 @@ def _filled(pass_: Pass, budget: Budget) -> Pass:
     given = pass_.options()
     missing = {name: value for name, value in offered.items() if name not in given}
     return dataclasses.replace(pass_, **missing) if missing else pass_
+
+
+def _example_loss(
+    loss: Callable[..., Any] | None, data: Iterable[Any] | None
+) -> tuple[Callable[[Any], Any] | None, Iterable[Any] | None]:
+    """The loss on the example inputs: one of outputs and targets takes the first batch's targets.
+
+    Returns:
+        That loss, and the data with its first batch still in it.
+    """
+    if loss is None or not _takes_targets(loss):
+        return loss, data
+    iterator = iter(data if data is not None else ())
+    first = next(iterator, None)
+    if not isinstance(first, (tuple, list)) or len(first) != 2:
+        raise UsageError(
+            "loss takes outputs and targets, but data yields no pairs (inputs, targets)",
+            hint="pass data= with pairs, or a loss of the outputs alone",
+        )
+    targets = first[1]
+    if iterator is data:  # it can be read only once
+        data = itertools.chain([first], iterator)
+    return _WithTargets(loss, targets), data
+
+
+@dataclasses.dataclass(frozen=True)
+class _WithTargets:
+    """A loss with its targets; an ordinary object, so that it pickles with a plan."""
+
+    loss: Callable[..., Any]
+    targets: Any
+
+    def __call__(self, outputs: Any) -> Any:
+        return self.loss(outputs, self.targets)
+
+
+def _takes_targets(loss: Callable[..., Any]) -> bool:
+    """Whether a loss needs two positional arguments."""
+    try:
+        function = loss.forward if isinstance(loss, nn.Module) else loss
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):
+        return False
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    needed = [p for p in parameters if p.kind in positional and p.default is p.empty]
+    return len(needed) == 2
 
 
 def _option_names(cls: type[Pass]) -> set[str]:

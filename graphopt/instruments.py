@@ -105,7 +105,7 @@ class Verify(Instrument):
             context.args,
             context.kwargs,
             training=training,
-            loss=context.loss if context.data is None else None,
+            loss=context.loss,
             seed=context.seed,
         )
 

@@ -90,8 +90,10 @@ class PassContext:
         source: The model that was captured (a copy of the user's), for the source's own figures,
             or None where there is only a program.
         budget: The whole budget.
-        loss: ``loss(outputs)`` or, with pairs in `data`, ``loss(outputs, targets)``; None: the
-            model's own scalar loss if its output has one, else the sum of its floating outputs.
+        loss: ``loss(outputs)`` for outputs on the example inputs; None: the model's own scalar loss
+            if its output has one, else the sum of its floating outputs.
+        data_loss: The user's loss for batches of `data`: ``loss(outputs)``, or, where they are
+            pairs, ``loss(outputs, targets)``; or None.
         data: Iterable of batches for passes that fit or calibrate, or None.
         optimizer: The optimizer whose state counts under ``memory_scope=step``, or None.
         time_limit: Seconds that a search may take.
@@ -104,7 +106,8 @@ class PassContext:
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     source: Any = None
     budget: Budget = field(default_factory=Budget)
-    loss: Callable[..., Any] | None = None
+    loss: Callable[[Any], Any] | None = None
+    data_loss: Callable[..., Any] | None = None
     data: Iterable[Any] | None = None
     optimizer: Any = None
     time_limit: float = 60.0

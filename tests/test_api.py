@@ -318,6 +318,24 @@ def test_a_loss_on_outputs_is_used_for_checks() -> None:
     assert set(seen) == {(6, 4)}
 
 
+def test_a_loss_with_targets_takes_them_from_the_data() -> None:
+    seen: list[Any] = []
+
+    def loss(outputs: Tensor, targets: Tensor) -> Tensor:
+        seen.append(targets)
+        return (outputs - targets).square().mean()
+
+    targets = torch.ones(6, 4)
+    data = iter([(X, targets), (X, targets + 1)])  # can be read only once
+    graphopt.optimize(Net(), example_inputs=(X,), loss=loss, data=data)
+    assert seen
+    assert all(t is targets for t in seen)
+    with pytest.raises(errors.UsageError, match="no pairs"):
+        graphopt.optimize(Net(), example_inputs=(X,), loss=loss)
+    with pytest.raises(errors.UsageError, match="no pairs"):
+        graphopt.optimize(Net(), example_inputs=(X,), loss=nn.CrossEntropyLoss(), data=[X])
+
+
 def test_a_deep_copy_of_the_result_is_its_own() -> None:
     module = graphopt.optimize(Net(), example_inputs=(X,))
     twin = copy.deepcopy(module)

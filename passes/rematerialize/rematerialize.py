@@ -174,7 +174,7 @@ class _Run:
             time_limit=options.time_limit or context.time_limit,
             seed=context.seed if options.seed is None else options.seed,
             cost_model=options.cost_model or context.cost_model,
-            loss=_bound_loss(context),
+            loss=context.loss,
             hold_outputs=options.hold_outputs,
         )
 
@@ -206,7 +206,7 @@ class _Run:
                 module,
                 self.context.args,
                 self.context.kwargs,
-                loss=_bound_loss(self.context),
+                loss=self.context.loss,
                 forward_only=not self.training,
                 hold_outputs=self.options.hold_outputs,
             )
@@ -255,15 +255,3 @@ def _fresh_optimizer_bytes(optimizer: Any) -> int:
         for value in state.values()
         if isinstance(value, torch.Tensor)
     )
-
-
-def _bound_loss(context: PassContext) -> Any:
-    """`loss(outputs)`; a loss with targets takes those of the first batch."""
-    if context.loss is None or context.data is None:
-        return context.loss
-    batch = next(iter(context.data))
-    if not (isinstance(batch, tuple | list) and len(batch) == 2):
-        return context.loss
-    targets = batch[1]
-    loss = context.loss
-    return lambda outputs: loss(outputs, targets)
