@@ -67,7 +67,7 @@ class _Comparer:
         for node in self.other:
             self._adopt(node)
         for node in self.mine:
-            if name_of(node) not in _IDENTITIES:
+            if not _is_alias(node):
                 self.result.alone.append(node)
         for one, two in self.result.pairs:
             self._compare(one, two)

@@ -127,14 +127,13 @@ def unpack(
 ) -> Program:
     """The program of a document and its tensors."""
     from graphopt import registry
-    from graphopt.ir.metadata import refreshed
     from graphopt.report import Report
 
     program = decode_program(document["program"], tensors, trust=trust)
     skeleton = program.skeleton.with_attributes(
         decode_attributes(document["attributes"], trust=trust)
     )
-    program = refreshed(program.replace(skeleton=skeleton))
+    program = program.replace(skeleton=skeleton)  # metadata is derived when first asked for
     planner = document["planner"]
     if planner is not None:
         cls = registry.planner(str(planner["kind"]))
