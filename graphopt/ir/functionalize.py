@@ -164,7 +164,9 @@ def _derive(node: fx.Node, twin: Any) -> Any:
         with enable_python_dispatcher(), torch.enable_grad(), first.fake_mode:
             result = twin(*args, **kwargs)
     except Exception as error:  # whatever an op raises on inputs that its twin doesn't take
-        raise _Refused(f"its functional twin refuses these inputs: {type(error).__name__}") from None
+        raise _Refused(
+            f"its functional twin refuses these inputs: {type(error).__name__}"
+        ) from None
     if "NotImplemented" in type(getattr(result, "grad_fn", None)).__name__:
         raise _Refused("its functional twin has no derivative")
     return result
