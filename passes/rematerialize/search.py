@@ -231,7 +231,8 @@ class Search:
         return [most - (most - least) * i // steps for i in range(count)]
 
     def _tell(self, state: Any) -> None:
-        self.progress(f"planning: {state}", None)
+        found = "no plan yet" if state.duration is None else f"gap {100 * state.gap:.2f} %"
+        self.progress(f"planning, {state.phase}: {found}", None)
 
 
 def make_problem(
