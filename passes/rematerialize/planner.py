@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
+from graphopt.errors import UnsupportedError
 from graphopt.passes.rematerialize.problem import Problem
 from graphopt.passes.rematerialize.search import Plan, PlanSettings, Search, make_problem
 from graphopt.passes.rematerialize.situation import CallKey, Situation, make_situation
@@ -111,7 +112,16 @@ class MemoryPlanner:
         self._ready[key] = situation, CompiledStep(step, situation.forward)
 
     def predict_peak(self, inputs: Sequence[torch.Tensor]) -> int:
-        """Peak bytes of a planned call with inputs of other sizes; nothing of the model runs."""
+        """Peak bytes of a planned call with inputs of other sizes; nothing of the model runs.
+
+        Raises:
+            UnsupportedError: A copied or loaded module, before its first step.
+        """
+        if not self._ready:
+            raise UnsupportedError(
+                "A copied or loaded module knows its graphs from its first step on.",
+                hint="Run one step, then ask again.",
+            )
         key, (situation, _) = next(iter(self._ready.items()))
         symbols = situation.symbols(inputs)
         problem = situation.problem(lambda _: 0, symbols=symbols)
