@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from ortools.sat.python import cp_model
@@ -53,8 +54,8 @@ class RetentionModel:
         self.a, self.n = arrays, len(arrays.duration)
         self.end = slot(self.n, 0)
         self.model = cp_model.CpModel()
-        self._starts: list[list[cp_model.IntVar | int]] = []
-        self._present: list[list[cp_model.IntVar | int]] = []
+        self._starts: list[list[Any]] = []
+        self._present: list[list[Any]] = []
         self._ends: dict[tuple[int, int], cp_model.IntVar] = {}
         self._intervals: list[cp_model.IntervalVar] = []
         self._demands: list[int] = []
@@ -75,8 +76,8 @@ class RetentionModel:
         return items[pointers[index] : pointers[index + 1]].tolist()
 
     def _executions(self, task: int, copies: int, stages: list[int]) -> None:
-        starts: list[cp_model.IntVar | int] = [slot(task, task)]
-        present: list[cp_model.IntVar | int] = [1]
+        starts: list[Any] = [slot(task, task)]
+        present: list[Any] = [1]
         domain = cp_model.Domain.from_values([slot(s, task) for s in stages])
         for _ in range(copies - 1 if stages else 0):
             starts.append(self.model.new_int_var_from_domain(domain, ""))
@@ -97,7 +98,7 @@ class RetentionModel:
         producer = int(self.a.producer[value])
         starts, present = self._starts[producer], self._present[producer]
         for copy, (start, here) in enumerate(zip(starts, present, strict=True)):
-            low = start + 1 if copy == 0 else 1
+            low = slot(producer, producer) + 1 if copy == 0 else 1
             stop = self.model.new_int_var(low, self.end, "")
             self._ends[value, copy] = stop
             if self.a.bytes[value]:
@@ -166,34 +167,6 @@ class RetentionModel:
                 if solver.value(here):
                     events.append((solver.value(start), task))
         return [task for _, task in sorted(events)]
-
-    def hint(self, sequence: Sequence[int]) -> None:
-        """Gives a plan as a complete hint, ends and absent copies included."""
-        runs: list[list[int]] = [[] for _ in range(self.n)]
-        stage = 0
-        for task in sequence:
-            runs[task].append(slot(stage, task))
-            stage += task == stage
-        for task in range(self.n):
-            starts, present = self._starts[task], self._present[task]
-            for copy in range(1, len(starts)):
-                here = copy < len(runs[task])
-                self.model.add_hint(present[copy], here)
-                if here:
-                    self.model.add_hint(starts[copy], runs[task][copy])
-        for (value, copy), stop in self._ends.items():
-            self.model.add_hint(stop, self._end_of(value, copy, runs))
-
-    def _end_of(self, value: int, copy: int, runs: list[list[int]]) -> int:
-        mine = runs[int(self.a.producer[value])]
-        if copy >= len(mine):
-            return self.end
-        limit = mine[copy + 1] if copy + 1 < len(mine) else self.end
-        if limit == self.end and self.a.keep[value]:
-            return self.end
-        users = self._row(self.a.use_ptr, self.a.use_idx, value)
-        uses = [when for user in users for when in runs[user] if mine[copy] < when < limit]
-        return max([mine[copy], *uses]) + 1
 
 
 class _Watcher(cp_model.CpSolverSolutionCallback):

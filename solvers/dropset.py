@@ -298,9 +298,9 @@ def evaluate(arrays: Arrays, cut: Array) -> tuple[int, Array, Array]:
     n, m = len(arrays.duration), len(arrays.bytes)
     stage, peaks = np.empty(n, np.int64), np.empty(n, np.int64)
     extra = recompute_stages(arrays, cut, stage)
-    scratch = [np.empty(m, np.int64), np.empty(m, np.int64), np.empty(n + 2, np.int64)]
-    scratch += [np.empty(n + 1, np.int64), np.empty(n, np.int64), np.empty(m, np.int64)]
-    stage_peaks(arrays, stage, *scratch, peaks)
+    end1, end2, mark = (np.empty(m, np.int64) for _ in range(3))
+    carry, head, link = (np.empty(n + 2, np.int64) for _ in range(3))
+    stage_peaks(arrays, stage, end1, end2, carry, head, link, mark, peaks)
     return int(extra), stage, peaks
 
 

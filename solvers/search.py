@@ -178,7 +178,7 @@ class Search:
         for name, cut in checkpoint_cuts(self.arrays, self.space):
             extra, _, peaks = evaluate(self.arrays, cut)
             excess = int(np.maximum(peaks - self.incumbent.budget, 0).sum())
-            if (excess, extra) < tuple(self.best):
+            if (excess, extra) < (int(self.best[0]), int(self.best[1])):
                 self.best[:] = (excess, extra)
                 self.best_cut[:] = cut
             known = self.incumbent.starts.get(name)
