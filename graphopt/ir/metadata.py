@@ -145,7 +145,11 @@ class _Propagator(fx.Interpreter):
 
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
         value = lookup(self.module, str(target))
-        return self.mode.from_tensor(value) if isinstance(value, torch.Tensor) else value
+        return (
+            self.mode.from_tensor(value, static_shapes=True)
+            if isinstance(value, torch.Tensor)
+            else value
+        )
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         name = getattr(target, "_name", "")
