@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from graphopt import solvers
 from graphopt.budget import Quantity, read_field
 from graphopt.errors import BudgetError, NothingToTrainError
 from graphopt.ir.program import Program
@@ -87,6 +88,7 @@ class Rematerialize(Pass):
 
 class _Run:
     def __init__(self, options: Rematerialize, program: Program, context: PassContext) -> None:
+        solvers.prepare()  # compiles in the background while the model is measured and traced
         self.options = options
         self.program, self.context = program, context
         self.module = program.replace(planner=None).emit()
