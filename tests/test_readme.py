@@ -45,7 +45,9 @@ def test_the_main_command_installs_runs_and_dumps() -> None:
 def test_the_test_command_installs_what_the_tests_need() -> None:
     text = command("tests")
     assert ".[test]" in text
-    assert text.endswith("python -m pytest")
+    assert re.search(r"python -m pytest( -n \d+)?$", text), (
+        "the whole default run, nothing deselected"
+    )
 
 
 def test_ci_is_executable_and_valid() -> None:
