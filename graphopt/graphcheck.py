@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import operator
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -76,13 +77,30 @@ def check_metadata(module: fx.GraphModule, pass_name: str = "") -> None:
     Raises:
         VerificationError: A shape, dtype or device in the metadata is wrong or missing.
     """
+    regions = _autocast_regions(module)
     for graph_module in graphs_of(module):
         mode = _fake_mode(graph_module)
         if mode is None:
             continue
-        with _quiet(mode), torch.no_grad():
+        with _quiet(mode), torch.no_grad(), regions.get(id(graph_module), _NO_REGION)():
             for node in graph_module.graph.nodes:
                 _check_node(node, mode, graph_module, pass_name)
+
+
+_NO_REGION = contextlib.nullcontext
+
+
+def _autocast_regions(module: fx.GraphModule) -> dict[int, Callable[[], Any]]:
+    """By the identity of a sub-graph: the autocast that ``wrap_with_autocast`` runs it under."""
+    found: dict[int, Callable[[], Any]] = {}
+    for outer in graphs_of(module):
+        for node in outer.graph.nodes:
+            if node.target is torch.ops.higher_order.wrap_with_autocast:
+                device, dtype, enabled, cache, body, *_ = node.args
+                inner = _attribute(outer, str(body.target))
+                region = functools.partial(torch.autocast, device, dtype, enabled, cache)
+                found.update((id(graph), region) for graph in graphs_of(inner))
+    return found
 
 
 def _attribute(module: Any, target: str) -> Any:
