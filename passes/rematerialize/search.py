@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -104,13 +105,14 @@ class Plan:
 
         Args:
             asked: The budget in bytes.
-            smallest: Measured bytes of the plan of least peak.
+            smallest: Measured bytes of the plan of least peak. The error names one per cent more:
+                a search that is bounded in time does not find the very least plan every time.
         """
         return BudgetInfeasible(
             f"No plan keeps a peak of {asked:,} bytes.",
             field="memory",
             requested=asked,
-            smallest=smallest,
+            smallest=math.ceil(1.01 * smallest),
             obstacle=self.obstacle,
             proven=self.smallest_bound > asked,
             bound=self.smallest_bound,
