@@ -160,7 +160,7 @@ def gradient_problems(
         if (a is None) != (b is None):
             yield f"gradient of {name} is {'missing' if a is None else 'there, eager has none'}"
         elif a is not None and b is not None:
-            problem = tensor_problem(a, b, exact=exact, scale=1e-2 * largest)
+            problem = tensor_problem(a, b, exact=exact, scale=5e-2 * largest)
             if problem:
                 yield f"gradient of {name}: {problem}"
 
