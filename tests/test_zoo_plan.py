@@ -21,7 +21,8 @@ from tests.zoo.plans import BUDGETS, UNLIMITED, feasible, measured, optimized
 SWEPT = """cnn resnet unet groupnorm conv_transpose mlp lstm sdpa_dropout transformer_encoder
     moe_dense tied_weights bert gpt2 llama vit t5 whisper swin mamba efficientnet_lite0 minilm
     gpt2_4""".split()
-QUICK = {"cnn", "sdpa_dropout"}
+# A search of a few seconds on a shared core may miss a tight budget: the sweeps are all slow.
+QUICK: set[str] = set()
 # Small, and each awkward in its own way; all the others are marked slow.
 CONTRACT = ["mlp", "alias_outputs", "autocast", "frozen", "inplace_chain", "noise", "tied_weights"]
 
