@@ -157,6 +157,10 @@ class UnsupportedError(GraphoptError):
     """Something that is refused by name rather than guessed at."""
 
 
+class MissingMethodError(UnsupportedError, AttributeError):
+    """A method of the source that was not captured; `hasattr` sees that it isn't there."""
+
+
 class InputMismatch(GraphoptError):  # noqa: N818
     """Inputs don't fit the model or the program (number, structure, shape, dtype, device)."""
 

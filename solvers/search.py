@@ -71,7 +71,7 @@ class Search:
         self.rate = {"stage": 300, "drop": 300}
 
     def run(self, plan: StagePlan | None = None) -> None:
-        """Cycles until the clock runs out, the incumbent is optimal, or it is told to stop.
+        """Cycles until the clock runs out, the incumbent is good enough, or it is told to stop.
 
         Args:
             plan: where the stage search begins, even if it is over budget.
@@ -97,7 +97,7 @@ class Search:
             number += 1
 
     def _done(self) -> bool:
-        return self.clock.over() or self.incumbent.optimal or self.stop()
+        return self.clock.over() or self.incumbent.done or self.stop()
 
     def _cycle(self, kind: str, heat: float, until: float) -> None:
         start, reload = self.clock.used(), True

@@ -90,10 +90,16 @@ class Incumbent:
     """The best plan met so far: within the budget the shortest, else the one of least peak."""
 
     def __init__(
-        self, graph: TaskGraph, budget: int, order: str, on_progress: OnProgress | None
+        self,
+        graph: TaskGraph,
+        budget: int,
+        order: str,
+        on_progress: OnProgress | None,
+        tolerance: float = 0.0,
     ) -> None:
         """Starts with the input order, nothing recomputed."""
         self.graph, self.budget, self.order = graph, budget, order
+        self.tolerance = tolerance
         self.began = time.perf_counter()
         self.lower_bound = graph.duration
         self.starts: dict[str, tuple[int, int]] = {}
@@ -114,6 +120,11 @@ class Incumbent:
     def optimal(self) -> bool:
         """Whether nothing better can exist."""
         return self.feasible and self.duration <= self.lower_bound
+
+    @property
+    def done(self) -> bool:
+        """Whether it is known to be as good as was asked for."""
+        return self.feasible and self.gap() <= self.tolerance
 
     @property
     def elapsed(self) -> float:

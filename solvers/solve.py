@@ -40,6 +40,7 @@ def solve(
     on_progress: OnProgress | None = None,
     max_copies: int = 2,
     start: Sequence[int] | None = None,
+    tolerance: float = 0.0,
 ) -> Solution:
     """Finds a short plan within a peak-memory budget, and proves how good it is.
 
@@ -55,6 +56,7 @@ def solve(
         max_copies: cap on the executions of a task in the constraint program (the searches have
             none); proofs by constraint programming hold for this cap.
         start: a plan to begin with.
+        tolerance: stop when the gap is proven to be no larger than this.
 
     Raises:
         TaskGraphError: a budget, order or start that makes no sense.
@@ -62,9 +64,10 @@ def solve(
     _check_arguments(graph, budget, order, time_limit)
     if order == "free":
         return _solve_free(
-            graph, int(budget), time_limit, step_limit, seed, on_progress, max_copies, start
-        )
-    incumbent = Incumbent(graph, int(budget), order, on_progress)
+            graph, int(budget), time_limit, step_limit, seed, on_progress, max_copies, start,
+            tolerance,
+        )  # fmt: skip
+    incumbent = Incumbent(graph, int(budget), order, on_progress, tolerance)
     if start is not None:
         incumbent.offer(start, "given")
     run = Run(graph, incumbent, time_limit, step_limit, seed, max_copies)
@@ -97,6 +100,7 @@ def _solve_free(
     on_progress: OnProgress | None,
     max_copies: int,
     start: Sequence[int] | None,
+    tolerance: float,
 ) -> Solution:
     """Finds an order with few bytes live, then plans recomputation for that order."""
     began = time.perf_counter()
@@ -116,6 +120,7 @@ def _solve_free(
         found = solve(
             graph.reordered(order), budget, time_limit=left, step_limit=step_limit, seed=seed,
             on_progress=_shifted(on_progress, incumbent), max_copies=max_copies,
+            tolerance=tolerance,
         )  # fmt: skip
         incumbent.offer([order[task] for task in found.sequence])
         for name, figures in found.starts.items():
@@ -185,13 +190,13 @@ class Run:
 
     def all(self) -> None:
         """Works until the clock runs out or nothing better can exist."""
-        if self.incumbent.optimal or self.bounder.infeasible:
+        if self.incumbent.done or self.bounder.infeasible:
             return
         self.incumbent.raise_bound(self.graph.duration + self.bounder.extra)
         if self.clock.counted:
             self._bound_counted()
         self._evict()
-        if self.incumbent.optimal or self.bounder.infeasible:
+        if self.incumbent.done or self.bounder.infeasible:
             return
         if not self.clock.counted:
             self.thread = threading.Thread(target=self._bound, daemon=True)
@@ -279,7 +284,7 @@ class Run:
             )  # fmt: skip
 
     def _closed(self) -> bool:
-        return self.closing.is_set() or self.bounder.infeasible or self.incumbent.optimal
+        return self.closing.is_set() or self.bounder.infeasible or self.incumbent.done
 
     def _bound_counted(self) -> None:
         steps = _STEP_SECONDS * (self.step_limit or 0) / 4

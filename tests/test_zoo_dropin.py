@@ -158,16 +158,30 @@ def test_a_training_loop_as_users_write_it() -> None:
     assert curves[1] == pytest.approx(curves[0], rel=1e-4)
 
 
-def test_the_trainer_of_transformers_runs_on_it(tmp_path: Any) -> None:
+@pytest.mark.parametrize("counted", [False, True])
+def test_the_trainer_of_transformers_runs_on_it(tmp_path: Any, counted: bool) -> None:
+    """It hands `num_items_in_batch` to models that take any keyword; ours take what they know."""
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("accelerate")
     entry = ZOO["gpt2"]
     ids = entry.inputs(8)[1]["input_ids"]
     data = [{"input_ids": row, "labels": row} for row in ids]
+    kwargs = {"input_ids": ids[:4], "labels": ids[:4]}
+    if counted:
+        kwargs["num_items_in_batch"] = torch.tensor(ids[:4].numel())
+    source = entry.model()
+    planned = graphopt.optimize(source, "memory=60%", example_kwargs=kwargs, time_limit=4)
+    source.accepts_loss_kwargs = counted
     losses = []
-    for module in (entry.model(), feasible(entry, 60)):
+    for module in (source, planned):
+        # Its checkpoints are for its own classes: tied weights of any other module are refused.
         arguments = transformers.TrainingArguments(
-            str(tmp_path), max_steps=2, per_device_train_batch_size=4, report_to=[], seed=0
+            str(tmp_path),
+            max_steps=2,
+            per_device_train_batch_size=4,
+            report_to=[],
+            seed=0,
+            save_strategy="no",
         )
         result = transformers.Trainer(module, arguments, train_dataset=data).train()
         losses.append(result.training_loss)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from graphopt.errors import UnsupportedError
+from graphopt.errors import MissingMethodError
 from graphopt.ir.codegen import Code, generate
 from graphopt.ir.document import TensorTable, decode_program, encode_program
 from graphopt.ir.graphs import bind_graph, copy_graph, lookup
@@ -222,7 +222,7 @@ def _from_source(module: OptimizedModule, skeleton: Skeleton, name: str) -> Any:
     if name in skeleton.attributes:
         return skeleton.attributes[name]
     if name in skeleton.methods:
-        raise UnsupportedError(
+        raise MissingMethodError(
             f"{module._class_name}.{name} on an optimized module",
             hint="only forward is captured; call this method on the source model",
         )

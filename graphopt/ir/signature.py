@@ -57,7 +57,8 @@ class Signature:
     """How a captured program is called and what it returns.
 
     Attributes:
-        parameters: The parameters of the source's ``forward``, in order.
+        parameters: The parameters of the source's ``forward``, in order, without a ``*args`` or
+            ``**kwargs`` that caught nothing when the model was captured.
         in_spec: One tree for each parameter, defaults included.
         out_spec: The tree of the result.
         inputs: One entry for each tensor input, in the order of the placeholders.
@@ -96,7 +97,7 @@ class Signature:
 
     @property
     def python(self) -> inspect.Signature:
-        """The source's signature, without ``self``."""
+        """The signature of calls, without ``self``."""
         return self._python
 
     @property
@@ -282,15 +283,18 @@ def bind(
     passed = tuple(bound.arguments)
     bound.apply_defaults()
     flat: list[Any] = []
-    trees = []
+    trees: list[Tree] = []
     paths: list[str] = []
+    parameters: list[inspect.Parameter] = []
     for name, value in bound.arguments.items():
         leaves, tree = flatten(value)
+        parameter = python.parameters[name].replace(annotation=inspect.Parameter.empty)
+        if _is_empty(parameter, tree):
+            continue  # what it would take isn't in the graph: callers have to see that
         flat += leaves
         trees.append(tree)
+        parameters.append(parameter)
         paths += _leaf_paths(tree, name)
-    empty = inspect.Parameter.empty
-    parameters = tuple(p.replace(annotation=empty) for p in python.parameters.values())
     inputs = tuple(
         Leaf(
             name,
@@ -303,7 +307,7 @@ def bind(
         )
         for name, path, leaf in zip(_placeholder_names(paths), paths, flat, strict=True)
     )
-    return Signature(parameters, tuple(trees), LEAF, inputs, passed=passed), flat
+    return Signature(tuple(parameters), tuple(trees), LEAF, inputs, passed=passed), flat
 
 
 def _leaf_paths(tree: Tree, path: str) -> list[str]:

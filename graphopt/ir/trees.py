@@ -199,8 +199,8 @@ def match(tree: Tree, value: Any, leaves: list[torch.Tensor], path: str) -> None
     if isinstance(value, dict) and context != tree.context and set(value) == set(tree.context):
         parts, context = [value[key] for key in tree.context], tree.context  # order is free
     if len(parts) != len(tree.children) or not same_value(context, tree.context):
-        expected = ", ".join(tree.keys())
-        raise _mismatch(path, f"{_name(tree.type)} with {expected}", _describe(value))
+        expected = ", ".join(tree.keys()) or "nothing"
+        raise _mismatch(path, f"{_name(tree.type)} with {expected} in it", _describe(value))
     for child, part, key in zip(tree.children, parts, tree.keys(), strict=True):
         match(child, part, leaves, path + key)
 
@@ -226,6 +226,8 @@ def _describe(value: Any) -> str:
         return f"a tensor of shape {tuple(value.shape)}"
     if isinstance(value, _ATOMS):
         return repr(value)
+    if isinstance(value, dict):
+        return f"a {_name(type(value))} with {', '.join(map(repr, value)) or 'nothing'} in it"
     return f"a {_name(type(value))}"
 
 

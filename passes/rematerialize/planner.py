@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("graphopt")
 
+# A training loop waits for the plan of a call of another kind.
+_REPLAN_SECONDS = 20.0
+
 
 @dataclass
 class MemoryPlanner:
@@ -72,21 +75,44 @@ class MemoryPlanner:
     ) -> None:
         situation = self.situation(module, key, inputs)
         plan = self.plans.get(key)
-        if plan is None or plan.fingerprint != situation.fingerprint:
-            log.info("planning a kind of call that was not planned before")
-            problem = make_problem(situation, self.settings)
-            plan = Search(situation, problem, self.settings).plan(self.settings.budget)
-            if not plan.keeps_budget:
-                warnings.warn(
-                    f"A call of another kind (dtype, frozen parameters, autocast) than the one "
-                    f"planned takes at least {plan.peak:,} bytes: the budget of "
-                    f"{self.settings.budget:,} bytes does not hold for it.",
-                    BudgetWarning,
-                    stacklevel=4,
-                )
-            self.adopt(key, situation, plan, problem)
-        else:
+        if plan is not None and plan.fingerprint == situation.fingerprint:
             self.adopt(key, situation, plan)
+            return
+        problem = make_problem(situation, self.settings)
+        allowed = self._allowed(problem)
+        plan = self._transferred(situation, problem, allowed)
+        if plan is None:
+            limit = min(_REPLAN_SECONDS, self.settings.time_limit)
+            log.warning(
+                "graphopt: planning a kind of call that was not planned before (dtype, frozen "
+                "parameters, autocast, mode of a part); this takes up to %.0f s, once", limit
+            )  # fmt: skip
+            plan = Search(situation, problem, self.settings).plan(allowed, time_limit=limit)
+        if plan.peak > self.settings.budget:
+            warnings.warn(
+                f"A call of another kind (dtype, frozen parameters, autocast) than the one "
+                f"planned takes at least {plan.peak:,} bytes: the budget of "
+                f"{self.settings.budget:,} bytes does not hold for it.",
+                BudgetWarning,
+                stacklevel=4,
+            )
+        self.adopt(key, situation, plan, problem)
+
+    def _allowed(self, problem: Problem) -> int:
+        """The budget of a call of another kind."""
+        if self.settings.share is None:
+            return self.settings.budget
+        peak = check(problem.graph, range(len(problem.graph.tasks))).peak
+        return min(self.settings.budget, int(self.settings.share * peak))
+
+    def _transferred(self, situation: Situation, problem: Problem, allowed: int) -> Plan | None:
+        """A plan of another key that fits this graph and keeps the budget."""
+        for plan in self.plans.values():
+            if plan.fingerprint == situation.fingerprint:
+                found = check(problem.graph, plan.sequence, order="free")
+                if found.ok and found.peak <= allowed:
+                    return dataclasses.replace(plan, peak=found.peak)
+        return None
 
     def situation(
         self, module: OptimizedModule, key: CallKey, inputs: Sequence[torch.Tensor]

@@ -114,7 +114,8 @@ class _Run:
         eager = self._measure(self.source)
         fixed = self._fixed_bytes()
         asked = memory.bytes_of(eager + fixed)
-        settings = self._settings(asked - fixed)
+        share = (asked - fixed) / max(1, eager) if memory.relative else None
+        settings = self._settings(asked - fixed, share)
         planner = MemoryPlanner(settings, self.training)
         with torch.set_grad_enabled(self.training):
             key = CallKey.of(self.module, self.inputs)
@@ -169,7 +170,7 @@ class _Run:
         eager = self._measure(self.source) if any(q.relative for q in quantities) else None  # type: ignore[union-attr]
         return [q.bytes_of(eager) for q in quantities]  # type: ignore[union-attr]
 
-    def _settings(self, budget: int) -> PlanSettings:
+    def _settings(self, budget: int, share: float | None = None) -> PlanSettings:
         options, context = self.options, self.context
         return PlanSettings(
             budget=budget,
@@ -178,6 +179,7 @@ class _Run:
             cost_model=options.cost_model or context.cost_model,
             loss=context.loss,
             hold_outputs=options.hold_outputs,
+            share=share,
         )
 
     def _kept(

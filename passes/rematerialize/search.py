@@ -20,6 +20,8 @@ from graphopt.solvers import Solution, TaskGraph
 
 # Durations are whole numbers to the solver: parts of the whole step.
 _WHOLE = 10**9
+# A plan that is proven to be within this share of the shortest step is not improved any more.
+_TOLERANCE = 5e-4
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,8 @@ class PlanSettings:
         cost_model: `flops`, `analytic` or `profiled`.
         loss: The loss; None for the default one.
         hold_outputs: Whether callers keep the outputs during backward.
+        share: The budget as a share of the peak without recomputation, if it was asked for as
+            one: after `.half()` a step has to fit the same share of what it takes then.
     """
 
     budget: int
@@ -41,6 +45,7 @@ class PlanSettings:
     cost_model: str = "flops"
     loss: Loss | None = field(default=None, compare=False)
     hold_outputs: bool = False
+    share: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form, without the loss."""
@@ -178,6 +183,7 @@ class Search:
             seed=self.settings.seed,
             on_progress=self._tell,
             start=None if start is None else [place[task] for task in start],
+            tolerance=_TOLERANCE,
         )
         if solution.peak > budget and budget > 0:
             solution = self._with_least(budget, solution)
@@ -195,6 +201,7 @@ class Search:
                 seed=self.settings.seed,
                 start=least.sequence,
                 on_progress=self._tell,
+                tolerance=_TOLERANCE,
             )
         found = min(least, solution, key=lambda s: s.peak)
         return dataclasses.replace(
