@@ -91,11 +91,9 @@ def _planned(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
 
 
 def _contract() -> list[Any]:
-    # A known gap: where one output is a view of another, a planned module returns a copy of it.
-    gap = pytest.mark.xfail(strict=True, reason="outputs that alias each other come back as copies")
     marks = {name: pytest.mark.slow for name in ZOO if name not in CONTRACT}
     return [
-        pytest.param(entry, id=name, marks=gap if name == "alias_outputs" else marks.get(name, ()))
+        pytest.param(entry, id=name, marks=marks.get(name, ()))
         for name, entry in sorted(ZOO.items())
         if "plan" in entry.tags and "static_batch" not in entry.tags
     ]

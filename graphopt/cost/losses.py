@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,16 +35,18 @@ class Tangent:
 
 @dataclass(frozen=True)
 class LossMeasurement:
-    """Bytes of a loss and its backward, above what is live before it (the outputs included).
+    """Bytes of a loss and its backward, above what is live before it: the outputs.
 
     Attributes:
         kept: Live between forward and backward: the loss itself and what it saved, without the
             outputs.
         forward_peak: Most live bytes while the loss is computed.
-        backward_peak: Most live bytes during its backward, ``kept`` included.
+        backward_peak: Most live bytes during its backward, ``kept`` and tangents included;
+            negative where outputs that nobody holds go.
         tangent_bytes: Bytes of the tangents' storages.
         tangents: For each leaf of the outputs its tangent; None for a leaf without one.
         saves: For each leaf whether the loss saves it (or a view of it) for its backward.
+        output_bytes: Bytes of the outputs.
     """
 
     kept: int
@@ -53,6 +55,7 @@ class LossMeasurement:
     tangent_bytes: int
     tangents: tuple[Tangent | None, ...]
     saves: tuple[bool, ...]
+    output_bytes: int
 
 
 def default_loss(outputs: Any) -> torch.Tensor:
@@ -99,7 +102,11 @@ def loss_value(loss: Loss | None, outputs: Any) -> torch.Tensor:
 
 
 def measure_loss(
-    outputs_like: Any, loss: Loss | None = None, *, symbols: Substitution | None = None
+    outputs_like: Any,
+    loss: Loss | None = None,
+    *,
+    symbols: Substitution | None = None,
+    held: Collection[int] | None = None,
 ) -> LossMeasurement:
     """Measure a loss by itself, on outputs that look like the given ones.
 
@@ -109,6 +116,8 @@ def measure_loss(
             get one; else all floating ones do.
         loss: ``loss(outputs)``; default: `default_loss`.
         symbols: What stands for symbolic sizes; default: the hints.
+        held: Leaves that stay alive during backward; the others go as soon as the loss is
+            computed, unless it saved them.  Default: all.
 
     Returns:
         The measurement, after one warm-up.
@@ -117,92 +126,120 @@ def measure_loss(
     tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
     explicit = any(t.requires_grad for t in tensors)
     device = next((t.device for t in tensors if t.device.type != "cpu"), torch.device("cpu"))
-
-    def build() -> _Outputs:
-        return _Outputs([_leaf(leaf, explicit, symbols) for leaf in leaves], spec)
-
+    held = range(len(leaves)) if held is None else held
+    outputs = _Outputs([_stand_in(leaf, explicit, symbols) for leaf in leaves], spec, loss)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        build().run(loss, lambda name: None)
-        saves = build().saved_leaves(loss)
-        outputs = build()
-        trace = trace_memory(lambda mark: outputs.run(loss, mark), device=device)
+        outputs.run(held, lambda name: None)
+        saves = outputs.saved_leaves()
+        trace = trace_memory(lambda mark: outputs.run(held, mark), device=device)
     tangents: tuple[Tangent | None, ...] = trace.result
+    before = trace.live_at("outputs")
     return LossMeasurement(
-        kept=trace.live_at("loss"),
-        forward_peak=trace.peak_between(None, "loss"),
-        backward_peak=trace.peak_between("loss", None),
+        kept=trace.live_at("loss") - before,
+        forward_peak=trace.peak_between("outputs", "loss") - before,
+        backward_peak=trace.peak_between("backward", None) - before,
         tangent_bytes=sum(t.bytes for t in tangents if t is not None),
         tangents=tangents,
         saves=saves,
+        output_bytes=before,
     )
 
 
+@dataclass(frozen=True)
+class _StandIn:
+    """What stands for one tensor among the outputs."""
+
+    spec: TensorSpec
+    differentiable: bool
+
+
 class _Outputs:
-    """Stand-ins for a module's outputs: no leaves of autograd, as a module's own aren't either."""
+    """Stand-ins for a module's outputs, made anew for each run, and a loss of them."""
 
-    def __init__(self, leaves: list[Any], spec: Any) -> None:
-        self.leaves = leaves
-        self.outputs = pytree.tree_unflatten(leaves, spec)
-        self.differentiable = [
-            i for i, t in enumerate(leaves) if isinstance(t, torch.Tensor) and t.requires_grad
+    def __init__(self, leaves: list[Any], spec: Any, loss: Loss | None) -> None:
+        self.leaves, self.spec, self.loss = leaves, spec, loss
+        self.wanted = [
+            i for i, leaf in enumerate(leaves) if isinstance(leaf, _StandIn) and leaf.differentiable
         ]
+        self.token = torch.zeros((), requires_grad=True)
 
-    def run(self, loss: Loss | None, mark: Callable[[str], None]) -> tuple[Tangent | None, ...]:
-        with torch.enable_grad():
-            value = loss_value(loss, self.outputs)
-        torch.clear_autocast_cache()
+    def run(self, held: Collection[int], mark: Callable[[str], None]) -> tuple[Any, ...]:
+        """One loss and its backward; returns descriptions of the tangents."""
+        tangents: list[torch.Tensor | None] = []
+        leaves = self._made(tangents)
+        mark("outputs")
+        value = self._value(leaves)
         mark("loss")
-        wanted = [self.leaves[i] for i in self.differentiable]
+        leaves = [leaf if i in held else None for i, leaf in enumerate(leaves)]
+        mark("backward")
         with autocast_off():
-            grads = torch.autograd.grad(value, wanted, allow_unused=True)
+            value.backward()
         # Only descriptions leave: the profiler would mistake what is freed after its session.
-        return _tangents(self.leaves, self.differentiable, grads)
+        return _tangents(len(leaves), self.wanted, tangents)
 
-    def saved_leaves(self, loss: Loss | None) -> tuple[bool, ...]:
+    def saved_leaves(self) -> tuple[bool, ...]:
+        """For each leaf whether the loss saves it."""
         seen: set[int] = set()
 
         def pack(tensor: torch.Tensor) -> torch.Tensor:
             seen.add(tensor.untyped_storage()._cdata)
             return tensor
 
-        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            value = loss_value(loss, self.outputs)
-        torch.clear_autocast_cache()
+        leaves = self._made([])
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            value = self._value(leaves)
         del value
         return tuple(
-            isinstance(t, torch.Tensor) and t.untyped_storage()._cdata in seen for t in self.leaves
+            isinstance(t, torch.Tensor) and t.untyped_storage()._cdata in seen for t in leaves
         )
 
+    def _value(self, leaves: list[Any]) -> torch.Tensor:
+        with torch.enable_grad():
+            value = loss_value(self.loss, pytree.tree_unflatten(leaves, self.spec))
+        torch.clear_autocast_cache()
+        return value
 
-def _leaf(value: Any, explicit: bool, symbols: Substitution | None) -> Any:
+    def _made(self, tangents: list[torch.Tensor | None]) -> list[Any]:
+        specs = [self.leaves[i].spec for i in self.wanted]
+        with torch.enable_grad():
+            made = _Made.apply(self.token, specs, tangents) if specs else ()
+        wanted = dict(zip(self.wanted, made, strict=True))
+        return [
+            wanted[i] if i in wanted else leaf.spec.build() if isinstance(leaf, _StandIn) else leaf
+            for i, leaf in enumerate(self.leaves)
+        ]
+
+
+def _stand_in(value: Any, explicit: bool, symbols: Substitution | None) -> Any:
     if not isinstance(value, torch.Tensor):
         return value
     shape = tuple(concrete(size, symbols) for size in value.shape)
     stride = tuple(concrete(size, symbols) for size in value.stride())
-    tensor = TensorSpec(0, shape, stride, value.dtype, value.device).build()
     wants = value.requires_grad if explicit else value.is_floating_point() or value.is_complex()
-    if not wants:
-        return tensor
-    with torch.enable_grad():
-        return _AsOutput.apply(tensor.requires_grad_())
+    return _StandIn(TensorSpec(0, shape, stride, value.dtype, value.device), wants)
 
 
-class _AsOutput(torch.autograd.Function):
-    """The identity, whose result is no leaf."""
+class _Made(torch.autograd.Function):
+    """Makes the stand-ins; takes their gradients, as a planned step does."""
 
     @staticmethod
-    def forward(ctx: Any, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.detach()
+    def forward(
+        ctx: Any, token: torch.Tensor, specs: list[TensorSpec], tangents: list[Any]
+    ) -> tuple[torch.Tensor, ...]:
+        ctx.tangents = tangents
+        ctx.set_materialize_grads(False)
+        return tuple(spec.build() for spec in specs)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        return grads[0]
+    def backward(ctx: Any, *grads: torch.Tensor | None) -> Any:
+        ctx.tangents.extend(grads)
+        return None, None, None
 
 
 def _tangents(
-    leaves: list[Any], differentiable: list[int], grads: tuple[Any, ...]
+    count: int, differentiable: list[int], grads: Sequence[torch.Tensor | None]
 ) -> tuple[Tangent | None, ...]:
-    found: list[Tangent | None] = [None] * len(leaves)
+    found: list[Tangent | None] = [None] * count
     seen: set[int] = set()
     for index, grad in zip(differentiable, grads, strict=True):
         if grad is None:

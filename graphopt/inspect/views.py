@@ -140,7 +140,7 @@ def _joint_document(program: Program, training: Mode) -> Document:
 
 
 def planned_step(program: Program, training: Mode) -> Any:
-    """The `graphopt.runtime.plan.PlannedStep` that serves the example sizes.
+    """The `graphopt.runtime.execute.CompiledStep` that serves the example sizes.
 
     Raises:
         UnsupportedError: The program has no plan, or none for this mode.
@@ -161,16 +161,17 @@ def planned_step(program: Program, training: Mode) -> Any:
     ]
     with torch.set_grad_enabled(is_training(training)):
         runner = program.planner.runner(module, inputs)
-    step = getattr(getattr(runner, "func", None), "step", None)
-    if step is None:
+    compiled = getattr(runner, "func", None)
+    if compiled is None:
         raise UnsupportedError(
             "this program has no plan for such a call", hint="it was planned for the other mode"
         )
-    return step
+    return compiled
 
 
 def _plan_document(program: Program, training: Mode) -> Document:
-    step = planned_step(program, training)
+    compiled = planned_step(program, training)
+    step = compiled.step
     leaves = program.signature.inputs
     _complete(step, program)
     outside: dict[str, Binding] = {}
@@ -187,6 +188,11 @@ def _plan_document(program: Program, training: Mode) -> Document:
         _stage_segment(index, stage, step, outside, leaves, tangents)
         for index, stage in enumerate(step.stages)
     )
+    views = tuple(
+        _view_segment(position, view, step, leaves)
+        for position, view in compiled.views.views.items()
+    )
+    segments = (segments[0], *views, *segments[1:])
     passthrough: dict[int, tuple[str, Any]] = {}
     for position, value in step.passthrough.items():
         binding = _of_operand(value, leaves)
@@ -201,7 +207,7 @@ def _plan_document(program: Program, training: Mode) -> Document:
         tuple(tangents.values()),
         _state(program, program.specialize(training), *(s.module for s in segments)),
         segments,
-        step.num_outputs,
+        compiled.views.count,
         passthrough=passthrough,
         history=_history(program),
     )
@@ -255,6 +261,20 @@ def _stage_segment(
     return Segment(
         title, stage.module, bindings, tuple(results), "backward" if index else "forward"
     )
+
+
+def _view_segment(position: int, view: Any, step: Any, leaves: Any) -> Segment:
+    """An output that is a view of another value: made from it after the forward stage."""
+    if view.base in step.passthrough:
+        base = _of_operand(step.passthrough[view.base], leaves)
+    else:
+        base = Binding("value", step.results[view.base])
+    assert base is not None
+    sizes = [Binding("input", leaves[i].name) for i in view.sized_by]
+    holders = view.module.graph.find_nodes(op="placeholder")
+    bindings = dict(zip(holders, [base, *sizes], strict=True))
+    result = Result("output", str(position), view.module.graph.output_node().args[0])
+    return Segment(f"output {position}, a view", view.module, bindings, (result,), "forward")
 
 
 def _of_operand(value: Any, leaves: Any) -> Binding | None:

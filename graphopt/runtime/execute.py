@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from graphopt.errors import GraphoptError, UnsupportedError
+from graphopt.ir.output_views import OutputViews
 from graphopt.runtime.boxed import BoxedCallable, run_boxed
 from graphopt.runtime.plan import Operand, PlannedStep, Stage
 
@@ -37,6 +38,7 @@ class CompiledStep:
         step: The plan.
         fallback: Runs the unplanned forward graph on flat inputs with autograd; used for the
             gradient of outputs that the plan does not differentiate.
+        views: Program outputs that are made from the step's.
         compiler: Turns a boxed graph module into a callable that empties its argument list.
     """
 
@@ -44,10 +46,12 @@ class CompiledStep:
         self,
         step: PlannedStep,
         fallback: Fallback,
+        views: OutputViews,
         compiler: Callable[..., BoxedCallable] = run_boxed,
     ) -> None:
         self.step = step
         self.fallback = fallback
+        self.views = views
         self.stages = [_CompiledStage(stage, compiler(stage.module)) for stage in step.stages]
 
     def __call__(self, fetch: FetchOperand, inputs: Sequence[Tensor]) -> list[Any]:
@@ -67,7 +71,8 @@ class CompiledStep:
         call = _Call(self, operands, fetch, inputs)
         with _autocast_disabled():
             computed = self._differentiable(call) if self.step.backward else call.run_forward()
-        return self._arrange(dict(zip(self.step.results, computed, strict=True)), fetch, inputs)
+        outputs = self._arrange(dict(zip(self.step.results, computed, strict=True)), fetch, inputs)
+        return self.views.apply(outputs, inputs)
 
     def _differentiable(self, call: _Call) -> Sequence[Any]:
         device = next((t.device for t in call.operands.values() if t.requires_grad), None)

@@ -28,15 +28,15 @@ class Step:
     """One entry of a sequence.
 
     Attributes:
-        kind: `run` nodes in a row; `turn` from forward to backward (the loss); `commit` the new
-            value of a mutated operand; `hand_over` a final gradient.
+        kind: `run` nodes in a row; the `loss`, outside of the plan; `turn` from forward to
+            backward; `commit` the new value of a mutated operand; `hand_over` a final gradient.
         nodes: The nodes run.
         reuse: Node run -> the argument whose memory takes its result.
         node: The node whose value is committed or handed over.
         of: The operand committed to, or whose gradient it is.
     """
 
-    kind: Literal["run", "turn", "commit", "hand_over"]
+    kind: Literal["run", "loss", "turn", "commit", "hand_over"]
     nodes: tuple[fx.Node, ...] = ()
     reuse: Mapping[fx.Node, fx.Node] = field(default_factory=dict)
     node: fx.Node | None = None
@@ -83,7 +83,9 @@ class _Lowering:
 
     def take(self, step: Step) -> None:
         """Appends one step."""
-        if step.kind == "turn":
+        if step.kind == "loss":
+            pass  # the caller's
+        elif step.kind == "turn":
             self._turn()
         elif step.kind == "hand_over":
             assert step.node is not None

@@ -135,7 +135,7 @@ class MemoryPlanner:
             problem = situation.problem(lambda _: 0)
         step = lower(situation.view, situation.storage, problem.sequence_of_steps(plan.sequence))
         self.plans[key] = plan
-        self._ready[key] = situation, CompiledStep(step, situation.forward)
+        self._ready[key] = situation, CompiledStep(step, situation.forward, situation.views)
 
     def predict_peak(self, inputs: Sequence[torch.Tensor]) -> int:
         """Peak bytes of a planned call with inputs of other sizes; nothing of the model runs.

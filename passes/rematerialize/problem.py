@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import fx
@@ -23,12 +23,16 @@ class TurnCosts:
 
     Attributes:
         tangent_bytes: Output position -> bytes of its gradient.
-        workspace: Bytes beyond outputs and tangents at the loss's worst moment.
-        hold_outputs: Whether the caller keeps the outputs during backward.
+        workspace: Bytes beyond the outputs while the loss is computed.
+        state: Bytes beyond held outputs and tangents while it is differentiated.
+        held: Positions of the outputs that are alive then.
+        hold_outputs: Whether the caller keeps all outputs during backward.
     """
 
     tangent_bytes: Mapping[int, int]
     workspace: int = 0
+    state: int = 0
+    held: frozenset[int] = frozenset()
     hold_outputs: bool = False
 
 
@@ -229,17 +233,50 @@ class _Builder:
 
     def _add_turn(self) -> None:
         assert self.turn is not None
+        state = self._add_loss()
         index = len(self.tasks)
         tangents = [
             self._add_value(i.node, self.turn.tangent_bytes.get(int(i.name), 0), index)
             for i in self.view.inputs_of("tangent")
         ]
-        read = tuple(dict.fromkeys(self.value_of[n] for n in self.kept if n in self.value_of))
         self._add_task(
             Step("turn"),
-            Task(0, read, tuple(tangents), self.turn.workspace, recomputable=False, name="loss"),
+            Task(
+                0,
+                (state, *self._output_values(self.turn.held)),
+                tuple(tangents),
+                recomputable=False,
+                name="backward of the loss",
+            ),
+        )
+
+    def _add_loss(self) -> int:
+        """The computation of the loss; returns the value that stands for what it leaves."""
+        assert self.turn is not None
+        index, state = len(self.tasks), len(self.values)
+        self.values.append(Value(self.turn.state, index))
+        self._add_task(
+            Step("loss"),
+            Task(
+                0,
+                self._output_values(None),
+                (state,),
+                max(0, self.turn.workspace - self.turn.state),
+                recomputable=False,
+                name="loss",
+            ),
         )
         self.after += [(effect, index) for effect in self.effects]
+        return state
+
+    def _output_values(self, positions: Collection[int] | None) -> tuple[int, ...]:
+        """The values that are returned at these positions; None: at all."""
+        owners = [
+            self.storage.base[o.node]
+            for o in self.view.outputs_of("output")
+            if o.node is not None and (positions is None or o.of in positions)
+        ]
+        return tuple(dict.fromkeys(self.value_of[n] for n in owners if n in self.value_of))
 
     # -- gradients -----------------------------------------------------------------------------
 

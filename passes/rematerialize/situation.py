@@ -5,23 +5,23 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 from torch import fx, nn
 
 from graphopt.cost import OpMeasurement, measure_ops
 from graphopt.cost.flops import flops
-from graphopt.cost.losses import Loss, LossMeasurement, measure_loss
+from graphopt.cost.losses import Loss, LossMeasurement, default_loss, measure_loss
 from graphopt.cost.sizes import Substitution, concrete
 from graphopt.ir.joint import JointInput, JointView, joint_view
 from graphopt.ir.literals import retie
+from graphopt.ir.output_views import OutputViews, split_views
 from graphopt.ir.program import Program
 from graphopt.ir.signature import Signature
 from graphopt.ir.storage import Role, StorageMap, storage_map
-from graphopt.passes.rematerialize.prepare import prepare
+from graphopt.passes.rematerialize.prepare import depends_on_tangents, prepare
 from graphopt.passes.rematerialize.problem import Problem, TurnCosts, build_problem
 
 # A gradient of less than this share of all gradient bytes waits for the next larger one.
@@ -81,8 +81,9 @@ class Situation:
         storage: Roles and owners of its nodes.
         committed: Mutated operand -> node of its new value.
         forward: The mode-specialised forward graph that the view was made from.
-        outputs_like: Fake outputs as the model returns them.
-        loss: The loss, None for the default.
+        views: Program outputs that are made from the outputs of `forward`.
+        outputs_like: Fake outputs of `forward`.
+        loss: The loss as a function of these, and of `symbols`.
         hold_outputs: Whether callers keep outputs during backward.
     """
 
@@ -90,8 +91,9 @@ class Situation:
     storage: StorageMap
     committed: dict[JointInput, fx.Node]
     forward: fx.GraphModule
-    outputs_like: Any
-    loss: Loss | None
+    views: OutputViews
+    outputs_like: list[Any]
+    loss: Callable[..., torch.Tensor]
     hold_outputs: bool
 
     @cached_property
@@ -128,10 +130,36 @@ class Situation:
         tangents = self.view.inputs_of("tangent")
         if not tangents:
             return None
-        found = measure_loss(self.outputs_like, self.loss, symbols=symbols)
+        loss = partial(self.loss, symbols=symbols)
+        held = self._held(loss, symbols)
+        found = measure_loss(self.outputs_like, loss, symbols=symbols, held=held)
         sizes = {int(t.name): _dense_bytes(t.node.meta["val"], symbols) for t in tangents}
-        peak = max(found.forward_peak, found.backward_peak)
-        return TurnCosts(sizes, max(0, peak - sum(sizes.values())), self.hold_outputs)
+        alive = sum(_dense_bytes(self.outputs_like[i], symbols) for i in held)
+        most = found.output_bytes + found.backward_peak
+        return TurnCosts(
+            tangent_bytes=sizes,
+            workspace=found.forward_peak,
+            state=max(0, most - alive - sum(sizes.values())),
+            held=held,
+            hold_outputs=self.hold_outputs,
+        )
+
+    def _held(self, loss: Loss, symbols: Substitution | None) -> frozenset[int]:
+        """The outputs that are alive while the loss is differentiated, whatever the plan.
+
+        Those that somebody else owns or holds, and those that the loss and the backward pass save.
+        """
+        tensors = [i for i, v in enumerate(self.outputs_like) if isinstance(v, torch.Tensor)]
+        if self.hold_outputs:
+            return frozenset(tensors)
+        late = depends_on_tangents(self.view)
+        readers = [n for n in late if n.op != "output"]
+        read = {self.storage.base[a] for n in readers for a in n.all_input_nodes}
+        saves = measure_loss(self.outputs_like, loss, symbols=symbols).saves
+        made = {o.of: o.node for o in self.view.outputs_of("output") if o.node is not None}
+        return frozenset(
+            i for i in tensors if i not in made or (saves[i] and self.storage.base[made[i]] in read)
+        )
 
     def _small_gradient(
         self, measured: Mapping[fx.Node, OpMeasurement], symbols: Substitution | None
@@ -183,10 +211,11 @@ def make_situation(
     by_name = {n.name: t for n, t in zip(placeholders, inputs, strict=True)}
     forward = retie(forward, module, by_name)
     fakes = [_like(n.meta["val"], t) for n, t in zip(placeholders, inputs, strict=True)]
+    forward, views = split_views(forward)
     output = next(n for n in reversed(forward.graph.nodes) if n.op == "output")
-    flat = [v.meta.get("val") if isinstance(v, fx.Node) else v for v in output.args[0]]
-    outputs_like = _signature(program, key).unflatten_outputs(flat)
-    differentiable = _used_outputs(outputs_like, flat, loss) if key.differentiable else None
+    flat = [_stand_in(v.meta.get("val")) if isinstance(v, fx.Node) else v for v in output.args[0]]
+    on_flat = partial(_loss_of_flat, loss or default_loss, views, _signature(program, key), fakes)
+    differentiable = _used_outputs(flat, on_flat) if key.differentiable else None
     view = joint_view(forward, fakes, differentiable=differentiable, grad=key.grad)
     committed = prepare(view)
     return Situation(
@@ -194,10 +223,30 @@ def make_situation(
         storage=storage_map(view.graph),
         committed=committed,
         forward=forward,
-        outputs_like=outputs_like,
-        loss=loss,
+        views=views,
+        outputs_like=flat,
+        loss=on_flat,
         hold_outputs=hold_outputs,
     )
+
+
+def _stand_in(value: Any) -> Any:
+    """Of a returned parameter the value: whether outputs require a gradient is not known here."""
+    return value.detach() if isinstance(value, torch.Tensor) and value.requires_grad else value
+
+
+def _loss_of_flat(
+    loss: Loss,
+    views: OutputViews,
+    signature: Signature,
+    fakes: Sequence[torch.Tensor],
+    flat: list[Any],
+    symbols: Substitution | None = None,
+) -> torch.Tensor:
+    """The loss as a function of what the graph returns."""
+    sizes = [[concrete(size, symbols) for size in fake.shape] for fake in fakes]
+    inputs = [torch.empty(size, device="meta") for size in sizes]
+    return loss(signature.unflatten_outputs(views.apply(flat, inputs)))
 
 
 def _like(fake: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
@@ -217,11 +266,10 @@ def _signature(program: Program, key: CallKey) -> Signature:
     return program.signature
 
 
-def _used_outputs(outputs_like: Any, flat: Sequence[Any], loss: Loss | None) -> list[int]:
+def _used_outputs(flat: Sequence[Any], loss: Loss) -> list[int]:
     """Positions of the flat outputs that the loss depends on."""
-    found: LossMeasurement = measure_loss(outputs_like, loss)
-    leaves = pytree.tree_leaves(outputs_like)
-    used = {id(v) for v, t in zip(leaves, found.tangents, strict=True) if t is not None}
+    found: LossMeasurement = measure_loss(list(flat), loss)
+    used = {id(v) for v, t in zip(flat, found.tangents, strict=True) if t is not None}
     return [i for i, value in enumerate(flat) if id(value) in used]
 
 
