@@ -87,7 +87,29 @@ class Call:
         """Fresh arguments for the call; an argument given twice is one tensor."""
         built: dict[int, torch.Tensor] = {}
         args = [_build(arg, built) for arg in self.args]
+        if self.target in _WITH_WORKSPACE:
+            args[-1] = _rnn_workspace(args)
         return args, {name: _build(value, built) for name, value in self.kwargs}
+
+
+# Their last argument is opaque memory that only the forward op can fill: they crash on anything
+# else, and its fake value has no size.
+_WITH_WORKSPACE = {
+    op.default
+    for op in (getattr(torch.ops.aten, "mkldnn_rnn_layer_backward", None),)
+    if op is not None
+}
+
+
+def _rnn_workspace(args: list[Any]) -> torch.Tensor:
+    """The workspace that `mkldnn_rnn_layer` hands to the backward call with these arguments."""
+    (tensors, rest) = args[:7], args[13:22]
+    reverse, mode, hidden, layers, biases, _, bidirectional, batch_sizes, batch_first = rest
+    forward = torch.ops.aten.mkldnn_rnn_layer.default
+    return forward(
+        *tensors, reverse, batch_sizes, mode, hidden, layers, biases, bidirectional, batch_first,
+        True,
+    )[3]  # fmt: skip
 
 
 def describe(node: fx.Node, symbols: Substitution | None = None) -> Call:

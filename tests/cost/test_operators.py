@@ -195,3 +195,18 @@ def test_cuda_bytes_are_those_of_the_caching_allocator():
     found = measured_op(call(aten.mul.Tensor, x, x))
     assert found.output_bytes[0] >= 300 * 300 * 4
     assert found.output_bytes[0] % 512 == 0
+
+
+def test_the_backward_of_an_rnn_gets_a_real_workspace() -> None:
+    """It crashed the process: what its forward op leaves can't be invented."""
+    import graphopt
+
+    model, x = torch.nn.LSTM(8, 8, 2, batch_first=True, dropout=0.3), torch.randn(4, 5, 8)
+    planned = graphopt.optimize(model, "memory=1GB", (x,), time_limit=1)
+    outputs = []
+    for module in (model, planned):
+        torch.manual_seed(0)
+        out, (hidden, cell) = module(x)
+        (out.sum() + hidden.square().sum() + cell.sum()).backward()
+        outputs.append((out, hidden, cell, [p.grad for p in module.parameters()]))
+    torch.testing.assert_close(outputs[1], outputs[0])
