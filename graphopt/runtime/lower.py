@@ -20,7 +20,14 @@ from graphopt.ir.joint import JointInput, JointView
 from graphopt.ir.ops import is_random, out_overload, recomputed_form
 from graphopt.ir.storage import Role, StorageMap
 from graphopt.runtime.plan import Operand, PlannedStep
-from graphopt.runtime.stages import Cut, Instance, Line, Ref, write_stages
+from graphopt.runtime.stages import Cut, HandOver, Instance, Line, Ref, write_stages
+
+# A view was traced for the layouts of the examples, and torch's own rules for the layouts of
+# results are not always those of its kernels: reshape is the same where it can be, else it copies.
+_FOR_ANY_LAYOUT = {
+    torch.ops.aten.view.default: torch.ops.aten.reshape.default,
+    torch.ops.aten._unsafe_view.default: torch.ops.aten.reshape.default,
+}
 
 
 @dataclass(frozen=True)
@@ -67,6 +74,7 @@ class _Lowering:
     current: dict[fx.Node, Instance] = field(default_factory=dict)
     made: dict[fx.Node, int] = field(default_factory=lambda: defaultdict(int))
     views_of: dict[Instance, list[fx.Node]] = field(default_factory=lambda: defaultdict(list))
+    memory: dict[Instance, list[Instance]] = field(default_factory=dict)
     cuts: list[Cut] = field(default_factory=lambda: [Cut()])
     results: dict[int, Instance] = field(default_factory=dict)
     mutates: set[str] = field(default_factory=set)
@@ -75,7 +83,9 @@ class _Lowering:
     def __post_init__(self) -> None:
         self.sizes_of = _sizes_by_owner(self.view.graph, self.storage)
         for joint_input in self.view.inputs:
-            self.current[joint_input.node] = Instance(joint_input.node.name, stage=-1)
+            instance = Instance(joint_input.node.name, stage=-1)
+            self.current[joint_input.node] = instance
+            self.memory[instance] = [instance]
             if joint_input.kind != "tangent":
                 self._read_sizes(joint_input.node)
 
@@ -91,7 +101,9 @@ class _Lowering:
             assert step.node is not None
             assert step.of is not None
             operand = Operand(step.of.kind, step.of.name)  # type: ignore[arg-type]
-            self.cuts[-1].gradients.append((operand, self._resolve(step.node)))
+            owner = self.current[step.of.node]
+            gradient = HandOver(operand, self._resolve(step.node), self.memory[owner])
+            self.cuts[-1].gradients.append(gradient)
         else:
             if self.cuts[-1].gradients:
                 self.cuts.append(Cut())
@@ -150,12 +162,15 @@ class _Lowering:
             owner = self.storage.base[node]
             if owner is not node and owner in self.current:
                 self.views_of[self.current[owner]].append(node)
+                if self.current[owner] in self.memory:
+                    self.memory[self.current[owner]].append(self.current[node])
         return self.current[node]
 
     def _append(
         self, node: fx.Node, target: Any, args: Any, kwargs: Any, *, pinned: bool = False
     ) -> None:
         args, kwargs = fx.node.map_arg(args, self._use), fx.node.map_arg(kwargs, self._use)
+        target = _FOR_ANY_LAYOUT.get(target, target)
         times = self.made[node]
         self.made[node] += 1
         result = Instance(f"{node.name}_again{times}" if times else node.name, len(self.cuts) - 1)
@@ -205,15 +220,12 @@ class _Lowering:
             passthrough={p: _unchanged(*w) for p, w in self.view.passthrough.items()},
             duplicates=dict(self.view.duplicates),
             tangents={int(i.name): i.node.name for i in self.view.inputs_of("tangent")},
-            tangent_layouts={
-                int(i.name): _stride_order(i.node.meta["val"])
-                for i in self.view.inputs_of("tangent")
-            },
             out_requires_grad=self.view.out_requires_grad,
             num_outputs=self.view.num_outputs,
             unplanned=self._unplanned(),
             random=any(is_random(node) for node in self.view.graph.nodes),
             mutates=frozenset(self.mutates),
+            restores=frozenset(self.mutates & _decisive(self.view)),
         )
 
     def _unplanned(self) -> tuple[Operand, ...]:
@@ -251,7 +263,19 @@ def _sizes_by_owner(graph: fx.Graph, storage: StorageMap) -> dict[fx.Node, list[
     return sizes
 
 
-def _stride_order(value: torch.Tensor) -> tuple[int, ...]:
-    """Dimensions from the slowest to the fastest, ties in natural order."""
-    keys = [int(s) if isinstance(s, int) else s.node.hint for s in value.stride()]
-    return tuple(sorted(range(value.dim()), key=lambda d: (-keys[d], d)))
+def _decisive(view: JointView) -> set[str]:
+    """Names of the operands whose values outputs depend on (statistics of a norm are not)."""
+    waiting = [o.node for o in view.outputs_of("output") if o.node is not None]
+    seen = set(waiting)
+    while waiting:
+        fresh = _reads(waiting.pop()) - seen
+        seen |= fresh
+        waiting += fresh
+    return {i.node.name for i in view.inputs if i.node in seen}
+
+
+def _reads(node: fx.Node) -> set[fx.Node]:
+    form = recomputed_form(node)
+    found: set[fx.Node] = set()
+    fx.node.map_arg(form.args if form else (node.args, node.kwargs), lambda n: found.add(n))
+    return found

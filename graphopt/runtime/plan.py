@@ -6,7 +6,7 @@ Every graph is plain FX. Values that outlive a graph are kept by name in one tab
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 from torch import fx
@@ -34,8 +34,8 @@ class Stage:
         takes: Names of the values read, in placeholder order.
         frees: The names among `takes` that nobody reads afterwards.
         gives: Names of the results, in order.
-        gradients: Gradients that are final when the stage ends: operand -> value name. They leave
-            the table when they are handed over.
+        gradients: Gradients that may be handed over when the stage ends: operand -> value name.
+        leaves: For each of `gradients` whether its value leaves the table then.
     """
 
     module: fx.GraphModule
@@ -43,6 +43,7 @@ class Stage:
     frees: frozenset[str]
     gives: tuple[str, ...]
     gradients: tuple[tuple[Operand, str], ...] = ()
+    leaves: tuple[bool, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -61,9 +62,9 @@ class PlannedStep:
         out_requires_grad: Positions of outputs that carry a gradient in the source model.
         num_outputs: Number of flat program outputs.
         unplanned: Operands that require a gradient and get none from the plan.
-        tangent_layouts: Output position -> stride order expected of the tangent.
         random: Whether the forward stage draws random numbers.
         mutates: Names of operands that the forward stage writes to.
+        restores: Those among them whose old values outputs depend on.
     """
 
     operands: dict[str, Operand]
@@ -76,9 +77,9 @@ class PlannedStep:
     out_requires_grad: frozenset[int]
     num_outputs: int
     unplanned: tuple[Operand, ...] = ()
-    tangent_layouts: dict[int, tuple[int, ...]] = field(default_factory=dict)
     random: bool = False
     mutates: frozenset[str] = frozenset()
+    restores: frozenset[str] = frozenset()
 
     @property
     def stages(self) -> tuple[Stage, ...]:

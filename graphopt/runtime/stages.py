@@ -62,12 +62,27 @@ class Line:
                 yield leaf.instance
 
 
+@dataclass(frozen=True)
+class HandOver:
+    """A final gradient.
+
+    Attributes:
+        operand: Whose gradient it is.
+        value: The gradient.
+        memory: The operand and its views: whoever gets the gradient may write to them.
+    """
+
+    operand: Operand
+    value: Instance
+    memory: list[Instance]
+
+
 @dataclass
 class Cut:
     """The content of one stage."""
 
     lines: list[Line] = field(default_factory=list)
-    gradients: list[tuple[Operand, Instance]] = field(default_factory=list)
+    gradients: list[HandOver] = field(default_factory=list)
 
 
 def write_stages(
@@ -81,6 +96,7 @@ def write_stages(
         results: Instances returned to the caller at the end of the first stage.
     """
     lines = _live_lines(cuts, results)
+    _wait_for_readers(cuts)
     return [_write(root, i, cut, lines[i], results if i == 0 else ()) for i, cut in enumerate(cuts)]
 
 
@@ -89,9 +105,9 @@ def _live_lines(cuts: Sequence[Cut], results: Sequence[Instance]) -> list[list[L
     needed = {id(r) for r in results}
     kept: list[list[Line]] = [[] for _ in cuts]
     for index in reversed(range(len(cuts))):
-        for _, gradient in cuts[index].gradients:
-            needed.add(id(gradient))
-            gradient.last = max(gradient.last, index)
+        for gradient in cuts[index].gradients:
+            needed.add(id(gradient.value))
+            gradient.value.last = max(gradient.value.last, index)
         for line in reversed(cuts[index].lines):
             if line.pinned or id(line.result) in needed:
                 kept[index].append(line)
@@ -100,6 +116,17 @@ def _live_lines(cuts: Sequence[Cut], results: Sequence[Instance]) -> list[list[L
                     instance.last = max(instance.last, index)
         kept[index].reverse()
     return kept
+
+
+def _wait_for_readers(cuts: Sequence[Cut]) -> None:
+    """Gradients wait for the last reader of their operand: a hook may step an optimizer."""
+    for index, cut in enumerate(cuts):
+        for gradient in list(cut.gradients):
+            last = max(instance.last for instance in gradient.memory)
+            if last > index:
+                cut.gradients.remove(gradient)
+                cuts[last].gradients.append(gradient)
+                gradient.value.last = max(gradient.value.last, last)
 
 
 def _write(
@@ -116,12 +143,23 @@ def _write(
         takes=tuple(i.name for i in takes),
         frees=frozenset(i.name for i in takes if i.last <= index and i not in _handed(cut)),
         gives=tuple(i.name for i in gives),
-        gradients=tuple((operand, instance.name) for operand, instance in cut.gradients),
+        gradients=tuple((g.operand, g.value.name) for g in cut.gradients),
+        leaves=_leaves_table(index, cut),
     )
 
 
 def _handed(cut: Cut) -> list[Instance]:
-    return [instance for _, instance in cut.gradients]
+    return [gradient.value for gradient in cut.gradients]
+
+
+def _leaves_table(index: int, cut: Cut) -> tuple[bool, ...]:
+    """For each gradient whether it is the last use of its value."""
+    seen: set[str] = set()
+    leaves = []
+    for value in reversed(_handed(cut)):
+        leaves.append(value.last <= index and value.name not in seen)
+        seen.add(value.name)
+    return tuple(reversed(leaves))
 
 
 class _StageWriter:

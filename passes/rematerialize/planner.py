@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import threading
 import warnings
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -14,10 +16,18 @@ import torch
 
 from graphopt.errors import UnsupportedError
 from graphopt.passes.rematerialize.problem import Problem
-from graphopt.passes.rematerialize.search import Plan, PlanSettings, Search, make_problem
+from graphopt.passes.rematerialize.search import (
+    Plan,
+    PlanSettings,
+    Search,
+    make_problem,
+    predicted_peak,
+)
 from graphopt.passes.rematerialize.situation import CallKey, Situation, make_situation
+from graphopt.passes.rematerialize.steps import StepReader
 from graphopt.runtime.execute import BudgetWarning, CompiledStep
 from graphopt.runtime.lower import lower
+from graphopt.runtime.plan import Operand
 from graphopt.solvers import check
 
 if TYPE_CHECKING:
@@ -27,6 +37,8 @@ log = logging.getLogger("graphopt")
 
 # A training loop waits for the plan of a call of another kind.
 _REPLAN_SECONDS = 20.0
+# Tracing patches torch for the whole process.
+_TRACING = threading.RLock()
 
 
 @dataclass
@@ -47,9 +59,14 @@ class MemoryPlanner:
     settings: PlanSettings
     training: bool = True
     plans: dict[CallKey, Plan] = field(default_factory=dict)
-    _ready: dict[CallKey, tuple[Situation, CompiledStep]] = field(
+    _used: dict[CallKey, tuple[int, ...]] = field(default_factory=dict, repr=False, compare=False)
+    _seen: Counter[tuple[CallKey, tuple[int, ...]]] = field(
+        default_factory=Counter, repr=False, compare=False
+    )
+    _ready: dict[tuple[CallKey, tuple[int, ...] | None], CompiledStep] = field(
         default_factory=dict, repr=False, compare=False
     )
+    _situations: dict[CallKey, Situation] = field(default_factory=dict, repr=False, compare=False)
 
     def runner(
         self, module: OptimizedModule, inputs: list[torch.Tensor]
@@ -62,22 +79,25 @@ class MemoryPlanner:
         key = CallKey.of(module, inputs)
         if key.differentiable != self.training or not self._same_mode(key):
             return None
-        if key not in self._ready:
-            self._prepare(module, key, inputs)
-        _, compiled = self._ready[key]
-        return partial(compiled, partial(_fetch, module))
+        which = key, self._used.get(key)
+        compiled = self._ready.get(which)
+        if compiled is None:
+            with _TRACING:
+                compiled = self._ready.get(which) or self._prepare(module, key, inputs)
+        return partial(compiled, _Fetch(module))
 
     def _same_mode(self, key: CallKey) -> bool:
-        return any(key.training == planned.training for planned in self.plans) or not self.plans
+        """Whether the whole module is in the planned mode; parts of it may differ."""
+        return not self.plans or any(key.training[0] == k.training[0] for k in self.plans)
 
     def _prepare(
         self, module: OptimizedModule, key: CallKey, inputs: Sequence[torch.Tensor]
-    ) -> None:
-        situation = self.situation(module, key, inputs)
+    ) -> CompiledStep:
         plan = self.plans.get(key)
+        used = self._used.get(key) or self._planned_outputs(plan)
+        situation = self.situation(module, key, inputs, used)
         if plan is not None and plan.fingerprint == situation.fingerprint:
-            self.adopt(key, situation, plan)
-            return
+            return self.adopt(key, situation, plan)
         problem = make_problem(situation, self.settings)
         allowed = self._allowed(problem)
         plan = self._transferred(situation, problem, allowed)
@@ -85,18 +105,24 @@ class MemoryPlanner:
             limit = min(_REPLAN_SECONDS, self.settings.time_limit)
             log.warning(
                 "graphopt: planning a kind of call that was not planned before (dtype, frozen "
-                "parameters, autocast, mode of a part); this takes up to %.0f s, once", limit
+                "parameters, autocast, mode of a part, loss); this takes up to %.0f s, once", limit
             )  # fmt: skip
             plan = Search(situation, problem, self.settings).plan(allowed, time_limit=limit)
         if plan.peak > self.settings.budget:
             warnings.warn(
-                f"A call of another kind (dtype, frozen parameters, autocast) than the one "
+                f"A call of another kind (dtype, frozen parameters, autocast, loss) than the one "
                 f"planned takes at least {plan.peak:,} bytes: the budget of "
                 f"{self.settings.budget:,} bytes does not hold for it.",
                 BudgetWarning,
                 stacklevel=4,
             )
-        self.adopt(key, situation, plan, problem)
+        return self.adopt(key, situation, plan)
+
+    def _planned_outputs(self, plan: Plan | None) -> tuple[int, ...] | None:
+        """The outputs that get a gradient; a loss given as a function isn't saved, they are."""
+        if plan is None and self.settings.loss is None:
+            plan = next(iter(self.plans.values()), None)
+        return plan.differentiable if plan is not None else None
 
     def _allowed(self, problem: Problem) -> int:
         """The budget of a call of another kind."""
@@ -109,54 +135,76 @@ class MemoryPlanner:
         """A plan of another key that fits this graph and keeps the budget."""
         for plan in self.plans.values():
             if plan.fingerprint == situation.fingerprint:
-                found = check(problem.graph, plan.sequence, order="free")
-                if found.ok and found.peak <= allowed:
-                    return dataclasses.replace(plan, peak=found.peak)
+                peak = predicted_peak(plan, problem)
+                if peak is not None and peak <= allowed:
+                    return dataclasses.replace(plan, peak=peak)
         return None
 
     def situation(
-        self, module: OptimizedModule, key: CallKey, inputs: Sequence[torch.Tensor]
+        self,
+        module: OptimizedModule,
+        key: CallKey,
+        inputs: Sequence[torch.Tensor],
+        differentiable: Sequence[int] | None = None,
     ) -> Situation:
-        """The joint graph of such a call."""
+        """The joint graph of such a call; of the outputs that get a gradient, if not the loss's."""
         return make_situation(
             module.program,
             module,
             key,
             inputs,
             loss=self.settings.loss,
+            differentiable=differentiable,
             hold_outputs=self.settings.hold_outputs,
         )
 
-    def adopt(
-        self, key: CallKey, situation: Situation, plan: Plan, problem: Problem | None = None
-    ) -> None:
+    def adopt(self, key: CallKey, situation: Situation, plan: Plan) -> CompiledStep:
         """Uses a plan for calls of one key."""
-        if problem is None:
-            problem = situation.problem(lambda _: 0)
-        step = lower(situation.view, situation.storage, problem.sequence_of_steps(plan.sequence))
+        reader = StepReader(situation.view)
+        steps = [reader.read(task) for task in plan.tasks]
+        compiled = CompiledStep(
+            lower(situation.view, situation.storage, [steps[task] for task in plan.sequence]),
+            situation.unplanned,
+            situation.views,
+            on_other_loss=partial(self._other_loss, key),
+        )
         self.plans[key] = plan
-        self._ready[key] = situation, CompiledStep(step, situation.forward, situation.views)
+        self._ready[key, self._used.get(key)] = compiled
+        self._situations[key] = situation
+        return compiled
+
+    def _other_loss(self, key: CallKey, used: frozenset[int]) -> None:
+        """A loss turned out to be another one: if it comes again, calls are planned for it."""
+        outputs = tuple(sorted(used))
+        self._seen[key, outputs] += 1
+        if self._seen[key, outputs] > 1:
+            self._used[key] = outputs
 
     def predict_peak(self, inputs: Sequence[torch.Tensor]) -> int:
-        """Peak bytes of a planned call with inputs of other sizes; nothing of the model runs.
+        """Peak bytes of a planned call with inputs of other sizes.
+
+        The model does not run, but each of its ops is tried by itself at these sizes.
 
         Raises:
-            UnsupportedError: A copied or loaded module, before its first step.
+            UnsupportedError: A copied or loaded module, before its first step; or sizes for which
+                the steps of the plan are other ones.
         """
-        if not self._ready:
+        if not self._situations:
             raise UnsupportedError(
                 "A copied or loaded module knows its graphs from its first step on.",
                 hint="Run one step, then ask again.",
             )
-        key, (situation, _) = next(iter(self._ready.items()))
-        symbols = situation.symbols(inputs)
-        problem = situation.problem(lambda _: 0, symbols=symbols)
-        return check(problem.graph, self.plans[key].sequence).peak
+        key, situation = next(iter(self._situations.items()))
+        problem = situation.problem(lambda _: 0, symbols=situation.symbols(inputs))
+        peak = predicted_peak(self.plans[key], problem)
+        if peak is None:
+            raise UnsupportedError("The peak at these sizes can't be predicted.")
+        return peak
 
     # -- copies and files ----------------------------------------------------------------------
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_ready": {}}
+        return {**self.__dict__, "_ready": {}, "_situations": {}}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> MemoryPlanner:
         return MemoryPlanner(self.settings, self.training, dict(self.plans))
@@ -193,6 +241,19 @@ def _key(data: dict[str, Any]) -> CallKey:
     )
 
 
-def _fetch(module: OptimizedModule, operand: Any) -> torch.Tensor:
-    path, _, name = operand.name.rpartition(".")
-    return getattr(module.get_submodule(path), name)
+class _Fetch:
+    """The tensors behind a module's parameters and buffers, each looked up once a call."""
+
+    def __init__(self, module: OptimizedModule) -> None:
+        self.module = module
+        self.found: dict[str, torch.Tensor] = {}
+
+    def __call__(self, operand: Operand) -> torch.Tensor:
+        tensor = self.found.get(operand.name)
+        if tensor is None:
+            owner: Any = self.module
+            *path, name = operand.name.split(".")
+            for part in path:
+                owner = owner._modules[part]
+            tensor = self.found[operand.name] = getattr(owner, name)
+        return tensor

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import fx
 
 from graphopt.cost import OpMeasurement
+from graphopt.cost.sizes import concrete
 from graphopt.ir.joint import JointInput, JointView
 from graphopt.ir.ops import is_data_dependent, is_effectful, is_random, is_repeatable
 from graphopt.ir.storage import Role, StorageMap, is_tuple
@@ -64,6 +66,7 @@ def build_problem(
     turn: TurnCosts | None,
     *,
     small_gradient: int = 0,
+    examples: Mapping[fx.Node, OpMeasurement] | None = None,
 ) -> Problem:
     """States a joint graph as a task graph.
 
@@ -74,10 +77,12 @@ def build_problem(
         duration: Cost of a computation, in any unit.
         committed: Mutated operand -> node of its new value.
         turn: The loss; None for a forward pass alone.
-        small_gradient: Gradients of fewer bytes wait for the next larger one before they are
-            handed over, which saves stages.
+        small_gradient: Gradients wait until they have as many bytes together, which saves stages.
+        examples: What each computation allocates at the example sizes, if `measured` is for
+            others: these decide what is one task, so that plans fit every size.
     """
-    return _Builder(view, storage, measured, duration, committed, turn, small_gradient).build()
+    builder = _Builder(view, storage, measured, duration, committed, turn, small_gradient)
+    return builder.build(measured if examples is None else examples)
 
 
 @dataclass
@@ -95,26 +100,30 @@ class _Builder:
     value_of: dict[fx.Node, int] = field(default_factory=dict)
     task_of: dict[fx.Node, int] = field(default_factory=dict)
     after: list[tuple[int, int]] = field(default_factory=list)
+    readers: dict[fx.Node, list[int]] = field(default_factory=lambda: defaultdict(list))
+    turn_index: int = -1
     effects: list[int] = field(default_factory=list)
     waiting: list[tuple[JointInput, fx.Node]] = field(default_factory=list)
 
-    def build(self) -> Problem:
+    def build(self, examples: Mapping[fx.Node, OpMeasurement]) -> Problem:
+        """The problem."""
         self.hold_outputs = self.turn is None or self.turn.hold_outputs
         self.mutated = {operand.node for operand in self.committed}
         self.kept = self._kept()
         late = depends_on_tangents(self.view)
-        clusters = find_clusters(self.view, self.storage, self.measured, late)
+        clusters = find_clusters(self.view, self.storage, examples, late)
         first_late = next((i for i, c in enumerate(clusters) if c.last in late), len(clusters))
         for cluster in clusters[:first_late]:
             self._add_cluster(cluster)
         self._add_commits()
         if self.turn is not None:
             self._add_turn()
-            gradients = self._final_gradients()
-            for cluster in clusters[first_late:]:
+            gradients = self._final_gradients(clusters[first_late:])
+            self._hand_over(gradients.get(-1, ()))
+            for place, cluster in enumerate(clusters[first_late:]):
                 self._add_cluster(cluster)
-                self._hand_over([g for n in cluster.nodes for g in gradients.get(n, ())])
-            self._hand_over(gradients.get(None, ()), flush=True)
+                self._hand_over(gradients.get(place, ()))
+            self._hand_over((), flush=True)
         graph = TaskGraph(tuple(self.tasks), tuple(self.values), tuple(dict.fromkeys(self.after)))
         return Problem(graph, tuple(self.steps), self.value_of)
 
@@ -130,6 +139,8 @@ class _Builder:
         index = len(self.tasks)
         for node in cluster.nodes:
             self.task_of[node] = index
+            for argument in node.all_input_nodes:
+                self.readers[self.storage.base[argument]].append(index)
         inputs = tuple(dict.fromkeys(v for n in cluster.nodes for v in self._inputs(n)))
         outputs, unread = self._outputs(cluster.last, index)
         made = sum(self.values[v].bytes for v in outputs)
@@ -221,20 +232,13 @@ class _Builder:
                 Step("commit", node=node, of=operand),
                 Task(0, inputs, recomputable=False, name=f"commit {operand.name}"),
             )
-            self.after += [(t, index) for t in self._readers(operand.node)]
+            self.after += [(task, index) for task in self.readers[operand.node]]
             self.effects.append(index)
-
-    def _readers(self, operand: fx.Node) -> list[int]:
-        return [
-            task
-            for node, task in self.task_of.items()
-            if any(self.storage.base[a] is operand for a in node.all_input_nodes)
-        ]
 
     def _add_turn(self) -> None:
         assert self.turn is not None
         state = self._add_loss()
-        index = len(self.tasks)
+        index = self.turn_index = len(self.tasks)
         tangents = [
             self._add_value(i.node, self.turn.tangent_bytes.get(int(i.name), 0), index)
             for i in self.view.inputs_of("tangent")
@@ -280,25 +284,37 @@ class _Builder:
 
     # -- gradients -----------------------------------------------------------------------------
 
-    def _final_gradients(self) -> dict[fx.Node | None, list[tuple[JointInput, fx.Node]]]:
-        """Computation -> the gradients that are final once it has run."""
-        final: dict[fx.Node | None, list[tuple[JointInput, fx.Node]]] = {}
+    def _final_gradients(
+        self, clusters: Sequence[Cluster]
+    ) -> dict[int, list[tuple[JointInput, fx.Node]]]:
+        """Place of a cluster of the backward pass -> the gradients that are final after it.
+
+        A gradient is final when it is made and nobody reads its operand any more: whoever gets it
+        may write to that (an optimizer that steps in a hook).
+        """
+        made = {node: place for place, c in enumerate(clusters) for node in c.nodes}
+        read: dict[fx.Node, int] = {}
+        for node, place in made.items():
+            for argument in node.all_input_nodes:
+                owner = self.storage.base[argument]
+                read[owner] = max(place, read.get(owner, -1))
+        final: dict[int, list[tuple[JointInput, fx.Node]]] = {}
         for output in self.view.outputs_of("gradient"):
             if output.node is None or not isinstance(output.of, JointInput):
                 continue
             owner = self.storage.base[output.node]
             if self.storage.role[owner] is Role.PROJECTION:
                 owner = owner.args[0]
-            task = owner if isinstance(owner, fx.Node) and self._is_task(owner) else None
-            final.setdefault(task, []).append((output.of, output.node))
+            place = max(made.get(owner, -1), read.get(output.of.node, -1))  # type: ignore[arg-type]
+            final.setdefault(place, []).append((output.of, output.node))
         return final
 
     def _hand_over(
         self, gradients: Sequence[tuple[JointInput, fx.Node]], *, flush: bool = False
     ) -> None:
         self.waiting += gradients
-        large = any(self._gradient_bytes(node) >= self.small_gradient for _, node in gradients)
-        if not (large or flush):
+        bytes_waiting = sum(_example_bytes(node) for _, node in self.waiting)
+        if not (flush or bytes_waiting > self.small_gradient):
             return
         for operand, node in self.waiting:
             owner = self.storage.base[node]
@@ -307,16 +323,15 @@ class _Builder:
                 Step("hand_over", node=node, of=operand),
                 Task(0, inputs, recomputable=False, name=f"gradient of {operand.name}"),
             )
-            if self.turn is not None:
-                self.after.append((self._turn_index(), index))
+            self.after.append((self.turn_index, index))
+            late = [t for t in self.readers[operand.node] if t > self.turn_index]
+            self.after += [(task, index) for task in late]
         self.waiting = []
 
-    def _turn_index(self) -> int:
-        return next(i for i, step in enumerate(self.steps) if step.kind == "turn")
 
-    def _gradient_bytes(self, node: fx.Node) -> int:
-        owner = self.storage.base[node]
-        return self.values[self.value_of[owner]].bytes if owner in self.value_of else 0
+def _example_bytes(node: fx.Node) -> int:
+    value = node.meta["val"]
+    return concrete(value.numel()) * value.element_size()
 
 
 def live_at_peak(graph: TaskGraph, sequence: Sequence[int]) -> set[int]:

@@ -190,7 +190,7 @@ class _Run:
         allowed, start = asked, None
         for _ in range(_ATTEMPTS):
             plan = search.plan(allowed, start=start)
-            planner.adopt(key, search.situation, plan, search.problem)
+            planner.adopt(key, search.situation, plan)
             program = self.program.replace(planner=planner)
             module = program.emit()
             module.train(self.training)

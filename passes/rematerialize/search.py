@@ -15,6 +15,7 @@ from graphopt.cost.models import CostModel, cost_model
 from graphopt.errors import BudgetInfeasible
 from graphopt.passes.rematerialize.problem import Problem, live_at_peak
 from graphopt.passes.rematerialize.situation import Situation
+from graphopt.passes.rematerialize.steps import StepNames
 from graphopt.pipeline import Progress, silent
 from graphopt.solvers import Solution, TaskGraph
 
@@ -69,7 +70,9 @@ class Plan:
     """A sequence for one joint graph, and what is known about it.
 
     Attributes:
-        sequence: Task indices of the situation's problem.
+        sequence: Positions in `tasks`, in the order of execution.
+        tasks: What each task of the problem does.
+        differentiable: Positions of the outputs that get a gradient.
         fingerprint: Of the joint graph.
         budget: Bytes allowed when it was made.
         peak: Bytes predicted.
@@ -86,6 +89,8 @@ class Plan:
     """
 
     sequence: tuple[int, ...]
+    tasks: tuple[StepNames, ...]
+    differentiable: tuple[int, ...] | None
     fingerprint: str
     budget: int
     peak: int
@@ -130,7 +135,16 @@ class Plan:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Plan:
         """Reads what `to_dict` wrote."""
-        return cls(**{**data, "sequence": tuple(data["sequence"])})
+        tasks = tuple(StepNames.from_dict(task) for task in data["tasks"])
+        used = data["differentiable"]
+        return cls(
+            **{
+                **data,
+                "sequence": tuple(data["sequence"]),
+                "tasks": tasks,
+                "differentiable": None if used is None else tuple(used),
+            }
+        )
 
 
 class Search:
@@ -259,6 +273,16 @@ def make_problem(
     )
 
 
+def predicted_peak(plan: Plan, problem: Problem) -> int | None:
+    """Peak bytes of a plan on its graph at other sizes; None if the tasks are other ones."""
+    place = {StepNames.of_step(step): task for task, step in enumerate(problem.steps)}
+    if any(names not in place for names in plan.tasks):
+        return None
+    sequence = [place[plan.tasks[task]] for task in plan.sequence]
+    found = solvers.check(problem.graph, sequence, order="free")
+    return found.peak if found.ok else None
+
+
 def _describe(
     situation: Situation,
     budget: int,
@@ -271,6 +295,8 @@ def _describe(
     base = max(1, problem.graph.duration)
     return Plan(
         sequence=sequence,
+        tasks=tuple(StepNames.of_step(step) for step in problem.steps),
+        differentiable=situation.differentiable,
         fingerprint=situation.fingerprint,
         budget=budget,
         peak=solution.peak,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
@@ -11,20 +11,22 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from graphopt.cost import OpMeasurement, measure_ops
+from graphopt.cost import measure_ops
 from graphopt.cost.flops import flops
 from graphopt.cost.losses import Loss, LossMeasurement, default_loss, measure_loss
 from graphopt.cost.sizes import Substitution, concrete
 from graphopt.ir.joint import JointInput, JointView, joint_view
 from graphopt.ir.literals import retie
+from graphopt.ir.mode import runs_eval
 from graphopt.ir.output_views import OutputViews, split_views
 from graphopt.ir.program import Program
 from graphopt.ir.signature import Signature
 from graphopt.ir.storage import Role, StorageMap, storage_map
 from graphopt.passes.rematerialize.prepare import depends_on_tangents, prepare
 from graphopt.passes.rematerialize.problem import Problem, TurnCosts, build_problem
+from graphopt.runtime.replay import Unplanned
 
-# A gradient of less than this share of all gradient bytes waits for the next larger one.
+# Gradients wait for others until they have this share of all gradient bytes.
 _SMALL_GRADIENT = 0.002
 
 
@@ -80,17 +82,19 @@ class Situation:
         view: The prepared joint view.
         storage: Roles and owners of its nodes.
         committed: Mutated operand -> node of its new value.
-        forward: The mode-specialised forward graph that the view was made from.
+        unplanned: The mode-specialised forward graph that the view was made from.
+        differentiable: Positions of its outputs that get a gradient; None: it has no backward.
         views: Program outputs that are made from the outputs of `forward`.
-        outputs_like: Fake outputs of `forward`.
-        loss: The loss as a function of these, and of `symbols`.
+        outputs_like: Fake outputs of `unplanned`.
+        loss: The loss as a function of these.
         hold_outputs: Whether callers keep outputs during backward.
     """
 
     view: JointView
     storage: StorageMap
     committed: dict[JointInput, fx.Node]
-    forward: fx.GraphModule
+    unplanned: Unplanned
+    differentiable: tuple[int, ...] | None
     views: OutputViews
     outputs_like: list[Any]
     loss: Callable[..., torch.Tensor]
@@ -123,28 +127,45 @@ class Situation:
             duration,
             self.committed,
             self._turn(symbols),
-            small_gradient=self._small_gradient(measured, symbols),
+            small_gradient=self._small_gradient,
+            examples=measure_ops(self.computations) if symbols else measured,
         )
 
     def _turn(self, symbols: Substitution | None) -> TurnCosts | None:
+        """The loss, measured at the example sizes and scaled with the outputs to others."""
         tangents = self.view.inputs_of("tangent")
         if not tangents:
             return None
-        loss = partial(self.loss, symbols=symbols)
-        held = self._held(loss, symbols)
-        found = measure_loss(self.outputs_like, loss, symbols=symbols, held=held)
-        sizes = {int(t.name): _dense_bytes(t.node.meta["val"], symbols) for t in tangents}
-        alive = sum(_dense_bytes(self.outputs_like[i], symbols) for i in held)
+        held, found = self._held, self._loss_found
+        sizes = {
+            int(t.name): tangent.bytes
+            for t in tangents
+            if (tangent := found.tangents[int(t.name)]) is not None
+        }
         most = found.output_bytes + found.backward_peak
+        state = max(0, most - self._bytes(held) - sum(sizes.values()))
+        scale = self._bytes(range(len(self.outputs_like)), symbols) / max(1, found.output_bytes)
         return TurnCosts(
-            tangent_bytes=sizes,
-            workspace=found.forward_peak,
-            state=max(0, most - alive - sum(sizes.values())),
+            tangent_bytes={p: self._scaled_tangent(p, size, symbols) for p, size in sizes.items()},
+            workspace=round(scale * found.forward_peak),
+            state=round(scale * state),
             held=held,
             hold_outputs=self.hold_outputs,
         )
 
-    def _held(self, loss: Loss, symbols: Substitution | None) -> frozenset[int]:
+    def _scaled_tangent(self, position: int, size: int, symbols: Substitution | None) -> int:
+        return round(size * self._bytes([position], symbols) / max(1, self._bytes([position])))
+
+    def _bytes(self, positions: Iterable[int], symbols: Substitution | None = None) -> int:
+        values = (self.outputs_like[position] for position in positions)
+        return sum(_dense_bytes(v, symbols) for v in values if isinstance(v, torch.Tensor))
+
+    @cached_property
+    def _loss_found(self) -> LossMeasurement:
+        return measure_loss(self.outputs_like, self.loss, held=self._held)
+
+    @cached_property
+    def _held(self) -> frozenset[int]:
         """The outputs that are alive while the loss is differentiated, whatever the plan.
 
         Those that somebody else owns or holds, and those that the loss and the backward pass save.
@@ -155,15 +176,14 @@ class Situation:
         late = depends_on_tangents(self.view)
         readers = [n for n in late if n.op != "output"]
         read = {self.storage.base[a] for n in readers for a in n.all_input_nodes}
-        saves = measure_loss(self.outputs_like, loss, symbols=symbols).saves
+        saves = measure_loss(self.outputs_like, self.loss).saves
         made = {o.of: o.node for o in self.view.outputs_of("output") if o.node is not None}
         return frozenset(
             i for i in tensors if i not in made or (saves[i] and self.storage.base[made[i]] in read)
         )
 
-    def _small_gradient(
-        self, measured: Mapping[fx.Node, OpMeasurement], symbols: Substitution | None
-    ) -> int:
+    @cached_property
+    def _small_gradient(self) -> int:
         sizes = [
             _dense_bytes(o.node.meta["val"], None)
             for o in self.view.outputs_of("gradient")
@@ -193,6 +213,7 @@ def make_situation(
     inputs: Sequence[torch.Tensor],
     *,
     loss: Loss | None = None,
+    differentiable: Sequence[int] | None = None,
     hold_outputs: bool = False,
 ) -> Situation:
     """Traces the joint graph of a call.
@@ -203,6 +224,7 @@ def make_situation(
         key: Its `CallKey`.
         inputs: Flat inputs; only their traits are used, sizes are the program's symbols.
         loss: The loss; decides which outputs are differentiated.
+        differentiable: These are, if given, and their sum stands for the loss.
         hold_outputs: Whether callers keep outputs during backward.
     """
     names = [name for name, _ in module.named_modules()]
@@ -214,20 +236,41 @@ def make_situation(
     forward, views = split_views(forward)
     output = next(n for n in reversed(forward.graph.nodes) if n.op == "output")
     flat = [_stand_in(v.meta.get("val")) if isinstance(v, fx.Node) else v for v in output.args[0]]
-    on_flat = partial(_loss_of_flat, loss or default_loss, views, _signature(program, key), fakes)
-    differentiable = _used_outputs(flat, on_flat) if key.differentiable else None
+    if differentiable is not None:
+        on_flat = partial(_sum_of, tuple(differentiable))
+    else:
+        signature = _signature(program, module)
+        on_flat = partial(_loss_of_flat, loss or default_loss, views, signature, fakes)
+        differentiable = _used_outputs(flat, on_flat) if key.differentiable else None
     view = joint_view(forward, fakes, differentiable=differentiable, grad=key.grad)
     committed = prepare(view)
+    if key.differentiable:
+        _expand_tangents(view, measure_loss(flat, on_flat))
     return Situation(
         view=view,
         storage=storage_map(view.graph),
         committed=committed,
-        forward=forward,
+        unplanned=Unplanned(forward),
+        differentiable=tuple(differentiable) if differentiable is not None else None,
         views=views,
         outputs_like=flat,
         loss=on_flat,
         hold_outputs=hold_outputs,
     )
+
+
+def _expand_tangents(view: JointView, found: LossMeasurement) -> None:
+    """Tangents as the loss hands them over: a sum's are one number, expanded."""
+    for tangent in view.inputs_of("tangent"):
+        given = found.tangents[int(tangent.name)]
+        fake = tangent.node.meta["val"]
+        if given is not None and not any(given.stride) and fake.dim() > 0:
+            with fake.fake_mode:
+                tangent.node.meta["val"] = fake.new_empty(()).expand(fake.shape)
+
+
+def _sum_of(positions: tuple[int, ...], flat: list[Any]) -> torch.Tensor:
+    return default_loss([flat[position] for position in positions])
 
 
 def _stand_in(value: Any) -> Any:
@@ -241,10 +284,9 @@ def _loss_of_flat(
     signature: Signature,
     fakes: Sequence[torch.Tensor],
     flat: list[Any],
-    symbols: Substitution | None = None,
 ) -> torch.Tensor:
     """The loss as a function of what the graph returns."""
-    sizes = [[concrete(size, symbols) for size in fake.shape] for fake in fakes]
+    sizes = [[concrete(size) for size in fake.shape] for fake in fakes]
     inputs = [torch.empty(size, device="meta") for size in sizes]
     return loss(signature.unflatten_outputs(views.apply(flat, inputs)))
 
@@ -260,9 +302,12 @@ def _like(fake: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
     return made.requires_grad_(real.requires_grad)
 
 
-def _signature(program: Program, key: CallKey) -> Signature:
-    if program.eval_signature is not None and not all(key.training):
-        return program.eval_signature
+def _signature(program: Program, module: nn.Module) -> Signature:
+    signature = program.eval_signature
+    if signature is not None and runs_eval(
+        program.branches, lambda path: module.get_submodule(path).training
+    ):
+        return signature
     return program.signature
 
 
