@@ -27,6 +27,7 @@ from graphopt.cost.sizes import (
     tensors_in,
     values_of,
 )
+from graphopt.ir.randomness import kept_random_state
 
 Progress = Callable[[int, int], None]
 _SESSION = 200  # calls to a profiler session: starting one is slow, its event buffer is finite
@@ -165,9 +166,8 @@ def _measure_calls(calls: dict[Hashable, Call], seconds: bool, progress: Progres
         if seconds and (key not in _CACHE or _lacks_time(_CACHE[key]))
     ]
     total = len(fresh) + len(untimed)
-    cuda = [d for d in {call.device for call in calls.values()} if d.type == "cuda"]
     done = 0
-    with torch.random.fork_rng(devices=cuda), torch.enable_grad(), autocast_off():
+    with kept_random_state(), torch.enable_grad(), autocast_off():
         for start in range(0, len(fresh), _SESSION):
             chunk = fresh[start : start + _SESSION]
             for device in {call.device for _, call in chunk}:

@@ -21,6 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake
 from graphopt.cost.calls import TensorSpec
 from graphopt.cost.sizes import Substitution, concrete, tensors_in
 from graphopt.errors import UnsupportedError
+from graphopt.ir.randomness import kept_random_state
 
 if TYPE_CHECKING:
     from graphopt.ir.program import Program
@@ -146,7 +147,7 @@ def saved_by_graph(module: fx.GraphModule, inputs: Sequence[Any]) -> SavedTable:
     mode = next((t.fake_mode for t in tensors_in(list(inputs)) if isinstance(t, FakeTensor)), None)
     run = _Run(mode)
     try:
-        with torch.random.fork_rng(devices=[]), torch.enable_grad(), run.hooks():
+        with kept_random_state(), torch.enable_grad(), run.hooks():
             if mode is None:
                 outputs = run.graph(module, inputs)
             else:
