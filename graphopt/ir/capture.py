@@ -29,7 +29,7 @@ from graphopt.ir.program import Program
 from graphopt.ir.signature import Signature
 from graphopt.ir.skeleton import Skeleton, build
 from graphopt.ir.trees import LEAF, Tree, flatten, same_tree
-from graphopt.ir.untouched import untouched
+from graphopt.ir.untouched import ordinary, untouched
 
 _HINTS = (
     (
@@ -139,9 +139,19 @@ def capture(
     if not isinstance(model, nn.Module):
         raise ModelError(f"expected a torch.nn.Module, got {type(model).__name__}")
     args = (args,) if isinstance(args, torch.Tensor) else tuple(args)
+    _refuse_inference_tensors(model)
     signature, flat = signatures.bind(model, args, dict(kwargs or {}))
     with untouched(model):
-        return _capture(model, signature, flat, dynamic)
+        return _capture(model, signature, [ordinary(tensor) for tensor in flat], dynamic)
+
+
+def _refuse_inference_tensors(model: nn.Module) -> None:
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_inference():
+            raise ModelError(
+                f"{name} was made in torch.inference_mode, and autograd takes no such tensor",
+                hint="make the model outside of inference_mode, or copy.deepcopy it there",
+            )
 
 
 def _capture(

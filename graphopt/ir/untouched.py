@@ -38,6 +38,24 @@ def restored(model: nn.Module) -> Iterator[None]:
         _restore(before)
 
 
+@contextlib.contextmanager
+def outside_inference_mode() -> Iterator[None]:
+    """Leave ``torch.inference_mode``, where there is one: tensors made in it can't be trained."""
+    if not torch.is_inference_mode_enabled():
+        yield  # entering inference_mode(False) would switch gradients on
+        return
+    with torch.inference_mode(False):
+        yield
+
+
+def ordinary(value: Any) -> Any:
+    """A tensor that was made in inference mode as one that autograd takes; all else as it is."""
+    if not isinstance(value, torch.Tensor) or not value.is_inference():
+        return value
+    with torch.inference_mode(False):
+        return value.detach().clone().requires_grad_(value.requires_grad)
+
+
 def _snapshot(model: nn.Module) -> list[tuple[Any, dict[str, Any], dict[str, Any]]]:
     saved: list[tuple[Any, dict[str, Any], dict[str, Any]]] = []
     for module in model.modules():
