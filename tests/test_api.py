@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -404,3 +406,19 @@ def test_a_frontier_takes_a_loss_with_targets() -> None:
     assert graphopt.frontier(Net(), (X,), budgets=2, loss=loss, data=data, time_limit=2)
     with pytest.raises(errors.UsageError, match="no pairs"):
         graphopt.frontier(Net(), (X,), budgets=2, loss=loss)
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle", "file"])
+def test_a_copys_report_predicts_with_its_own_planner(how: str, tmp_path: Path) -> None:
+    module = graphopt.optimize(Net(), "memory=100%", (X,), time_limit=2)
+    if how == "deepcopy":
+        twin: Any = copy.deepcopy(module)
+    elif how == "pickle":
+        twin = pickle.loads(pickle.dumps(module))
+    else:
+        module.save(tmp_path / "module.gopt")
+        twin = graphopt.load(tmp_path / "module.gopt")
+    assert twin.report.predictor.planner is twin.program.planner
+    assert twin.program.planner is not module.program.planner
+    twin(X).sum().backward()  # its planner knows its graphs from the first step on
+    assert twin.report.predict_peak(X) == module.report.predict_peak(X)

@@ -13,6 +13,7 @@ import keyword
 import linecache
 import operator
 import re
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import ModuleType
@@ -50,6 +51,8 @@ class Code:
         linecache.cache[self.file] = (len(self.text), None, lines, self.file)
         scope: dict[str, Any] = dict(self.names)
         exec(compile(self.text, self.file, "exec"), scope)
+        # A frame in a traceback holds the code object, so that its lines live as long.
+        weakref.finalize(scope["forward"].__code__, linecache.cache.pop, self.file, None)
         return scope["forward"]
 
 

@@ -127,10 +127,12 @@ class OptimizedModule(Container):
         assert isinstance(result, OptimizedModule)
         old = self._program
         second = old.eval_module
+        memo.update({id(kept): kept for kept in (old.history, old.signature)})
         program = old.replace(
             module=copy_graph(old.module),
             eval_module=None if second is None else copy_graph(second),
             planner=copy.deepcopy(old.planner, memo),
+            report=copy.deepcopy(old.report, memo),  # it predicts with the planner: the copy's
         )
         _install(result, program)
         result.__dict__.update(copy.deepcopy(_own_state(self), memo))
