@@ -20,7 +20,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from graphopt import registry
+from graphopt import persist, registry
 from graphopt.budget import Budget
 from graphopt.comparison import Observation, non_finite, observe, unequal
 from graphopt.cost.models import COST_MODELS
@@ -317,9 +317,7 @@ def load(path: str | os.PathLike[str], *, trust: bool = False) -> OptimizedModul
         FileFormatError: The file is corrupt, or not one of ours.
         UnsafeFileError: It holds more than plain weights and JSON.
     """
-    from graphopt.ir.persist import load as load_file
-
-    return load_file(path, trust=trust)
+    return persist.load(path, trust=trust)
 
 
 def copied(model: nn.Module) -> nn.Module:

@@ -116,7 +116,7 @@ class OptimizedModule(Container):
             UnsupportedError: It holds something that has no form in a file; says what.
             OutputError: The file can't be written.
         """
-        from graphopt.ir.persist import save
+        from graphopt.ir.archive import save
 
         save(self, path)
 

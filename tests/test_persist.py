@@ -17,7 +17,7 @@ from graphopt.errors import FileFormatError, GraphoptError, OutputError, UnsafeF
 from graphopt.ir.capture import capture
 from graphopt.ir.codec import Decoder, decode_graph, encode_graph, encode_value, register_function
 from graphopt.ir.graphs import copy_graph
-from graphopt.ir.persist import load
+from graphopt.persist import load
 
 
 class Net(nn.Module):
