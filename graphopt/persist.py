@@ -42,7 +42,9 @@ def load(path: str | os.PathLike[str], *, trust: bool = False) -> OptimizedModul
         if not isinstance(error, FileFormatError):
             raise FileFormatError(f"{path} can't be loaded: {error.message}") from error
         raise
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
+    except (
+        KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError, SyntaxError,
+    ) as error:  # fmt: skip
         raise FileFormatError(f"{path} can't be loaded: {error}") from error
 
 

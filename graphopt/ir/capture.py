@@ -44,7 +44,8 @@ _HINTS = (
     ),
     (
         ("SyntaxError", "invalid syntax"),
-        "a module or parameter has a Python keyword for its name: rename it",
+        "a module or parameter has a name that torch can't write as Python (a keyword, or one with "
+        "a double quote or a line end): rename it",
     ),
     (
         ("Constraints violated", "ConstraintViolation", "dynamic_shapes"),
