@@ -66,16 +66,6 @@ class OpMeasurement:
 _CACHE: dict[Hashable, OpMeasurement] = {}
 
 
-def measured_op(node: fx.Node, *, symbols: Substitution | None = None) -> OpMeasurement:
-    """Measure one node's call, time included; see `measure_ops` for many at once."""
-    return measure_ops([node], symbols=symbols, seconds=True)[node]
-
-
-def workspace_bytes(node: fx.Node, *, symbols: Substitution | None = None) -> int:
-    """Bytes of temporaries that a node's op needs beyond its inputs and outputs."""
-    return measure_ops([node], symbols=symbols)[node].workspace
-
-
 def measure_ops(
     nodes: Iterable[fx.Node],
     *,
@@ -115,15 +105,6 @@ def measure_ops(
         found = _CACHE[key]
         known[node] = found if found.measured else _from_fakes(node, symbols, found.reason)
     return known
-
-
-def unmeasured(measurements: dict[fx.Node, OpMeasurement]) -> list[tuple[str, str, str]]:
-    """``(node, op, reason)`` of every node whose sizes stem from the graph instead of a run."""
-    return [
-        (node.name, str(node.target), found.reason or "")
-        for node, found in measurements.items()
-        if not found.measured
-    ]
 
 
 def _environment() -> Hashable:
@@ -296,7 +277,4 @@ def _nothing() -> None:
 __all__ = [
     "OpMeasurement",
     "measure_ops",
-    "measured_op",
-    "unmeasured",
-    "workspace_bytes",
 ]
