@@ -14,7 +14,8 @@ import torch
 from torch import fx, nn
 
 from graphopt.errors import MissingMethodError
-from graphopt.ir.codegen import Code, generate
+from graphopt.ir.code import Code
+from graphopt.ir.codegen import generate
 from graphopt.ir.document import TensorTable, decode_program, encode_program
 from graphopt.ir.graphs import bind_graph, copy_graph, lookup
 from graphopt.ir.literals import check_move
