@@ -14,13 +14,13 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from graphopt import registry
+from graphopt import persist, registry
 from graphopt.budget import Budget
 from graphopt.comparison import Observation, non_finite, observe, unequal
 from graphopt.cost.models import COST_MODELS
@@ -39,6 +39,7 @@ from graphopt.errors import (
 )
 from graphopt.instruments import Instrument, Verify
 from graphopt.ir import capture as _capture
+from graphopt.ir.untouched import ordinary, outside_inference_mode
 from graphopt.pipeline import Pass, PassContext, Pipeline, Progress, silent
 from graphopt.report import Report
 
@@ -46,10 +47,25 @@ if TYPE_CHECKING:
     from graphopt.ir.module import OptimizedModule
     from graphopt.ir.program import Program
 
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+
 CAPTURE_TOLERANCE = 1e-5
 """Allowed relative difference between the source model and its captured form."""
 
 
+def _outside_inference_mode(door: Callable[_P, _T]) -> Callable[_P, _T]:
+    """Run a door outside of the caller's inference mode, the copy of the model included."""
+
+    @functools.wraps(door)
+    def wrapped(*args: _P.args, **kwargs: _P.kwargs) -> _T:
+        with outside_inference_mode():
+            return door(*args, **kwargs)
+
+    return wrapped
+
+
+@_outside_inference_mode
 def capture(
     model: nn.Module,
     args: Sequence[Any] = (),
@@ -75,9 +91,11 @@ def capture(
         CaptureError: What failed, at which line of the model, and what to try.
         InputMismatch: The example inputs don't fit the model.
     """
-    return _captured(model, _as_args(args), dict(kwargs or {}), dynamic)
+    positional, keywords = _inputs(args, kwargs)
+    return _captured(model, positional, keywords, dynamic)
 
 
+@_outside_inference_mode
 def optimize(
     model: nn.Module,
     budget: Budget | str | Mapping[str, Any] | None = None,
@@ -138,8 +156,7 @@ def optimize(
     wanted = _budget(budget, memory_scope)
     pipeline = _pipeline(wanted, passes)
     _check_options(time_limit, cost_model)
-    args = _as_args(example_inputs)
-    kwargs = dict(example_kwargs or {})
+    args, kwargs = _inputs(example_inputs, example_kwargs)
     _check_model(model, args, kwargs)
     source = model if inplace else copied(model)
     progress("capturing the model")
@@ -168,6 +185,7 @@ def optimize(
     return _emit(program, model, wanted)
 
 
+@_outside_inference_mode
 def explain(
     model: nn.Module,
     example_inputs: Sequence[Any] = (),
@@ -220,12 +238,14 @@ def explain(
     )
 
 
+@_outside_inference_mode
 def frontier(
     model: nn.Module,
     example_inputs: Sequence[Any] = (),
     *,
     example_kwargs: Mapping[str, Any] | None = None,
     budgets: int | Sequence[Any] = 12,
+    data: Iterable[Any] | None = None,
     loss: Callable[..., Any] | None = None,
     dynamic: Any = "batch",
     time_limit: float = 60.0,
@@ -240,6 +260,7 @@ def frontier(
         example_inputs: Positional inputs.
         example_kwargs: Keyword inputs.
         budgets: How many points, or the budgets themselves (``"50%"``, bytes).
+        data: As in `optimize`: the first pair gives a loss of outputs and targets its targets.
         loss: As in `optimize`.
         dynamic: As in `capture`.
         time_limit: Seconds for the whole curve.
@@ -259,15 +280,18 @@ def frontier(
     if not planners:
         raise UnsupportedError("no installed pass plans memory", hint="see `graphopt passes`")
     _check_options(time_limit, cost_model)
-    args, kwargs = _as_args(example_inputs), dict(example_kwargs or {})
+    args, kwargs = _inputs(example_inputs, example_kwargs)
     _check_model(model, args, kwargs)
+    example_loss, data = _example_loss(loss, data)
     source = copied(model)
     program = _captured(source, args, kwargs, dynamic)
     context = PassContext(
         args=args,
         kwargs=kwargs,
         source=source,
-        loss=loss,
+        loss=example_loss,
+        data_loss=loss,
+        data=data,
         time_limit=time_limit,
         seed=seed,
         cost_model=cost_model,
@@ -293,9 +317,7 @@ def load(path: str | os.PathLike[str], *, trust: bool = False) -> OptimizedModul
         FileFormatError: The file is corrupt, or not one of ours.
         UnsafeFileError: It holds more than plain weights and JSON.
     """
-    from graphopt.ir.persist import load as load_file
-
-    return load_file(path, trust=trust)
+    return persist.load(path, trust=trust)
 
 
 def copied(model: nn.Module) -> nn.Module:
@@ -441,7 +463,7 @@ def _example_loss(
             "loss takes outputs and targets, but data yields no pairs (inputs, targets)",
             hint="pass data= with pairs, or a loss of the outputs alone",
         )
-    targets = first[1]
+    targets = pytree.tree_map(ordinary, first[1])
     if iterator is data:  # it can be read only once
         data = itertools.chain([first], iterator)
     return _WithTargets(loss, targets), data
@@ -479,6 +501,10 @@ def _check_options(time_limit: float, cost_model: str) -> None:
         raise UsageError(f"time_limit={time_limit}: seconds, more than 0")
     if cost_model not in COST_MODELS:
         raise UsageError(f"cost_model={cost_model!r}: one of {', '.join(COST_MODELS)}")
+
+
+def _inputs(args: Any, kwargs: Mapping[str, Any] | None) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    return pytree.tree_map(ordinary, (_as_args(args), dict(kwargs or {})))
 
 
 def _as_args(inputs: Any) -> tuple[Any, ...]:

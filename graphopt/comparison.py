@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 from graphopt.cost.losses import default_loss, loss_value
 from graphopt.cost.preserve import autocast_off, preserved
 from graphopt.errors import NothingToTrainError
+from graphopt.ir.randomness import seed_torch
 
 _MOST_NOISE = 1e-3
 
@@ -78,7 +79,7 @@ def observe(
             module.train(training)
         # Cut aliases to the caller's tensors: a model may write to its inputs.
         inputs, keywords = pytree.tree_map(_private, (inputs, keywords))
-        torch.manual_seed(seed)
+        seed_torch(seed)
         with torch.set_grad_enabled(training is not False):
             outputs = module(*inputs, **keywords)
         if training is not False:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from graphopt.errors import UnsupportedError
-from graphopt.plain import to_plain
+from graphopt.plain import human_bytes, human_count, to_plain
 
 if TYPE_CHECKING:
     from graphopt.ir.program import PassRecord, Program
@@ -170,25 +170,6 @@ class Predictor:
     def __call__(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
         """Peak bytes of a call with these inputs."""
         return int(self.planner.predict_peak(self.signature.flatten_inputs(args, kwargs)))
-
-
-def human_bytes(count: float) -> str:
-    """Bytes for people: ``12.3 MB`` (decimal units, as the literature uses them)."""
-    return _scaled(count, ("B", "kB", "MB", "GB", "TB"))
-
-
-def human_count(count: float) -> str:
-    """A count for people: ``1.23 G``."""
-    return _scaled(count, ("", "k", "M", "G", "T", "P")).strip()
-
-
-def _scaled(count: float, units: tuple[str, ...]) -> str:
-    size = float(count)
-    for unit in units[:-1]:
-        if abs(size) < 1000:
-            return f"{size:.0f} {unit}" if unit == units[0] else f"{size:.3g} {unit}"
-        size /= 1000
-    return f"{size:.3g} {units[-1]}"
 
 
 _BYTE_KEYS = ("peak", "budget", "bytes", "saved")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -343,3 +345,80 @@ def test_a_deep_copy_of_the_result_is_its_own() -> None:
         twin.linear.weight.zero_()
     assert module.linear.weight.abs().sum() > 0
     assert twin.report.to_dict() == module.report.to_dict()
+
+
+@pytest.mark.parametrize("call", ["capture", "optimize", "inplace", "frontier"])
+def test_the_callers_inference_mode_is_left(call: str) -> None:
+    model = Net()
+    with torch.inference_mode():
+        x = X.clone()  # a tensor that autograd refuses
+        if call == "capture":
+            module: Any = graphopt.capture(model, (x,)).emit()
+        elif call == "frontier":
+            assert graphopt.frontier(model, (x,), budgets=2, time_limit=2)
+            module = model
+        else:
+            module = graphopt.optimize(model, example_inputs=(x,), inplace=call == "inplace")
+        assert torch.is_inference_mode_enabled()
+    module(X).sum().backward()
+    assert not any(t.is_inference() for t in (*module.parameters(), *module.buffers()))
+    assert all(p.grad is not None for p in module.parameters())
+
+
+def test_a_model_made_in_inference_mode_is_copied_out_of_it_or_refused() -> None:
+    with torch.inference_mode():
+        model = Net()
+        module = graphopt.optimize(model, example_inputs=(X,))
+    module(X).sum().backward()
+    for call in (graphopt.capture, lambda m, x: graphopt.optimize(m, None, x, inplace=True)):
+        refused(
+            errors.ModelError, "norm.weight.*inference_mode", lambda call=call: call(model, (X,))
+        )
+
+
+class Remembers(Branches):
+    def forward(self, x: Tensor) -> Tensor:
+        self.last = x
+        raise RuntimeError("no")
+
+
+def test_finding_out_why_a_capture_failed_leaves_the_model_alone() -> None:
+    model = Remembers()
+    refused(errors.InputMismatch, "itself fails", lambda: graphopt.capture(model, (X,)))
+    assert not hasattr(model, "last")
+
+
+def test_hooks_on_shared_parameters_run_in_training_only() -> None:
+    model, seen = Net(), []
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(lambda p: seen.append(p))
+    module = graphopt.optimize(model, "memory=100%", (X,), inplace=True, time_limit=2)
+    assert not seen
+    module(X).sum().backward()
+    assert len(seen) == len(list(model.parameters()))
+
+
+def test_a_frontier_takes_a_loss_with_targets() -> None:
+    def loss(outputs: Tensor, targets: Tensor) -> Tensor:
+        return (outputs - targets).square().mean()
+
+    data = [(X, torch.ones(6, 4))]
+    assert graphopt.frontier(Net(), (X,), budgets=2, loss=loss, data=data, time_limit=2)
+    with pytest.raises(errors.UsageError, match="no pairs"):
+        graphopt.frontier(Net(), (X,), budgets=2, loss=loss)
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle", "file"])
+def test_a_copys_report_predicts_with_its_own_planner(how: str, tmp_path: Path) -> None:
+    module = graphopt.optimize(Net(), "memory=100%", (X,), time_limit=2)
+    if how == "deepcopy":
+        twin: Any = copy.deepcopy(module)
+    elif how == "pickle":
+        twin = pickle.loads(pickle.dumps(module))
+    else:
+        module.save(tmp_path / "module.gopt")
+        twin = graphopt.load(tmp_path / "module.gopt")
+    assert twin.report.predictor.planner is twin.program.planner
+    assert twin.program.planner is not module.program.planner
+    twin(X).sum().backward()  # its planner knows its graphs from the first step on
+    assert twin.report.predict_peak(X) == module.report.predict_peak(X)

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from graphopt.comparison import observe
 from graphopt.errors import NothingToTrainError, UnsupportedError
 from graphopt.measure import (
     default_loss,
@@ -268,3 +269,61 @@ def test_cuda_peak_is_the_caching_allocators():
     model(x).sum().backward()
     torch.cuda.synchronize()
     assert found.peak == torch.cuda.max_memory_allocated() - base
+
+
+def test_hooks_on_parameters_are_off_and_back_on():
+    model, x = nn.Linear(4, 4), torch.rand(2, 4)
+    optimizer = torch.optim.Adam(model.parameters())
+
+    def step(parameter):
+        optimizer.step()
+        optimizer.zero_grad()
+
+    scaled = model.bias.register_hook(lambda gradient: 2 * gradient)
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(step)
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    measure_step(model, (x,))
+    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+    assert not optimizer.state
+    model(x).sum().backward()
+    assert optimizer.state
+    assert not torch.equal(model.weight, before["weight"])
+    scaled.remove()
+
+
+def test_attributes_are_as_before():
+    class Keeps(nn.Linear):
+        def forward(self, x):
+            self.seen.append(len(self.seen))
+            self.last = super().forward(x)
+            return self.last
+
+    model = Keeps(4, 4)
+    model.seen, model.last = [], None
+    measure_step(model, (torch.rand(2, 4),))
+    assert model.seen == []
+    assert model.last is None
+
+
+def test_every_cuda_device_is_seeded_and_restored(monkeypatch):
+    states = [1, 2]  # of two devices, neither of which holds a parameter
+
+    def restore(kept):
+        states[:] = kept
+
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_rng_state_all", lambda: list(states))
+    monkeypatch.setattr(torch.cuda, "set_rng_state_all", restore)
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: states.append(seed))
+    observed = observe(nn.Linear(2, 2), (torch.rand(1, 2),), {}, training=True, seed=7)
+    assert observed.gradients
+    assert states == [1, 2]
+
+
+def test_no_seed_waits_for_a_cuda_that_is_not_initialised():
+    if torch.cuda.is_initialized():
+        pytest.skip("CUDA is initialised")
+    waiting = torch.cuda._lazy_seed_tracker.get_calls()
+    observe(nn.Linear(2, 2), (torch.rand(1, 2),), {}, training=True, seed=7)
+    assert torch.cuda._lazy_seed_tracker.get_calls() == waiting

@@ -104,7 +104,7 @@ def _measured(budget: str, loaded: Loaded, module: Any, repeats: int) -> dict[st
 def _table(rows: list[dict[str, Any]]) -> Any:
     from rich.table import Table
 
-    from graphopt.report import human_bytes, human_count
+    from graphopt.plain import human_bytes, human_count
 
     table = Table("budget", "peak", "of eager", "saved", "FLOPs", "time", "plan seconds")
     eager = rows[0]["peak_bytes"]

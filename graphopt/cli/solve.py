@@ -166,7 +166,7 @@ def _refuse(solution: Any, interrupted: list[int]) -> None:
 def _table(solution: Any, plain: int) -> Any:
     from rich.table import Table
 
-    from graphopt.report import human_bytes
+    from graphopt.plain import human_bytes
 
     overhead = (solution.duration - plain) / plain if plain else 0.0
     bound = (solution.lower_bound - plain) / plain if plain else 0.0

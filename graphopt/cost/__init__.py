@@ -15,9 +15,6 @@ from graphopt.cost.models import (
 from graphopt.cost.operators import (
     OpMeasurement,
     measure_ops,
-    measured_op,
-    unmeasured,
-    workspace_bytes,
 )
 from graphopt.cost.sizes import (
     Substitution,
@@ -25,8 +22,6 @@ from graphopt.cost.sizes import (
     bytes_moved,
     concrete,
     output_bytes,
-    symbolic_bytes_moved,
-    symbolic_output_bytes,
 )
 
 __all__ = [
@@ -47,13 +42,8 @@ __all__ = [
     "flops",
     "graph_flops",
     "measure_ops",
-    "measured_op",
     "output_bytes",
     "profiled",
-    "symbolic_bytes_moved",
     "symbolic_flops",
-    "symbolic_output_bytes",
     "trace_memory",
-    "unmeasured",
-    "workspace_bytes",
 ]

@@ -27,6 +27,7 @@ from graphopt.cost.sizes import (
     tensors_in,
     values_of,
 )
+from graphopt.ir.randomness import kept_random_state
 
 Progress = Callable[[int, int], None]
 _SESSION = 200  # calls to a profiler session: starting one is slow, its event buffer is finite
@@ -63,16 +64,6 @@ class OpMeasurement:
 
 
 _CACHE: dict[Hashable, OpMeasurement] = {}
-
-
-def measured_op(node: fx.Node, *, symbols: Substitution | None = None) -> OpMeasurement:
-    """Measure one node's call, time included; see `measure_ops` for many at once."""
-    return measure_ops([node], symbols=symbols, seconds=True)[node]
-
-
-def workspace_bytes(node: fx.Node, *, symbols: Substitution | None = None) -> int:
-    """Bytes of temporaries that a node's op needs beyond its inputs and outputs."""
-    return measure_ops([node], symbols=symbols)[node].workspace
 
 
 def measure_ops(
@@ -116,15 +107,6 @@ def measure_ops(
     return known
 
 
-def unmeasured(measurements: dict[fx.Node, OpMeasurement]) -> list[tuple[str, str, str]]:
-    """``(node, op, reason)`` of every node whose sizes stem from the graph instead of a run."""
-    return [
-        (node.name, str(node.target), found.reason or "")
-        for node, found in measurements.items()
-        if not found.measured
-    ]
-
-
 def _environment() -> Hashable:
     return (
         torch.get_num_threads(),
@@ -165,9 +147,8 @@ def _measure_calls(calls: dict[Hashable, Call], seconds: bool, progress: Progres
         if seconds and (key not in _CACHE or _lacks_time(_CACHE[key]))
     ]
     total = len(fresh) + len(untimed)
-    cuda = [d for d in {call.device for call in calls.values()} if d.type == "cuda"]
     done = 0
-    with torch.random.fork_rng(devices=cuda), torch.enable_grad(), autocast_off():
+    with kept_random_state(), torch.enable_grad(), autocast_off():
         for start in range(0, len(fresh), _SESSION):
             chunk = fresh[start : start + _SESSION]
             for device in {call.device for _, call in chunk}:
@@ -296,7 +277,4 @@ def _nothing() -> None:
 __all__ = [
     "OpMeasurement",
     "measure_ops",
-    "measured_op",
-    "unmeasured",
-    "workspace_bytes",
 ]

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import random
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
+
+from graphopt.ir.untouched import restored
 
 
 @contextlib.contextmanager
@@ -21,31 +21,44 @@ def preserved(
 
     Inside, every parameter and input that requires a gradient has one of zeros allocated.  The
     inputs are detached twins over the same storage, so that nothing reaches a graph of the
-    caller's.  Afterwards gradients, buffers, the module's mode, grad mode and all random states are
-    as before, also when an exception passes through.
+    caller's, and hooks on parameters are off: an optimizer that steps in one must not.  Afterwards
+    gradients, hooks, buffers, attributes, the module's mode, grad mode and all random states are as
+    before, also when an exception passes through.
 
     Yields:
         The positional and keyword inputs to call the module with.
     """
-    gradients = [(p, p.grad) for p in module.parameters()]
-    modes = [(m, m.training) for m in module.modules()]
-    buffers = _Buffers(module)
+    buffers = [(b, b.detach().clone()) for b in module.buffers()]
+    parameters = list(module.parameters())
     grad_mode = torch.is_grad_enabled()
-    devices = sorted({p.device.index for p in module.parameters() if p.device.type == "cuda"})
     try:
-        with torch.random.fork_rng(devices=devices), _python_random():
-            for parameter, _ in gradients:
+        with restored(module), _without_hooks(parameters):
+            for parameter in parameters:
                 if parameter.requires_grad:
                     parameter.grad = torch.zeros_like(parameter)
-            twins = pytree.tree_map(_twin, (tuple(args), dict(kwargs or {})))
-            yield twins
+            yield pytree.tree_map(_twin, (tuple(args), dict(kwargs or {})))
     finally:
-        for parameter, gradient in gradients:
-            parameter.grad = gradient
-        for part, training in modes:
-            part.training = training
-        buffers.restore()
+        # Always copied back: BatchNorm writes running statistics without a new `_version`.
+        with torch.no_grad():
+            for buffer, copy in buffers:
+                buffer.copy_(copy)
         torch.set_grad_enabled(grad_mode)
+
+
+@contextlib.contextmanager
+def _without_hooks(tensors: Sequence[torch.Tensor]) -> Iterator[None]:
+    """Switch off the hooks that run when a tensor gets its gradient."""
+    names = ("_backward_hooks", "_post_accumulate_grad_hooks")
+    tables = [table for t in tensors for name in names if (table := getattr(t, name, None))]
+    before = [table.copy() for table in tables]
+    try:
+        for table in tables:  # autograd holds the table itself, so it is emptied in place
+            table.clear()
+        yield
+    finally:
+        for table, hooks in zip(tables, before, strict=True):
+            table.clear()
+            table.update(hooks)
 
 
 @contextlib.contextmanager
@@ -58,24 +71,6 @@ def autocast_off() -> Iterator[None]:
         yield
 
 
-class _Buffers:
-    """Buffers of a module: which tensors they are and what they hold."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self.owners = [(part, dict(part._buffers)) for part in module.modules()]
-        unique = {id(t): t for _, held in self.owners for t in held.values() if t is not None}
-        # Always copied back: BatchNorm writes running statistics without a new `_version`.
-        self.copies = [(t, t.detach().clone()) for t in unique.values()]
-
-    def restore(self) -> None:
-        for part, held in self.owners:
-            part._buffers.clear()
-            part._buffers.update(held)
-        with torch.no_grad():
-            for tensor, copy in self.copies:
-                tensor.copy_(copy)
-
-
 def _twin(value: Any) -> Any:
     if not isinstance(value, torch.Tensor):
         return value
@@ -84,16 +79,3 @@ def _twin(value: Any) -> Any:
         twin.requires_grad_()
         twin.grad = torch.zeros_like(twin)
     return twin
-
-
-@contextlib.contextmanager
-def _python_random() -> Iterator[None]:
-    state = random.getstate()
-    numpy = sys.modules.get("numpy")
-    numpy_state = numpy.random.get_state() if numpy is not None else None
-    try:
-        yield
-    finally:
-        random.setstate(state)
-        if numpy is not None:
-            numpy.random.set_state(numpy_state)

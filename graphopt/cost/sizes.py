@@ -8,17 +8,17 @@ hints, the sizes of the example inputs).
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import sympy
 import torch
 from torch import fx
 
+from graphopt.ir.sharing import gives_only_aliases
+
 Substitution = Mapping[sympy.Symbol, int]
 Size = int | torch.SymInt
-
-_ALIASING: dict[Any, bool] = {}
 
 
 class UnknownSizeError(ValueError):
@@ -103,17 +103,7 @@ def is_alias(node: fx.Node) -> bool:
         return False
     if node.target is operator.getitem:
         return True
-    known = _ALIASING.get(node.target)
-    if known is None:
-        known = _ALIASING[node.target] = _schema_aliases(node.target)
-    return known
-
-
-def _schema_aliases(target: Any) -> bool:
-    schema = getattr(target, "_schema", None)
-    if schema is None or not schema.returns:
-        return False
-    return all(ret.alias_info is not None for ret in schema.returns)
+    return isinstance(node.target, torch._ops.OpOverload) and gives_only_aliases(node.target)
 
 
 def fresh_outputs(node: fx.Node) -> list[torch.Tensor | None]:
@@ -134,7 +124,7 @@ def fresh_outputs(node: fx.Node) -> list[torch.Tensor | None]:
 def output_bytes(node: fx.Node, symbols: Substitution | None = None) -> list[int]:
     """Bytes of each output of a node, by its fake values; 0 where it aliases an input.
 
-    These are the sizes that the graph states.  `graphopt.cost.measured_op` gives what the allocator
+    These are the sizes that the graph states.  `graphopt.cost.measure_ops` gives what the allocator
     hands out.
     """
     return [
@@ -145,32 +135,10 @@ def output_bytes(node: fx.Node, symbols: Substitution | None = None) -> list[int
 
 def bytes_moved(node: fx.Node, symbols: Substitution | None = None) -> int:
     """Bytes that a node reads and writes: its tensor inputs and outputs once each; views none."""
-    return _moved(node, lambda tensor: concrete(tensor_bytes(tensor), symbols))
-
-
-def symbolic_bytes_moved(node: fx.Node) -> sympy.Expr:
-    """`bytes_moved` as a sympy expression in the program's symbols."""
-    return sympy.sympify(_moved(node, lambda tensor: symbolic(tensor_bytes(tensor))))
-
-
-def symbolic_output_bytes(node: fx.Node) -> list[sympy.Expr]:
-    """`output_bytes` as sympy expressions in the program's symbols."""
-    return [
-        sympy.Integer(0) if tensor is None else symbolic(span_bytes(tensor))
-        for tensor in fresh_outputs(node)
-    ]
-
-
-def _moved(node: fx.Node, measure: Callable[[torch.Tensor], Any]) -> Any:
     if node.op != "call_function" or _is_pure_view(node):
         return 0
-    total: Any = 0
-    for source in node.all_input_nodes:
-        for tensor in tensors_in(source.meta.get("val")):
-            total = total + measure(tensor)
-    for tensor in tensors_in(node.meta.get("val")):
-        total = total + measure(tensor)
-    return total
+    values = [*(source.meta.get("val") for source in node.all_input_nodes), node.meta.get("val")]
+    return sum(concrete(tensor_bytes(tensor), symbols) for tensor in tensors_in(values))
 
 
 def _is_pure_view(node: fx.Node) -> bool:

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import fx
 
-from graphopt.ir.saved import SavedTable
+from graphopt.cost.saved import SavedTable
 
 View = Literal["program", "joint", "plan"]
 Mode = bool | Mapping[str, bool]  # of the whole model, or of each module path

@@ -9,7 +9,8 @@ from typing import Any
 from graphopt.errors import GraphoptError, UnsupportedError
 from graphopt.inspect.document import Document
 from graphopt.inspect.nodes import NodeView, node_views
-from graphopt.inspect.text import human_bytes, one_line
+from graphopt.inspect.text import one_line
+from graphopt.plain import human_bytes
 
 _COLOURS = {"forward": "#e8f0fe", "backward": "#fdeee3", "recomputed": "#fff3b0"}
 _SAVED = "#cfe8cf"

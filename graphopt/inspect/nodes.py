@@ -84,7 +84,7 @@ def json_form(document: Document) -> dict[str, Any]:
 
     Keys: ``schema_version``; ``view``; ``title``; ``passes`` (pipeline texts); ``inputs``,
     ``tangents`` and ``state`` (name -> shape, dtype, trainable, constant); ``segments`` (title,
-    phase); ``nodes`` (see `NodeView`); ``saved`` (see `graphopt.ir.saved.SavedTable.to_dict`) or
+    phase); ``nodes`` (see `NodeView`); ``saved`` (see `graphopt.cost.saved.SavedTable.to_dict`) or
     null.  Bytes and FLOPs are those of the example sizes.
     """
 

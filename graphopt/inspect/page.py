@@ -17,8 +17,9 @@ from graphopt.inspect.document import Document, Mode
 from graphopt.inspect.live import LiveBytes, live_bytes
 from graphopt.inspect.nodes import NodeView, node_views
 from graphopt.inspect.summary import Summary, summarize
-from graphopt.inspect.text import human_bytes, human_count, one_line
+from graphopt.inspect.text import one_line
 from graphopt.inspect.views import document
+from graphopt.plain import human_bytes, human_count
 
 if TYPE_CHECKING:
     from graphopt.ir.program import Program

@@ -24,7 +24,6 @@ from graphopt.errors import UnsupportedError
 from graphopt.inspect.document import Binding, Document, Segment, Slot, phase_of, scope_of
 from graphopt.inspect.text import (
     Names,
-    human_bytes,
     is_getitem,
     literal,
     one_line,
@@ -32,6 +31,7 @@ from graphopt.inspect.text import (
     target_text,
     tensor_type,
 )
+from graphopt.plain import human_bytes
 
 _FUNCTION = {"program": "forward", "joint": "joint", "plan": "step"}
 _RESERVED = {"torch", "operator", "math", "base64", "zlib", "graphopt", "builtins", "sys"}

@@ -19,8 +19,9 @@ from graphopt.inspect.document import (
 )
 from graphopt.inspect.live import LiveBytes, live_bytes
 from graphopt.inspect.nodes import SCHEMA_VERSION, NodeView, node_views
-from graphopt.inspect.text import human_bytes, human_count, one_line
+from graphopt.inspect.text import one_line
 from graphopt.inspect.views import document
+from graphopt.plain import human_bytes, human_count
 
 if TYPE_CHECKING:
     from graphopt.ir.program import Program

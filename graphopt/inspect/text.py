@@ -50,26 +50,6 @@ def tensor_type(shape: tuple[Any, ...], dtype: torch.dtype) -> str:
     return f"{name}[{', '.join(str(size) for size in shape)}]"
 
 
-def human_bytes(count: int) -> str:
-    """``0 B``, ``1.5 KiB``, ``12.0 MiB``."""
-    size = float(count)
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(size) < 1024 or unit == "GiB":
-            return f"{count} B" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1024
-    raise AssertionError
-
-
-def human_count(count: int) -> str:
-    """``0``, ``12.3 k``, ``4.50 G``."""
-    size = float(count)
-    for unit in ("", " k", " M", " G", " T"):
-        if abs(size) < 1000 or unit == " T":
-            return str(count) if unit == "" else f"{size:.2f}{unit}"
-        size /= 1000
-    raise AssertionError
-
-
 def one_line(text: Any) -> str:
     """Text for a comment or a label: nothing that ends a line, nothing that isn't printable."""
     return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in str(text))

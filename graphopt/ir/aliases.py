@@ -17,6 +17,8 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
+from graphopt.ir.sharing import opname, shared_arguments
+
 aten = torch.ops.aten
 
 # Composite ops without alias annotations that always give fresh memory.
@@ -36,8 +38,6 @@ _SURE_COMPOSITES = frozenset(
     "chunk narrow movedim moveaxis expand_as view_as unflatten swapaxes swapdims mT mH "
     "numpy_T matrix_H adjoint squeeze unsqueeze select tensor_split".split()
 )
-# Real kernels that share memory although their schema doesn't say so.
-_UNANNOTATED = frozenset("_unsafe_view unsafe_split unsafe_split_with_sizes unsafe_chunk".split())
 # Ops whose results share memory with the input but not with each other.
 _DISJOINT = frozenset("split split_with_sizes chunk unbind tensor_split".split())
 
@@ -73,8 +73,7 @@ def shares(node: fx.Node) -> list[fx.Node]:
     annotated = _annotated(node)
     if annotated:
         return annotated
-    name = opname(target)
-    loose = name in _UNANNOTATED or (_is_composite(target) and name not in _FRESH_COMPOSITES)
+    loose = _is_composite(target) and opname(target) not in _FRESH_COMPOSITES
     return [n for n in node.all_input_nodes if _is_tensor(n)] if loose else []
 
 
@@ -109,11 +108,6 @@ def affected(node: fx.Node) -> Iterator[fx.Node]:
                 queue.append((neighbour, current if came_up else None))
 
 
-def opname(target: Any) -> str:
-    """The op's name without namespace, overload and the underscore of in-place ops."""
-    return target._opname.rstrip("_") if isinstance(target, torch._ops.OpOverload) else str(target)
-
-
 def _neighbours(node: fx.Node, below: fx.Node | None) -> list[fx.Node]:
     """Sharing inputs and users; coming up from one part of a split, not its other parts."""
     up = shares(node)
@@ -126,21 +120,10 @@ def _neighbours(node: fx.Node, below: fx.Node | None) -> list[fx.Node]:
 
 
 def _annotated(node: fx.Node) -> list[fx.Node]:
-    """Inputs that the schema's alias annotations tie to a result."""
+    """Inputs that the table of `graphopt.ir.sharing` ties to a result."""
     target: Any = node.target
-    returned = {
-        name
-        for result in target._schema.returns
-        if result.alias_info is not None
-        for name in (*result.alias_info.before_set, *result.alias_info.after_set)
-    }
-    return [
-        leaf
-        for argument, value in _bound(node)
-        if argument.alias_info is not None
-        and ("*" in returned or returned & set(argument.alias_info.before_set))
-        for leaf in _nodes(value)
-    ]
+    shared = shared_arguments(target)
+    return [leaf for a, value in _bound(node) if a.name in shared for leaf in _nodes(value)]
 
 
 def _bound(node: fx.Node) -> Iterator[tuple[Any, Any]]:

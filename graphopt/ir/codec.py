@@ -218,6 +218,7 @@ class Decoder:
             kwargs = inner.value(entry.get("kwargs", {"dict": []}))
             if not isinstance(args, tuple) or not isinstance(kwargs, dict):
                 raise FileFormatError(f"node {name}: arguments that can't be read")
+            _check_names(op, target, kwargs)
             if op == "call_function":
                 target = resolve_target(target, trust=self.trust)
             node = graph.create_node(op, target, args, kwargs, name=name)
@@ -273,6 +274,21 @@ def _is_finfo(kind: Any) -> bool:
         "resolution",
         "smallest_normal",
     )
+
+
+def _check_names(op: str, target: str, kwargs: Mapping[Any, Any]) -> None:
+    """Refuse names that would be more than a name in the code that torch writes of a graph.
+
+    `torch.fx` writes the names of inputs and keywords as they stand, and those of attributes
+    between double quotes, unescaped.
+    """
+    bad = [key for key in kwargs if not isinstance(key, str) or not key.isidentifier()]
+    if op == "placeholder" and not target.isidentifier():
+        bad.append(target)
+    if op == "get_attr" and (not target.isprintable() or set(target) & set('"\\')):
+        bad.append(target)
+    if bad:
+        raise FileFormatError(f"a name that is no name in Python: {bad[0]!r:.100}")
 
 
 def _expect(data: Any, key: str, kind: type) -> Any:

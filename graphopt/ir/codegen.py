@@ -8,49 +8,21 @@ value is deleted after its last use.
 
 from __future__ import annotations
 
-import builtins
-import keyword
-import linecache
 import operator
-import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from types import ModuleType
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
 
 from graphopt.errors import UnsupportedError
+from graphopt.ir.code import Code, Names, assign_buffer, attribute, readable
 from graphopt.ir.literals import Tie
 from graphopt.ir.mode import WHOLE, ModeSwitch
 
 _GRAD_REGION = "wrap_with_set_grad_enabled"
 _AUTOCAST_REGION = "wrap_with_autocast"
 _COUNTER = iter(range(1 << 62))
-
-
-@dataclass(frozen=True)
-class Code:
-    """Generated code.
-
-    Attributes:
-        text: Readable Python: one function ``forward(self, ...)``.
-        names: The global names that it uses.
-        file: Its entry in ``linecache``, which tracebacks show.
-    """
-
-    text: str
-    names: Mapping[str, Any]
-    file: str
-
-    def compile(self) -> Callable[..., tuple[Any, ...]]:
-        """Compile it; tracebacks show its lines."""
-        lines = self.text.splitlines(keepends=True)
-        linecache.cache[self.file] = (len(self.text), None, lines, self.file)
-        scope: dict[str, Any] = dict(self.names)
-        exec(compile(self.text, self.file, "exec"), scope)
-        return scope["forward"]
 
 
 @dataclass
@@ -62,39 +34,9 @@ class _Line:
     conditional: bool = False
 
 
-@dataclass
-class _Names:
-    """Hands out Python identifiers, each once."""
-
-    taken: set[str] = field(default_factory=lambda: {"self", "torch", *dir(builtins)})
-
-    def fresh(self, wish: str) -> str:
-        name = re.sub(r"\W", "_", wish)
-        if not name or name[0].isdigit() or keyword.iskeyword(name):
-            name = f"_{name}"
-        unique, count = name, 1
-        while unique in self.taken:
-            unique, count = f"{name}_{count}", count + 1
-        self.taken.add(unique)
-        return unique
-
-
-def attribute(path: str) -> str:
-    """Python for the attribute at a dotted path of ``self``: ``self.layers[0].weight``."""
-    text = "self"
-    for part in path.split(".") if path else ():
-        if part.isdigit():
-            text += f"[{part}]"
-        elif part.isidentifier() and not keyword.iskeyword(part):
-            text += f".{part}"
-        else:
-            text = f"getattr({text}, {part!r})"
-    return text
-
-
 def generate(module: fx.GraphModule) -> Code:
     """Generate the code of a graph module whose tensors live at their original paths."""
-    writer = _Writer(module, _Names(), {"torch": torch})
+    writer = _Writer(module, Names(), {"torch": torch})
     text = writer.function("forward", 0)
     return Code(text, writer.globals, f"<graphopt program {next(_COUNTER)}>")
 
@@ -102,7 +44,7 @@ def generate(module: fx.GraphModule) -> Code:
 class _Writer:
     """Writes one function (the whole program, or a branch of it)."""
 
-    def __init__(self, module: fx.GraphModule, names: _Names, scope: dict[str, Any]) -> None:
+    def __init__(self, module: fx.GraphModule, names: Names, scope: dict[str, Any]) -> None:
         self.root = module
         self.names = names
         self.globals = scope
@@ -338,7 +280,7 @@ class _Writer:
             return f"torch.ops.higher_order.{target._name}"
         if not callable(target):
             raise UnsupportedError(f"a call of {target!r} in a program's graph")
-        name = _readable(target)
+        name = readable(target)
         if name is not None:
             return name
         return self._global(getattr(target, "__name__", type(target).__name__), target)
@@ -390,14 +332,6 @@ class _Writer:
         return self._global(type(value).__name__.lower(), value)
 
 
-def assign_buffer(module: torch.nn.Module, name: str, value: torch.Tensor) -> None:
-    """Assign to a buffer, as the source does; export records that as a copy."""
-    if torch.compiler.is_exporting():
-        module._buffers[name].copy_(value)  # type: ignore[union-attr]
-    else:
-        module._buffers[name] = value
-
-
 @dataclass(frozen=True)
 class _Name:
     """A local variable."""
@@ -410,18 +344,6 @@ class _Text:
     """Python that stands for itself."""
 
     text: str
-
-
-def _readable(target: Any) -> str | None:
-    """``torch.sym_max`` or ``max`` for functions that the code can name without a global."""
-    name = getattr(target, "__name__", None)
-    if name is None or isinstance(target, ModuleType):
-        return None
-    if getattr(torch, name, None) is target:
-        return f"torch.{name}"
-    if getattr(builtins, name, None) is target:
-        return name
-    return None
 
 
 def _expect(node: fx.Node, path: str, value: Any, known: tuple[Any, Any]) -> None:

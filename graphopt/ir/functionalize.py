@@ -10,7 +10,8 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
-from graphopt.ir.aliases import affected, is_sure_view, opname, shares, writes
+from graphopt.ir.aliases import affected, is_sure_view, shares, writes
+from graphopt.ir.sharing import opname
 
 EFFECT = "writes to the memory of"
 """How the reason begins where an op changes what the graph doesn't own."""

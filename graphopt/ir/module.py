@@ -14,7 +14,8 @@ import torch
 from torch import fx, nn
 
 from graphopt.errors import MissingMethodError
-from graphopt.ir.codegen import Code, generate
+from graphopt.ir.code import Code
+from graphopt.ir.codegen import generate
 from graphopt.ir.document import TensorTable, decode_program, encode_program
 from graphopt.ir.graphs import bind_graph, copy_graph, lookup
 from graphopt.ir.literals import check_move
@@ -116,7 +117,7 @@ class OptimizedModule(Container):
             UnsupportedError: It holds something that has no form in a file; says what.
             OutputError: The file can't be written.
         """
-        from graphopt.ir.persist import save
+        from graphopt.ir.archive import save
 
         save(self, path)
 
@@ -127,10 +128,12 @@ class OptimizedModule(Container):
         assert isinstance(result, OptimizedModule)
         old = self._program
         second = old.eval_module
+        memo.update({id(kept): kept for kept in (old.history, old.signature)})
         program = old.replace(
             module=copy_graph(old.module),
             eval_module=None if second is None else copy_graph(second),
             planner=copy.deepcopy(old.planner, memo),
+            report=copy.deepcopy(old.report, memo),  # it predicts with the planner: the copy's
         )
         _install(result, program)
         result.__dict__.update(copy.deepcopy(_own_state(self), memo))

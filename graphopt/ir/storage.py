@@ -16,17 +16,7 @@ from typing import Any
 import torch
 from torch import fx
 
-# Ops whose result shares its input's storage although the schema does not say so.
-_UNANNOTATED_VIEWS = {
-    torch.ops.aten._unsafe_view.default,
-    torch.ops.aten.lift_fresh.default,
-}
-# Ops whose schema says "may alias", decided by the sizes: copies unless the metadata shows a view.
-_MAYBE_VIEWS = {
-    torch.ops.aten.reshape.default,
-    torch.ops.aten.contiguous.default,
-    torch.ops.aten._reshape_copy.default,
-}
+from graphopt.ir.sharing import gives_only_views, shared_arguments
 
 
 class Role(Enum):
@@ -115,16 +105,11 @@ def aliased_input(node: fx.Node) -> fx.Node | None:
     target = node.target
     if not isinstance(target, torch._ops.OpOverload) or not _has_tensor(node):
         return None
-    if target in _UNANNOTATED_VIEWS:
-        return node.args[0] if isinstance(node.args[0], fx.Node) else None
-    if target in _MAYBE_VIEWS:
+    if not gives_only_views(target):
         return None
-    results = [r.alias_info for r in target._schema.returns]
-    if not results or any(info is None or info.is_write for info in results):
-        return None
-    # A list of views has an annotation without a name, so the argument is found by its own.
+    shared = shared_arguments(target)
     for position, argument in enumerate(target._schema.arguments):
-        if argument.alias_info is not None and position < len(node.args):
+        if argument.name in shared and position < len(node.args):
             value = node.args[position]
             return value if isinstance(value, fx.Node) else None
     return None
@@ -147,12 +132,3 @@ def _is_symbolic_op(node: fx.Node) -> bool:
     if isinstance(node.target, torch._ops.HigherOrderOperator):
         return False
     return node.meta.get("val") is not None
-
-
-def tensor_bytes(value: Any) -> int | torch.SymInt:
-    """Bytes of the storage behind a fake tensor; symbolic where its sizes are."""
-    if not isinstance(value, torch.Tensor):
-        return 0
-    if value.layout is not torch.strided:
-        return value._nnz() * value.element_size()
-    return value.untyped_storage().nbytes()

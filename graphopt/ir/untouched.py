@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import random
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
+
+from graphopt.ir.randomness import kept_random_state
 
 _TABLES = (dict, list, set)
 
@@ -19,14 +20,40 @@ def untouched(model: nn.Module) -> Iterator[None]:
 
     Inside, gradients are enabled, and ambient autocast and inference modes are off.
     """
+    with restored(model), _global_modes():
+        yield
+
+
+@contextlib.contextmanager
+def restored(model: nn.Module) -> Iterator[None]:
+    """Restore a model's modes, attributes and gradients, and the random state.
+
+    What buffers and parameters hold is not saved.
+    """
     before = _snapshot(model)
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(_random_state())
-        stack.enter_context(_global_modes())
-        try:
+    try:
+        with kept_random_state():
             yield
-        finally:
-            _restore(before)
+    finally:
+        _restore(before)
+
+
+@contextlib.contextmanager
+def outside_inference_mode() -> Iterator[None]:
+    """Leave ``torch.inference_mode``, where there is one: tensors made in it can't be trained."""
+    if not torch.is_inference_mode_enabled():
+        yield  # entering inference_mode(False) would switch gradients on
+        return
+    with torch.inference_mode(False):
+        yield
+
+
+def ordinary(value: Any) -> Any:
+    """A tensor that was made in inference mode as one that autograd takes; all else as it is."""
+    if not isinstance(value, torch.Tensor) or not value.is_inference():
+        return value
+    with torch.inference_mode(False):
+        return value.detach().clone().requires_grad_(value.requires_grad)
 
 
 def _snapshot(model: nn.Module) -> list[tuple[Any, dict[str, Any], dict[str, Any]]]:
@@ -69,24 +96,6 @@ def _refill(table: Any, content: Any) -> None:
     elif table != content:
         table.clear()
         table.update(content)
-
-
-@contextlib.contextmanager
-def _random_state() -> Iterator[None]:
-    python = random.getstate()
-    try:
-        import numpy
-
-        numbers: Any = numpy.random.get_state()
-    except ImportError:  # pragma: no cover - numpy comes with torch
-        numpy, numbers = None, None  # type: ignore[assignment]
-    with torch.random.fork_rng():
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            if numpy is not None:
-                numpy.random.set_state(numbers)
 
 
 @contextlib.contextmanager

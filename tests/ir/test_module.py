@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import inspect
+import linecache
 import pickle
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -300,3 +302,17 @@ def test_extra_state_and_old_checkpoints() -> None:
     state["inner._extra_state"] = {"steps": 8}
     emitted.load_state_dict(state)
     assert emitted.state_dict()["inner._extra_state"] == {"steps": 8}
+
+
+def test_code_leaves_linecache_with_its_module(pair: Any) -> None:
+    _, emitted = pair
+    file = emitted._graphs[0].code.file
+    line = emitted.code.splitlines()[0]
+    assert linecache.getline(file, 1).strip() == line
+    twin = copy.deepcopy(emitted)
+    other = twin._graphs[0].code.file
+    assert other in linecache.cache
+    del twin
+    gc.collect()
+    assert other not in linecache.cache
+    assert linecache.getline(file, 1).strip() == line

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from graphopt.ir.capture import capture
-from graphopt.ir.persist import load
+from graphopt.persist import load
 
 transformers: Any = pytest.importorskip("transformers")
 

@@ -17,7 +17,7 @@ from graphopt.errors import FileFormatError, GraphoptError, OutputError, UnsafeF
 from graphopt.ir.capture import capture
 from graphopt.ir.codec import Decoder, decode_graph, encode_graph, encode_value, register_function
 from graphopt.ir.graphs import copy_graph
-from graphopt.ir.persist import load
+from graphopt.persist import load
 
 
 class Net(nn.Module):
@@ -159,6 +159,31 @@ HOSTILE = {
 def test_hostile_graphs_are_refused(file: Path, name: str) -> None:
     with pytest.raises(UnsafeFileError, match="not known to be harmless"):
         load(rewritten(file, HOSTILE[name]))
+
+
+WRITES = "\nopen('owned', 'w').close()\ndef after():\n    "
+INJECTIONS = {
+    "keyword": lambda d: first_call(d).update(kwargs={"dict": [["a=0)" + WRITES + "dict(b", 1]]}),
+    "input": lambda d: next(n for n in nodes(d) if n["op"] == "placeholder").update(
+        target="x): pass" + WRITES + "(x"
+    ),
+    "attribute": lambda d: next(n for n in nodes(d) if n["op"] == "get_attr").update(
+        target='a")' + WRITES + '("b'
+    ),
+    "backslash": lambda d: next(n for n in nodes(d) if n["op"] == "get_attr").update(
+        target="a\\.);open('owned', 'w')#"
+    ),
+}
+
+
+@pytest.mark.parametrize("where", INJECTIONS)
+def test_names_that_are_code_are_refused(
+    file: Path, where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileFormatError, match="no name in Python"):
+        load(rewritten(file, INJECTIONS[where]))
+    assert not (tmp_path / "owned").exists()
 
 
 def tree(document: Any, **changes: Any) -> None:

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from graphopt.cost.saved import saved_table
 from graphopt.errors import UnsupportedError
 from graphopt.ir.capture import capture
-from graphopt.ir.saved import saved_table
 from graphopt.measure import measure_step
 from tests.zoo import ZOO
 

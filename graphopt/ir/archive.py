@@ -1,4 +1,6 @@
-"""Saving and loading optimized modules: one archive of JSON and safetensors, no pickle.
+"""The file of an optimized module: one archive of JSON and safetensors, no pickle.
+
+Writing a module and reading the document back happen here; `graphopt.persist` makes a module of it.
 
 model.gopt (zip, stored)
 graphopt.json         graphs, signature, modules, plans, report
@@ -17,15 +19,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from graphopt import files
-from graphopt.errors import FileFormatError, GraphoptError, UnsafeFileError
-from graphopt.ir.document import (
-    TensorTable,
-    decode_attributes,
-    decode_program,
-    encode_attributes,
-    encode_program,
-)
-from graphopt.ir.program import Program
+from graphopt.errors import FileFormatError, UnsafeFileError
+from graphopt.ir.document import TensorTable, encode_attributes, encode_program
+from graphopt.plain import to_plain
 
 if TYPE_CHECKING:
     from graphopt.ir.module import OptimizedModule
@@ -55,8 +51,6 @@ def save(module: OptimizedModule, path: str | os.PathLike[str]) -> None:
 
 def pack(module: OptimizedModule) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """The JSON document and the tensors of a module."""
-    from graphopt.plain import to_plain
-
     program = module._program
     table = TensorTable()
     encoded = encode_program(program, table)
@@ -96,54 +90,13 @@ def _weights(tensors: Mapping[str, torch.Tensor]) -> bytes:
     return to_bytes(plain)
 
 
-def load(path: str | os.PathLike[str], *, trust: bool = False) -> OptimizedModule:
-    """Load a module that `save` wrote.
-
-    Args:
-        path: The file.
-        trust: Resolve ops and classes that are not known to be harmless.
-
-    Returns:
-        The module, with its plans and its report.
+def read(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """The JSON document and the tensors of a file.
 
     Raises:
         FileFormatError: The file is corrupt, or not one of ours.
-        UnsafeFileError: It holds more than plain weights and JSON, or calls unknown code.
+        UnsafeFileError: It holds more than plain weights and JSON.
     """
-    document, tensors = _read(Path(path))
-    try:
-        program = unpack(document, tensors, trust=trust)
-        return program.emit()
-    except GraphoptError as error:
-        if not isinstance(error, FileFormatError):
-            raise FileFormatError(f"{path} can't be loaded: {error.message}") from error
-        raise
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
-        raise FileFormatError(f"{path} can't be loaded: {error}") from error
-
-
-def unpack(
-    document: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], *, trust: bool = False
-) -> Program:
-    """The program of a document and its tensors."""
-    from graphopt import registry
-    from graphopt.report import Report
-
-    program = decode_program(document["program"], tensors, trust=trust)
-    skeleton = program.skeleton.with_attributes(
-        decode_attributes(document["attributes"], trust=trust)
-    )
-    program = program.replace(skeleton=skeleton)  # metadata is derived when first asked for
-    planner = document["planner"]
-    if planner is not None:
-        cls = registry.planner(str(planner["kind"]))
-        program = program.replace(planner=cls.from_dict(planner["data"]))
-    if document["budget"] is not None:
-        program = program.replace(report=Report.of(program, document["budget"]))
-    return program
-
-
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     from safetensors import SafetensorError
     from safetensors.torch import load as from_bytes
 
