@@ -17,7 +17,6 @@ FLOORS = {
     "plain": GROUND,
     "solvers": GROUND,
     "ir": IR,
-    "ir.saved": COST,  # the former name of `cost.saved`
     "cost": COST,
     "runtime": RUNTIME,
     "arguments": CORE,

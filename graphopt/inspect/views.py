@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
+from graphopt.cost.saved import SavedTable, saved_table
 from graphopt.cost.sizes import concrete
 from graphopt.errors import GraphoptError, UnsupportedError
 from graphopt.inspect.document import (
@@ -21,7 +22,6 @@ from graphopt.inspect.document import (
     is_training,
 )
 from graphopt.ir.joint import JointView, joint_view
-from graphopt.ir.saved import SavedTable, saved_table
 
 if TYPE_CHECKING:
     from graphopt.ir.program import Program
