@@ -11,7 +11,7 @@ from torch import fx
 aten = torch.ops.aten
 
 # Namespaces whose ops do exactly what their schema and tags say.
-_TRUSTED = {"aten", "prims"}
+_TRUSTED = {"aten", "prims", "graphopt"}
 
 
 @dataclass(frozen=True)
@@ -87,9 +87,15 @@ def out_overload(target: object) -> tuple[torch._ops.OpOverload, str] | None:
         others = [a.name for a in overload._schema.arguments if not _is_written(a)]
         types = [str(a.type) for a in overload._schema.arguments if not _is_written(a)]
         same = [str(a.type) for a in target._schema.arguments]
-        if len(written) == 1 and others == inputs and types == same and written[0] not in inputs:
+        fits = len(written) == 1 and others == inputs and types == same
+        if fits and written[0] not in inputs and _writes_directly(overload):
             return overload, written[0]
     return None
+
+
+def _writes_directly(overload: torch._ops.OpOverload) -> bool:
+    """Whether it has a kernel of its own; generated ones compute elsewhere and copy."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key(overload.name(), "CPU")
 
 
 def _is_written(argument: torch.Argument) -> bool:

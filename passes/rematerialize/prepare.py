@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
+from graphopt.ir.dropout import split_dropout
 from graphopt.ir.joint import JointInput, JointView
 from graphopt.ir.ops import recomputed_form
 
@@ -17,6 +18,8 @@ def prepare(view: JointView) -> dict[JointInput, fx.Node]:
     * Metadata asserts go.
     * The backward of a training BatchNorm does not read running statistics: its arguments go, so
       that new statistics are needed by nobody but their commit.
+    * ReLU becomes the clamp that it is computed as: that can write over its argument.
+    * Dropout becomes a mask and a product.
     * oneDNN's RNN layers run in training mode where a backward pass follows.
     * Where a mutated operand is read in the backward pass, a copy taken in forward is read.
 
@@ -28,6 +31,8 @@ def prepare(view: JointView) -> dict[JointInput, fx.Node]:
     """
     _drop_asserts(view.graph)
     _free_batch_norm_backward(view.graph)
+    split_dropout(view.graph)
+    _clamp_for_relu(view.graph)
     _keep_rnn_workspace(view.graph)
     committed = {
         output.of: output.node
@@ -60,6 +65,12 @@ def _free_batch_norm_backward(graph: fx.Graph) -> None:
     ):
         if node.args[7] is True:
             node.args = (*node.args[:3], None, None, *node.args[5:])
+
+
+def _clamp_for_relu(graph: fx.Graph) -> None:
+    for node in graph.find_nodes(op="call_function", target=aten.relu.default):
+        node.target = aten.clamp_min.default
+        node.args = (node.args[0], 0)
 
 
 def _keep_rnn_workspace(graph: fx.Graph) -> None:
