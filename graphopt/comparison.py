@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,7 +75,7 @@ def observe(
     Returns:
         What the run gave.  A model with nothing to train gives no gradients.
     """
-    with preserved(module, args, kwargs) as (inputs, keywords):
+    with preserved(module, args, kwargs) as (inputs, keywords), _plain_attention():
         if training is not None:
             module.train(training)
         # Cut aliases to the caller's tensors: a model may write to its inputs.
@@ -91,6 +92,20 @@ def observe(
             gradients=_gradients(module, (inputs, keywords)) if training is not False else {},
             buffers={name: b.detach().clone() for name, b in module.named_buffers()},
         )
+
+
+@contextlib.contextmanager
+def _plain_attention() -> Iterator[None]:
+    """Without the fast path of `nn.TransformerEncoder` in eval mode.
+
+    It changes numbers: padded positions become zeros, but only while no gradients are recorded.
+    """
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
 
 
 def differences(expected: Observation, got: Observation) -> list[Difference]:

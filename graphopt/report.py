@@ -54,6 +54,7 @@ class PlanReport:
         step_flops: FLOPs of one forward and backward without recomputation.
         seconds: Time spent planning.
         cost_model: ``flops``, ``analytic`` or ``profiled``.
+        scope: For which plans ``lower_bound`` and ``optimal`` hold.
     """
 
     status: str
@@ -64,6 +65,7 @@ class PlanReport:
     step_flops: int
     seconds: float
     cost_model: str = "flops"
+    scope: str = ""
 
 
 @dataclass(frozen=True)

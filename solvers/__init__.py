@@ -4,6 +4,7 @@ Nothing here imports torch or any other part of graphopt.
 """
 
 from graphopt.solvers.check import Check, check
+from graphopt.solvers.cover import least_peak
 from graphopt.solvers.frontier import frontier, minimise
 from graphopt.solvers.graph import Task, TaskGraph, TaskGraphError, Value
 from graphopt.solvers.order import reorder
@@ -21,6 +22,7 @@ __all__ = [
     "Value",
     "check",
     "frontier",
+    "least_peak",
     "minimise",
     "prepare",
     "reorder",

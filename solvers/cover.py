@@ -15,7 +15,8 @@ import math
 import numpy as np
 from ortools.sat.python import cp_model
 
-from graphopt.solvers.arrays import Arrays
+from graphopt.solvers.arrays import Arrays, to_arrays
+from graphopt.solvers.graph import TaskGraph
 from graphopt.solvers.stages import StagePlan
 
 _HUGE = 2**60
@@ -31,6 +32,11 @@ def working_set(arrays: Arrays) -> int:
         arrays.bytes[arrays.in_idx],
     )
     return int((needed + inputs).max())
+
+
+def least_peak(graph: TaskGraph) -> int:
+    """A lower bound on the peak of every plan in every order: its largest working set."""
+    return working_set(to_arrays(graph))
 
 
 class CoverBounder:

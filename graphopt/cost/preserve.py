@@ -22,13 +22,15 @@ def preserved(
     Inside, every parameter and input that requires a gradient has one of zeros allocated.  The
     inputs are detached twins over the same storage, so that nothing reaches a graph of the
     caller's, and hooks on parameters are off: an optimizer that steps in one must not.  Afterwards
-    gradients, hooks, buffers, attributes, the module's mode, grad mode and all random states are as
-    before, also when an exception passes through.
+    gradients, hooks, buffers, inputs, attributes, the module's mode, grad mode and all random
+    states are as before, also when an exception passes through.
 
     Yields:
         The positional and keyword inputs to call the module with.
     """
     buffers = [(b, b.detach().clone()) for b in module.buffers()]
+    leaves = pytree.tree_leaves((tuple(args), dict(kwargs or {})))
+    given = [(t, t._version, t.detach().clone()) for t in leaves if _is_writable(t)]
     parameters = list(module.parameters())
     grad_mode = torch.is_grad_enabled()
     try:
@@ -42,7 +44,14 @@ def preserved(
         with torch.no_grad():
             for buffer, copy in buffers:
                 buffer.copy_(copy)
+            for tensor, version, copy in given:
+                if tensor._version != version:
+                    tensor.copy_(copy)
         torch.set_grad_enabled(grad_mode)
+
+
+def _is_writable(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and not value.is_inference()
 
 
 @contextlib.contextmanager

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 
@@ -30,6 +31,18 @@ def kept_random_state() -> Iterator[None]:
             torch.cuda.set_rng_state_all(cuda)
         if numpy is not None:
             numpy.random.set_state(numbers)
+
+
+def python_draws() -> Callable[[], bool]:
+    """Starts watching Python's and NumPy's generators; the result says whether one was used."""
+    numpy = sys.modules.get("numpy")
+
+    def states() -> tuple[Any, ...]:
+        numbers = numpy.random.get_state() if numpy is not None else ("", b"", 0)
+        return random.getstate(), numbers[0], bytes(numbers[1]), numbers[2:]
+
+    before = states()
+    return lambda: states() != before
 
 
 def seed_torch(seed: int) -> None:

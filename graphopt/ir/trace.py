@@ -16,6 +16,7 @@ from torch.export import Dim
 
 from graphopt.errors import CaptureError, GraphoptError, UsageError, innermost_user_frame
 from graphopt.ir.graphs import clean_graph, free_sizes, mark_assignments
+from graphopt.ir.randomness import python_draws
 from graphopt.ir.signature import Signature
 from graphopt.ir.trees import LEAF, Tree, flatten
 
@@ -68,7 +69,14 @@ class FlatCall(nn.Module):
         """Flat tensors in, flat tensors out; notes the tree of the result."""
         args, kwargs = self.signature.rebuild_call(flat)
         tables = [(name, m._buffers, dict(m._buffers)) for name, m in self.model.named_modules()]
+        drawn = python_draws()
         output = self.model(*args, **kwargs)
+        if drawn():
+            raise CaptureError(
+                f"{type(self.model).__name__}.forward draws numbers from Python's or NumPy's "
+                "generator: a captured graph would keep those of this one call",
+                hint="draw them with torch (torch.rand(())), or pass them in as tensors",
+            )
         self.found.assigned = self._write_back(tables)
         leaves, self.found.out_spec = flatten(output, symbols=True)
         return tuple(leaves)

@@ -11,7 +11,7 @@ from torch import nn
 
 from graphopt import solvers
 from graphopt.budget import Quantity, read_field
-from graphopt.errors import BudgetError, NothingToTrainError
+from graphopt.errors import BudgetError, BudgetInfeasible, NothingToTrainError
 from graphopt.ir.program import Program
 from graphopt.measure import measure_step
 from graphopt.passes.rematerialize.planner import MemoryPlanner
@@ -115,14 +115,17 @@ class _Run:
         fixed = self._fixed_bytes()
         asked = memory.bytes_of(eager + fixed)
         share = (asked - fixed) / max(1, eager) if memory.relative else None
-        settings = self._settings(asked - fixed, share)
+        settings = self._settings(max(0, asked - fixed), share)
         planner = MemoryPlanner(settings, self.training)
         with torch.set_grad_enabled(self.training):
             key = CallKey.of(self.module, self.inputs)
             situation = planner.situation(self.module, key, self.inputs)
             problem = make_problem(situation, settings, self.context.progress)
             search = Search(situation, problem, settings, self.context.progress)
-            plan, measured, program = self._kept(planner, key, search)
+            try:
+                plan, measured, program = self._kept(planner, key, search)
+            except BudgetInfeasible as error:
+                raise self._with_fixed(error, fixed) from None
         return PassResult(
             program,
             changed=True,
@@ -144,6 +147,7 @@ class _Run:
                     step_flops=plan.step_flops,
                     seconds=plan.seconds,
                     cost_model=settings.cost_model,
+                    scope=plan.scope,
                 ),
             },
         )
@@ -199,10 +203,31 @@ class _Run:
             if measured <= asked:
                 return plan, measured, program
             if not plan.keeps_budget:
-                raise plan.infeasible(asked, smallest=max(measured, plan.peak))
-            allowed -= measured - asked
+                break
+            allowed = max(0, allowed - (measured - asked))
             start = plan.sequence
-        raise plan.infeasible(asked, smallest=measured)
+        return self._unplanned(plan, asked, smallest=max(measured, plan.peak))
+
+    def _unplanned(self, plan: Plan, asked: int, smallest: int) -> tuple[Plan, int, Program]:
+        """Without a plan, if that keeps the budget: autograd frees some things earlier."""
+        program = self.program.replace(planner=None)
+        measured = self._measure(program.emit().train(self.training))
+        if measured > asked:
+            raise plan.infeasible(asked, smallest)
+        return plan.without_recomputation(measured), measured, program
+
+    @staticmethod
+    def _with_fixed(error: BudgetInfeasible, fixed: int) -> BudgetInfeasible:
+        """In the figures of the scope `step`, parameters and the like included."""
+        return BudgetInfeasible(
+            f"No plan keeps a peak of {int(error.requested or 0) + fixed:,} bytes.",
+            field=error.field,
+            requested=int(error.requested or 0) + fixed,
+            smallest=int(error.smallest or 0) + fixed,
+            obstacle=error.obstacle,
+            proven=error.proven,
+            bound=int(error.bound or 0) + fixed,
+        )
 
     def _measure(self, module: nn.Module) -> int:
         with torch.set_grad_enabled(self.training):

@@ -84,7 +84,7 @@ class Plan:
         seconds: Time spent planning.
         scope: For which plans the bound holds.
         smallest: The smallest peak found.
-        smallest_bound: No plan has a smaller peak (within `scope`).
+        smallest_bound: No plan in any order has a smaller peak.
         obstacle: What is live at the smallest peak.
     """
 
@@ -109,6 +109,12 @@ class Plan:
     def keeps_budget(self) -> bool:
         """Whether the predicted peak is within the budget."""
         return self.peak <= self.budget
+
+    def without_recomputation(self, peak: int) -> Plan:
+        """What is to be said of a step that runs as autograd runs it."""
+        return dataclasses.replace(
+            self, peak=peak, status="optimal", overhead=0.0, lower_bound=0.0, recomputed_flops=0
+        )
 
     def infeasible(self, asked: int, smallest: int) -> BudgetInfeasible:
         """The error that says that no plan was found, and what would do.
@@ -199,7 +205,7 @@ class Search:
             start=None if start is None else [place[task] for task in start],
             tolerance=_TOLERANCE,
         )
-        if solution.peak > budget and budget > 0:
+        if solution.peak > budget:
             solution = self._with_least(budget, solution)
         sequence = tuple(self.order[task] for task in solution.sequence)
         return _describe(self.situation, budget, self.problem, solution, sequence)
@@ -218,11 +224,7 @@ class Search:
                 tolerance=_TOLERANCE,
             )
         found = min(least, solution, key=lambda s: s.peak)
-        return dataclasses.replace(
-            found,
-            min_peak=found.peak,
-            min_peak_bound=max(least.min_peak_bound, solution.min_peak_bound),
-        )
+        return dataclasses.replace(found, min_peak=found.peak)
 
     @cached_property
     def least(self) -> Solution:
@@ -308,7 +310,7 @@ def _describe(
         seconds=solution.seconds,
         scope=solution.scope,
         smallest=solution.min_peak,
-        smallest_bound=solution.min_peak_bound,
+        smallest_bound=solvers.least_peak(problem.graph),
         obstacle=_obstacle(problem, sequence),
     )
 
