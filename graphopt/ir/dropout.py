@@ -18,8 +18,8 @@ _LIBRARY.define(
 
 
 def _mask_cpu(x: Tensor, p: float) -> Tensor:
-    """The draws of `native_dropout` on the CPU."""
-    return torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(1 - p)
+    """The draws of `native_dropout` on the CPU: in the order in which the memory of `x` lies."""
+    return torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - p)
 
 
 def _mask_elsewhere(x: Tensor, p: float) -> Tensor:
@@ -32,7 +32,7 @@ _LIBRARY.impl("dropout_mask", _mask_elsewhere, "CUDA")
 
 @torch.library.register_fake("graphopt::dropout_mask", lib=_LIBRARY)
 def _mask_fake(x: Tensor, p: float) -> Tensor:
-    return torch.empty(x.shape, dtype=torch.bool, device=x.device)
+    return torch.empty_like(x, dtype=torch.bool)
 
 
 def split_dropout(graph: fx.Graph) -> None:

@@ -13,14 +13,16 @@ aten = torch.ops.aten
 
 
 @pytest.mark.parametrize("p", [0.0, 0.1, 0.5, 1.0])
+@pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_same_bits_and_same_draws(p: float, dtype: torch.dtype) -> None:
+def test_same_bits_and_same_draws(p: float, dtype: torch.dtype, transposed: bool) -> None:
     def step(x: torch.Tensor, gradient: torch.Tensor) -> tuple[torch.Tensor, ...]:
         out, mask = aten.native_dropout(x, p, True)
         scale = 1 / (1 - p) if p < 1 else 0.0
         return out, mask, aten.native_dropout_backward(gradient, mask, scale)
 
     x, gradient = torch.randn(33, 17, dtype=dtype), torch.randn(17, 33, dtype=dtype).t()
+    x = x.t().contiguous().t() if transposed else x
     traced = make_fx(step, tracing_mode="fake")(x, gradient)
     split_dropout(traced.graph)
     traced.recompile()
