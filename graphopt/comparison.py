@@ -15,8 +15,10 @@ from graphopt.cost.losses import default_loss, loss_value
 from graphopt.cost.preserve import autocast_off, preserved
 from graphopt.errors import NothingToTrainError
 from graphopt.ir.randomness import seed_torch
+from graphopt.ir.trees import Tree, flatten
 
 _MOST_NOISE = 1e-3
+_PLAIN = (str, int, float, bool, complex, tuple, type(None))
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,7 @@ def observe(
             outputs = module(*inputs, **keywords)
         if training is not False:
             _backward(outputs, loss)
-        tensors = [t for t in pytree.tree_leaves(outputs) if isinstance(t, torch.Tensor)]
+        tensors = flatten(outputs)[0]
         return Observation(
             structure=_structure(outputs),
             outputs={f"output[{i}]": t.detach().clone() for i, t in enumerate(tensors)},
@@ -184,7 +186,7 @@ def probe_loss(outputs: Any) -> torch.Tensor:
         NothingToTrainError: No output is floating.
     """
     own = default_loss(outputs)
-    leaves = [t for t in pytree.tree_leaves(outputs) if isinstance(t, torch.Tensor)]
+    leaves = flatten(outputs)[0]
     if any(own is leaf for leaf in leaves):
         return own
     total = own.new_zeros(())
@@ -229,11 +231,17 @@ def _gradients(module: nn.Module, inputs: Any) -> dict[str, torch.Tensor]:
 
 
 def _structure(outputs: Any) -> str:
-    leaves, spec = pytree.tree_flatten(outputs)
-    described = [
-        f"{tuple(x.shape)}:{x.dtype}" if isinstance(x, torch.Tensor) else repr(x) for x in leaves
-    ]
-    return f"{spec} {described}"
+    tensors, tree = flatten(outputs)
+    described = [f"{tuple(t.shape)}:{t.dtype}" for t in tensors]
+    return f"{_named(tree)} {described}"
+
+
+def _named(tree: Tree) -> str:
+    """A tree as text, without addresses."""
+    context = tree.context
+    text = repr(context) if isinstance(context, _PLAIN) else type(context).__name__
+    inside = ", ".join(_named(child) for child in tree.children)
+    return f"{getattr(tree.type, '__name__', tree.kind)}({text}: {inside})"
 
 
 def _worst(

@@ -14,6 +14,7 @@ from graphopt.cost.calls import TensorSpec
 from graphopt.cost.preserve import autocast_off
 from graphopt.cost.sizes import Substitution, concrete
 from graphopt.errors import NothingToTrainError
+from graphopt.ir.trees import flatten
 
 Loss = Callable[[Any], torch.Tensor]
 
@@ -67,7 +68,7 @@ def default_loss(outputs: Any) -> torch.Tensor:
     own = outputs.get("loss") if isinstance(outputs, Mapping) else getattr(outputs, "loss", None)
     if isinstance(own, torch.Tensor) and own.ndim == 0:
         return own
-    tensors = [t for t in pytree.tree_leaves(outputs) if isinstance(t, torch.Tensor)]
+    tensors = flatten(outputs)[0]
     if len(tensors) == 1 and tensors[0].ndim == 0 and tensors[0].is_floating_point():
         return tensors[0]
     floating = [t for t in tensors if t.is_floating_point() or t.is_complex()]

@@ -264,7 +264,7 @@ def make_problem(
     situation: Situation, settings: PlanSettings, progress: Progress = silent
 ) -> Problem:
     """The problem with durations of the chosen cost model."""
-    model: CostModel = cost_model(settings.cost_model)
+    model: CostModel = cost_model(settings.cost_model, symbols=situation.sizes)
     progress("measuring the ops")
     model.prepare(situation.computations)
     seconds = {node: model.seconds(node) for node in situation.computations}

@@ -88,6 +88,8 @@ class Situation:
         outputs_like: Fake outputs of `unplanned`.
         loss: The loss as a function of these.
         hold_outputs: Whether callers keep outputs during backward.
+        sizes: The example sizes. (The graph's hints are others where a batch of one was given:
+            it is traced as two.)
     """
 
     view: JointView
@@ -99,6 +101,7 @@ class Situation:
     outputs_like: list[Any]
     loss: Callable[..., torch.Tensor]
     hold_outputs: bool
+    sizes: Substitution
 
     @cached_property
     def computations(self) -> list[fx.Node]:
@@ -119,19 +122,20 @@ class Situation:
         progress: Callable[[int, int], None] | None = None,
     ) -> Problem:
         """The task graph at the example sizes, or at those given by `symbols`."""
-        measured = measure_ops(self.computations, symbols=symbols, progress=progress)
+        sizes = self.sizes if symbols is None else symbols
+        measured = measure_ops(self.computations, symbols=sizes, progress=progress)
         return build_problem(
             self.view,
             self.storage,
             measured,
             duration,
             self.committed,
-            self._turn(symbols),
+            self._turn(sizes),
             small_gradient=self._small_gradient,
-            examples=measure_ops(self.computations) if symbols else measured,
+            examples=measure_ops(self.computations, symbols=self.sizes),
         )
 
-    def _turn(self, symbols: Substitution | None) -> TurnCosts | None:
+    def _turn(self, symbols: Substitution) -> TurnCosts | None:
         """The loss, measured at the example sizes and scaled with the outputs to others."""
         tangents = self.view.inputs_of("tangent")
         if not tangents:
@@ -153,16 +157,18 @@ class Situation:
             hold_outputs=self.hold_outputs,
         )
 
-    def _scaled_tangent(self, position: int, size: int, symbols: Substitution | None) -> int:
+    def _scaled_tangent(self, position: int, size: int, symbols: Substitution) -> int:
         return round(size * self._bytes([position], symbols) / max(1, self._bytes([position])))
 
     def _bytes(self, positions: Iterable[int], symbols: Substitution | None = None) -> int:
         values = (self.outputs_like[position] for position in positions)
-        return sum(_dense_bytes(v, symbols) for v in values if isinstance(v, torch.Tensor))
+        return sum(
+            _dense_bytes(v, symbols or self.sizes) for v in values if isinstance(v, torch.Tensor)
+        )
 
     @cached_property
     def _loss_found(self) -> LossMeasurement:
-        return measure_loss(self.outputs_like, self.loss, held=self._held)
+        return measure_loss(self.outputs_like, self.loss, symbols=self.sizes, held=self._held)
 
     @cached_property
     def _held(self) -> frozenset[int]:
@@ -176,7 +182,7 @@ class Situation:
         late = depends_on_tangents(self.view)
         readers = [n for n in late if n.op != "output"]
         read = {self.storage.base[a] for n in readers for a in n.all_input_nodes}
-        saves = measure_loss(self.outputs_like, self.loss).saves
+        saves = measure_loss(self.outputs_like, self.loss, symbols=self.sizes).saves
         made = {o.of: o.node for o in self.view.outputs_of("output") if o.node is not None}
         return frozenset(
             i for i in tensors if i not in made or (saves[i] and self.storage.base[made[i]] in read)
@@ -193,17 +199,14 @@ class Situation:
 
     def symbols(self, inputs: Sequence[torch.Tensor]) -> Substitution:
         """The values that inputs of other sizes give to the graph's symbols."""
-        found: dict[Any, int] = {}
-        for placeholder in self.view.inputs_of("input"):
-            real = inputs[int(placeholder.name)]
-            for size, actual in zip(placeholder.node.meta["val"].shape, real.shape, strict=True):
-                if isinstance(size, torch.SymInt) and size.node.expr.is_symbol:
-                    found[size.node.expr] = int(actual)
-        return found
+        return _symbols(
+            [i.node.meta["val"] for i in self.view.inputs_of("input")],
+            [inputs[int(i.name)] for i in self.view.inputs_of("input")],
+        )
 
     def flops(self, node: fx.Node) -> int:
         """FLOPs of one computation at the example sizes."""
-        return flops(node)
+        return flops(node, self.sizes)
 
 
 def make_situation(
@@ -222,7 +225,7 @@ def make_situation(
         program: The program that the module was emitted from.
         module: The module, in the mode and with the parameters that count.
         key: Its `CallKey`.
-        inputs: Flat inputs; only their traits are used, sizes are the program's symbols.
+        inputs: Flat inputs; only their traits and sizes are used.
         loss: The loss; decides which outputs are differentiated.
         differentiable: These are, if given, and their sum stands for the loss.
         hold_outputs: Whether callers keep outputs during backward.
@@ -233,6 +236,7 @@ def make_situation(
     by_name = {n.name: t for n, t in zip(placeholders, inputs, strict=True)}
     forward = retie(forward, module, by_name)
     fakes = [_like(n.meta["val"], t) for n, t in zip(placeholders, inputs, strict=True)]
+    sizes = _symbols(fakes, inputs)
     forward, views = split_views(forward)
     output = next(n for n in reversed(forward.graph.nodes) if n.op == "output")
     flat = [_stand_in(v.meta.get("val")) if isinstance(v, fx.Node) else v for v in output.args[0]]
@@ -240,12 +244,13 @@ def make_situation(
         on_flat = partial(_sum_of, tuple(differentiable))
     else:
         signature = _signature(program, module)
-        on_flat = partial(_loss_of_flat, loss or default_loss, views, signature, fakes)
-        differentiable = _used_outputs(flat, on_flat) if key.differentiable else None
+        shapes = [torch.empty(tuple(t.shape), device="meta") for t in inputs]
+        on_flat = partial(_loss_of_flat, loss or default_loss, views, signature, shapes)
+        differentiable = _used_outputs(flat, on_flat, sizes) if key.differentiable else None
     view = joint_view(forward, fakes, differentiable=differentiable, grad=key.grad)
     committed = prepare(view)
     if key.differentiable:
-        _expand_tangents(view, measure_loss(flat, on_flat))
+        _expand_tangents(view, measure_loss(flat, on_flat, symbols=sizes))
     return Situation(
         view=view,
         storage=storage_map(view.graph),
@@ -256,6 +261,7 @@ def make_situation(
         outputs_like=flat,
         loss=on_flat,
         hold_outputs=hold_outputs,
+        sizes=sizes,
     )
 
 
@@ -273,6 +279,16 @@ def _sum_of(positions: tuple[int, ...], flat: list[Any]) -> torch.Tensor:
     return default_loss([flat[position] for position in positions])
 
 
+def _symbols(fakes: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor]) -> Substitution:
+    """What the sizes of real inputs give to the symbols of fake ones."""
+    found: dict[Any, int] = {}
+    for fake, real in zip(fakes, inputs, strict=True):
+        for size, actual in zip(fake.shape, real.shape, strict=True):
+            if isinstance(size, torch.SymInt) and size.node.expr.is_symbol:
+                found[size.node.expr] = int(actual)
+    return found
+
+
 def _stand_in(value: Any) -> Any:
     """Of a returned parameter the value: whether outputs require a gradient is not known here."""
     return value.detach() if isinstance(value, torch.Tensor) and value.requires_grad else value
@@ -282,12 +298,10 @@ def _loss_of_flat(
     loss: Loss,
     views: OutputViews,
     signature: Signature,
-    fakes: Sequence[torch.Tensor],
+    inputs: Sequence[torch.Tensor],
     flat: list[Any],
 ) -> torch.Tensor:
     """The loss as a function of what the graph returns."""
-    sizes = [[concrete(size) for size in fake.shape] for fake in fakes]
-    inputs = [torch.empty(size, device="meta") for size in sizes]
     return loss(signature.unflatten_outputs(views.apply(flat, inputs)))
 
 
@@ -311,9 +325,9 @@ def _signature(program: Program, module: nn.Module) -> Signature:
     return program.signature
 
 
-def _used_outputs(flat: Sequence[Any], loss: Loss) -> list[int]:
+def _used_outputs(flat: Sequence[Any], loss: Loss, sizes: Substitution) -> list[int]:
     """Positions of the flat outputs that the loss depends on."""
-    found: LossMeasurement = measure_loss(list(flat), loss)
+    found: LossMeasurement = measure_loss(list(flat), loss, symbols=sizes)
     used = {id(v) for v, t in zip(flat, found.tangents, strict=True) if t is not None}
     return [i for i, value in enumerate(flat) if id(value) in used]
 
