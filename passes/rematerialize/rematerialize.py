@@ -125,7 +125,7 @@ class _Run:
             try:
                 plan, measured, program = self._kept(planner, key, search)
             except BudgetInfeasible as error:
-                raise self._with_fixed(error, fixed) from None
+                raise self._with_fixed(error, asked, fixed) from None
         return PassResult(
             program,
             changed=True,
@@ -217,15 +217,15 @@ class _Run:
         return plan.without_recomputation(measured), measured, program
 
     @staticmethod
-    def _with_fixed(error: BudgetInfeasible, fixed: int) -> BudgetInfeasible:
+    def _with_fixed(error: BudgetInfeasible, asked: int, fixed: int) -> BudgetInfeasible:
         """In the figures of the scope `step`, parameters and the like included."""
         return BudgetInfeasible(
-            f"No plan keeps a peak of {int(error.requested or 0) + fixed:,} bytes.",
+            f"No plan keeps a peak of {asked:,} bytes.",
             field=error.field,
-            requested=int(error.requested or 0) + fixed,
+            requested=asked,
             smallest=int(error.smallest or 0) + fixed,
             obstacle=error.obstacle,
-            proven=error.proven,
+            proven=error.proven or asked < fixed,
             bound=int(error.bound or 0) + fixed,
         )
 

@@ -123,6 +123,8 @@ class Situation:
     ) -> Problem:
         """The task graph at the example sizes, or at those given by `symbols`."""
         sizes = self.sizes if symbols is None else symbols
+        if self.view.inputs_of("tangent"):
+            _expand_tangents(self.view, self._loss_found)
         measured = measure_ops(self.computations, symbols=sizes, progress=progress)
         return build_problem(
             self.view,
@@ -249,8 +251,6 @@ def make_situation(
         differentiable = _used_outputs(flat, on_flat, sizes) if key.differentiable else None
     view = joint_view(forward, fakes, differentiable=differentiable, grad=key.grad)
     committed = prepare(view)
-    if key.differentiable:
-        _expand_tangents(view, measure_loss(flat, on_flat, symbols=sizes))
     return Situation(
         view=view,
         storage=storage_map(view.graph),
