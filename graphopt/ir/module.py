@@ -96,6 +96,10 @@ class OptimizedModule(Container):
             self.get_submodule(path).training = training
         return self
 
+    def _was_captured(self, name: str) -> bool:
+        program = self.__dict__.get("_program")
+        return program is not None and name in program.skeleton.attributes
+
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         check_move(self._program.literals, [*self.parameters(), *self.buffers()], fn)
         return super()._apply(fn, recurse)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import types
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
@@ -47,6 +48,26 @@ class Container(nn.Module):
         raise UnsupportedError(
             f"calling the inner module {self._path!r} ({self._class_name}) of an optimized module",
             hint="only the whole module has code; call the source model's own module instead",
+        )
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        is_setting = isinstance(value, int | float | str) and name != "training"
+        if is_setting and not name.startswith("_") and self._was_captured(name):
+            warnings.warn(
+                f"{self._class_name}.{name} was fixed when the model was captured: setting it "
+                "changes nothing. Set it on the source model and optimise that again.",
+                stacklevel=2,
+            )
+
+    def _was_captured(self, name: str) -> bool:
+        """Whether the source may have had a setting of that name."""
+        return True
+
+    def __setitem__(self, key: Any, value: Any) -> NoReturn:
+        raise UnsupportedError(
+            f"replacing part {key!r} of {self._class_name} in an optimized module",
+            hint="replace it in the source model and optimise that again",
         )
 
     def __getitem__(self, key: Any) -> Any:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad
 
+import graphopt
 from graphopt.errors import UnsupportedError
 from graphopt.ir.capture import capture
 
@@ -316,3 +317,23 @@ def test_code_leaves_linecache_with_its_module(pair: Any) -> None:
     gc.collect()
     assert other not in linecache.cache
     assert linecache.getline(file, 1).strip() == line
+
+
+def test_settings_of_the_source_are_fixed_and_say_so() -> None:
+    class Scaled(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers, self.alpha = torch.nn.Sequential(torch.nn.Dropout(0.1)), 2.0
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.alpha * self.layers(x)
+
+    module = graphopt.capture(Scaled(), (torch.randn(3, 4),)).emit()
+    with pytest.warns(UserWarning, match="alpha was fixed"):
+        module.alpha = 3.0
+    with pytest.warns(UserWarning, match="p was fixed"):
+        module.layers[0].p = 0.9
+    with pytest.raises(graphopt.UnsupportedError, match="replacing part 0"):
+        module.layers[0] = torch.nn.Identity()
+    module.note = "mine"  # no setting of the source's
+    module.eval().train()
