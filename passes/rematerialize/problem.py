@@ -334,8 +334,8 @@ def _example_bytes(node: fx.Node) -> int:
     return concrete(value.numel()) * value.element_size()
 
 
-def live_at_peak(graph: TaskGraph, sequence: Sequence[int]) -> set[int]:
-    """Values that are live when a sequence needs most bytes."""
+def live_at_peak(graph: TaskGraph, sequence: Sequence[int]) -> tuple[set[int], int]:
+    """Values that are live when a sequence needs most bytes, and the workspace of the task then."""
     last_use: dict[tuple[int, int], int] = {}
     born: dict[int, int] = {}
     for step, task in enumerate(sequence):
@@ -351,11 +351,12 @@ def live_at_peak(graph: TaskGraph, sequence: Sequence[int]) -> set[int]:
     for (value, _), end in last_use.items():
         ends.setdefault(end, []).append(value)
     live: set[int] = set()
-    most, found = -1, set()
+    most, found, workspace = -1, set(), 0
     for step, task in enumerate(sequence):
         live.update(graph.tasks[task].outputs)
         size = sum(graph.values[v].bytes for v in live) + graph.tasks[task].workspace
         if size > most:
             most, found = size, set(live)
+            workspace = graph.tasks[task].workspace
         live.difference_update(ends.get(step, ()))
-    return found
+    return found, workspace

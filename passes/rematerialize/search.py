@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+from torch import fx
+
 from graphopt import solvers
 from graphopt.cost.losses import Loss
 from graphopt.cost.models import CostModel, cost_model
-from graphopt.errors import BudgetInfeasible
+from graphopt.errors import BudgetInfeasible, user_line_of
 from graphopt.passes.rematerialize.problem import Problem, live_at_peak
 from graphopt.passes.rematerialize.situation import Situation
 from graphopt.passes.rematerialize.steps import StepNames
@@ -316,10 +319,22 @@ def _describe(
 
 
 def _obstacle(problem: Problem, sequence: Sequence[int]) -> str:
-    """The largest values that are live where the plan peaks."""
-    live = live_at_peak(problem.graph, sequence)
+    """The largest values that are live where the plan peaks, and the scratch memory there."""
+    live, scratch = live_at_peak(problem.graph, sequence)
     sizes = problem.graph.values
     owners = {value: node for node, value in problem.value_of.items()}
     largest = sorted(live, key=lambda v: -sizes[v].bytes)[:4]
-    named = [f"{owners[v].name} ({sizes[v].bytes:,} B)" for v in largest if v in owners]
+    named = [f"{_place(owners[v])} ({sizes[v].bytes:,} B)" for v in largest if v in owners]
+    if scratch > min((sizes[v].bytes for v in largest), default=0):
+        named.append(f"scratch memory of the op that runs then ({scratch:,} B)")
     return "live together: " + ", ".join(named) if named else ""
+
+
+def _place(node: fx.Node) -> str:
+    """A value by its op, and by the module or the line of the user's that computes it."""
+    maker = node.args[0] if node.target is operator.getitem else node
+    meta = getattr(maker, "meta", {})
+    stack = meta.get("nn_module_stack") or meta.get("fwd_nn_module_stack") or {}
+    paths = [path for path, _ in stack.values() if path]
+    where = paths[-1] if paths else user_line_of(maker)
+    return f"{node.name} at {where}" if where else node.name
