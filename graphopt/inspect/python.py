@@ -173,7 +173,9 @@ class _Writer:
             f"{key}={self._argument(value, node, env)}" for key, value in node.kwargs.items()
         ]
         target = target_text(node)
-        if target.startswith("graphopt."):
+        if target.startswith("torch.ops.graphopt."):
+            self.modules.add("graphopt.ir.dropout")
+        elif target.startswith("graphopt."):
             self.modules.add(target.rpartition(".")[0])
         name = self.names.fresh(node.name)
         env[node] = name

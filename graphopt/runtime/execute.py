@@ -10,7 +10,7 @@ values and returns its gradients, which are accumulated and freed before the nex
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -188,7 +188,7 @@ class _Call:
                 "Trying to backward through a planned step a second time: its values were freed. "
                 "Specify retain_graph=True on the first backward."
             )
-        self._check_versions()
+        self._check_versions(self.versions)
         keep = torch._C._autograd._get_current_graph_task_keep_graph()
         self.kept = dict(self.table) if keep else None
         self.spent, self.extra = True, {}
@@ -208,6 +208,7 @@ class _Call:
         if self.replayed:
             self.table = {}
             return [self.extra.pop(operand, None) for operand, _ in stage.gradients]
+        self._check_versions(stage.takes)
         with autocast_off():
             self.compiled.stages[index + 1].run(self.table)
         gradients: list[Tensor | None] = [
@@ -226,16 +227,22 @@ class _Call:
         extra = self.extra.pop(operand, None)
         return gradient if extra is None else gradient + extra
 
-    def _check_versions(self) -> None:
-        for name, (version, owner) in self.versions.items():
-            if name in self.table and self.table[name]._version != version:
+    def _check_versions(self, names: Iterable[str]) -> None:
+        for name in names:
+            version, owner = self.versions.get(name, (None, None))
+            if version is not None and self._version(name) not in (None, version):
                 operand = self.step.operands.get(owner or "")
                 what = f"{operand.kind} '{operand.name}'" if operand else "an output of the model"
                 raise GraphoptError(
                     f"{what} was modified in place between forward and backward, which needs its "
                     "earlier value.",
-                    hint="Run backward before the optimizer step or the write, or write to a copy.",
+                    hint="Run backward before the optimizer step or the write, or write to a copy. "
+                    "(Hooks that step an optimizer are fine if registered before the call.)",
                 )
+
+    def _version(self, name: str) -> int | None:
+        value = self.table.get(name)
+        return value._version if isinstance(value, Tensor) else None
 
     def _differentiate_unplanned(self, tangents: dict[int, Tensor]) -> None:
         """Autograd's way: no gradient of zeros stands in for one that isn't there."""

@@ -50,18 +50,21 @@ class Step:
     of: JointInput | None = None
 
 
-def lower(view: JointView, storage: StorageMap, steps: Sequence[Step]) -> PlannedStep:
+def lower(
+    view: JointView, storage: StorageMap, steps: Sequence[Step], *, stepping: bool = False
+) -> PlannedStep:
     """Writes the graphs of a planned step.
 
     Args:
         view: The joint graph.
         storage: Roles and owners of its nodes.
         steps: The sequence: every computation after what it reads, at most one `turn`.
+        stepping: Whether operands may be written to as soon as they get their gradient.
 
     Returns:
         The planned step, its graphs boxed.
     """
-    lowering = _Lowering(view, storage)
+    lowering = _Lowering(view, storage, stepping)
     for step in steps:
         lowering.take(step)
     return lowering.finish()
@@ -71,6 +74,7 @@ def lower(view: JointView, storage: StorageMap, steps: Sequence[Step]) -> Planne
 class _Lowering:
     view: JointView
     storage: StorageMap
+    stepping: bool
     current: dict[fx.Node, Instance] = field(default_factory=dict)
     made: dict[fx.Node, int] = field(default_factory=lambda: defaultdict(int))
     views_of: dict[Instance, list[fx.Node]] = field(default_factory=lambda: defaultdict(list))
@@ -206,7 +210,9 @@ class _Lowering:
         last = self.cuts[-1]
         if self.turned and not last.gradients and not any(line.pinned for line in last.lines):
             self.cuts.pop()
-        stages = write_stages(self.view.module, self.cuts, tuple(self.results.values()))
+        stages = write_stages(
+            self.view.module, self.cuts, tuple(self.results.values()), stepping=self.stepping
+        )
         read = {name for stage in stages for name in stage.takes} | self.mutates
         return PlannedStep(
             operands={

@@ -86,7 +86,7 @@ class Cut:
 
 
 def write_stages(
-    root: fx.GraphModule, cuts: Sequence[Cut], results: Sequence[Instance]
+    root: fx.GraphModule, cuts: Sequence[Cut], results: Sequence[Instance], *, stepping: bool
 ) -> list[Stage]:
     """Writes every cut as a stage, leaving out lines that nobody needs.
 
@@ -94,9 +94,11 @@ def write_stages(
         root: Holds the constants and sub-graphs that lines refer to.
         cuts: The lines of each stage, forward first.
         results: Instances returned to the caller at the end of the first stage.
+        stepping: Whether operands may be written to as soon as they get their gradient.
     """
     lines = _live_lines(cuts, results)
-    _wait_for_readers(cuts)
+    if stepping:
+        _wait_for_readers(cuts)
     return [_write(root, i, cut, lines[i], results if i == 0 else ()) for i, cut in enumerate(cuts)]
 
 
@@ -119,7 +121,7 @@ def _live_lines(cuts: Sequence[Cut], results: Sequence[Instance]) -> list[list[L
 
 
 def _wait_for_readers(cuts: Sequence[Cut]) -> None:
-    """Gradients wait for the last reader of their operand: a hook may step an optimizer."""
+    """Gradients wait for the last reader of their operand, which may change then."""
     for index, cut in enumerate(cuts):
         for gradient in list(cut.gradients):
             last = max(instance.last for instance in gradient.memory)

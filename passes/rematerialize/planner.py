@@ -162,8 +162,9 @@ class MemoryPlanner:
         """Uses a plan for calls of one key."""
         reader = StepReader(situation.view)
         steps = [reader.read(task) for task in plan.tasks]
+        sequence = [steps[task] for task in plan.sequence]
         compiled = CompiledStep(
-            lower(situation.view, situation.storage, [steps[task] for task in plan.sequence]),
+            lower(situation.view, situation.storage, sequence, stepping=situation.stepping),
             situation.unplanned,
             situation.views,
             on_other_loss=partial(self._other_loss, key),
@@ -234,6 +235,7 @@ def _key(data: dict[str, Any]) -> CallKey:
     return CallKey(
         training=tuple(data["training"]),
         grad=data["grad"],
+        stepping=data["stepping"],
         **{
             name: tuple(tuple(entry) for entry in data[name])
             for name in ("parameters", "inputs", "autocast")

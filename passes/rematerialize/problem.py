@@ -67,6 +67,7 @@ def build_problem(
     *,
     small_gradient: int = 0,
     examples: Mapping[fx.Node, OpMeasurement] | None = None,
+    stepping: bool = False,
 ) -> Problem:
     """States a joint graph as a task graph.
 
@@ -80,8 +81,9 @@ def build_problem(
         small_gradient: Gradients wait until they have as many bytes together, which saves stages.
         examples: What each computation allocates at the example sizes, if `measured` is for
             others: these decide what is one task, so that plans fit every size.
+        stepping: Whether operands may be written to as soon as they get their gradient.
     """
-    builder = _Builder(view, storage, measured, duration, committed, turn, small_gradient)
+    builder = _Builder(view, storage, measured, duration, committed, turn, small_gradient, stepping)
     return builder.build(measured if examples is None else examples)
 
 
@@ -94,6 +96,7 @@ class _Builder:
     committed: Mapping[JointInput, fx.Node]
     turn: TurnCosts | None
     small_gradient: int
+    stepping: bool
     tasks: list[Task] = field(default_factory=list)
     steps: list[Step] = field(default_factory=list)
     values: list[Value] = field(default_factory=list)
@@ -289,12 +292,12 @@ class _Builder:
     ) -> dict[int, list[tuple[JointInput, fx.Node]]]:
         """Place of a cluster of the backward pass -> the gradients that are final after it.
 
-        A gradient is final when it is made and nobody reads its operand any more: whoever gets it
-        may write to that (an optimizer that steps in a hook).
+        Where an optimizer may step as soon as it gets one, also nobody may read its operand any
+        more.
         """
         made = {node: place for place, c in enumerate(clusters) for node in c.nodes}
         read: dict[fx.Node, int] = {}
-        for node, place in made.items():
+        for node, place in made.items() if self.stepping else ():
             for argument in node.all_input_nodes:
                 owner = self.storage.base[argument]
                 read[owner] = max(place, read.get(owner, -1))
@@ -324,7 +327,8 @@ class _Builder:
                 Task(0, inputs, recomputable=False, name=f"gradient of {operand.name}"),
             )
             self.after.append((self.turn_index, index))
-            late = [t for t in self.readers[operand.node] if t > self.turn_index]
+            readers = self.readers[operand.node] if self.stepping else ()
+            late = [task for task in readers if task > self.turn_index]
             self.after += [(task, index) for task in late]
         self.waiting = []
 

@@ -16,6 +16,7 @@ from graphopt import solvers
 from graphopt.cost.losses import Loss
 from graphopt.cost.models import CostModel, cost_model
 from graphopt.errors import BudgetInfeasible, user_line_of
+from graphopt.passes.rematerialize.memory import Known, known
 from graphopt.passes.rematerialize.problem import Problem, live_at_peak
 from graphopt.passes.rematerialize.situation import Situation
 from graphopt.passes.rematerialize.steps import StepNames
@@ -26,6 +27,8 @@ from graphopt.solvers import Solution, TaskGraph
 _WHOLE = 10**9
 # A plan that is proven to be within this share of the shortest step is not improved any more.
 _TOLERANCE = 5e-4
+# The solver is compiled when it is first used on a machine, which is no part of the time limit.
+_COMPILING_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
@@ -175,13 +178,20 @@ class Search:
     ) -> None:
         self.situation, self.problem = situation, problem
         self.settings, self.progress = settings, progress
+        self.known: Known = known(problem.graph)
 
     @cached_property
     def order(self) -> list[int]:
         """The order of least peak before anything is recomputed."""
-        self.progress("ordering the step")
-        limit = min(10.0, 0.15 * self.settings.time_limit)
-        return list(solvers.reorder(self.problem.graph, time_limit=limit, seed=self.settings.seed))
+        if not solvers.prepare():
+            self.progress("compiling the solver, once")
+            solvers.prepare(_COMPILING_SECONDS)
+        if self.known.order is None:
+            self.progress("ordering the step")
+            limit = min(10.0, 0.15 * self.settings.time_limit)
+            found = solvers.reorder(self.problem.graph, time_limit=limit, seed=self.settings.seed)
+            self.known.order = list(found)
+        return self.known.order
 
     @cached_property
     def graph(self) -> TaskGraph:
@@ -198,20 +208,31 @@ class Search:
             start: A sequence to begin with.
             time_limit: Seconds; default: the settings'.
         """
-        place = {task: position for position, task in enumerate(self.order)}
+        start = start or self.known.best(budget)
         solution = solvers.solve(
             self.graph,
             budget,
             time_limit=self.settings.time_limit if time_limit is None else time_limit,
             seed=self.settings.seed,
             on_progress=self._tell,
-            start=None if start is None else [place[task] for task in start],
+            start=None if start is None else self._in_order(start),
             tolerance=_TOLERANCE,
         )
         if solution.peak > budget:
             solution = self._with_least(budget, solution)
-        sequence = tuple(self.order[task] for task in solution.sequence)
+        sequence = self._remembered(solution)
         return _describe(self.situation, budget, self.problem, solution, sequence)
+
+    def _in_order(self, sequence: Sequence[int]) -> list[int]:
+        """The sequence in the indices of the reordered graph."""
+        place = {task: position for position, task in enumerate(self.order)}
+        return [place[task] for task in sequence]
+
+    def _remembered(self, solution: Solution) -> tuple[int, ...]:
+        """The solution's sequence in the problem's own indices."""
+        sequence = tuple(self.order[task] for task in solution.sequence)
+        self.known.add(self.problem.graph, sequence)
+        return sequence
 
     def _with_least(self, budget: int, solution: Solution) -> Solution:
         """The least peak decides whether a budget is infeasible, whatever the first search saw."""
@@ -234,7 +255,9 @@ class Search:
         """The plan of least peak."""
         self.progress("looking for the smallest budget")
         limit = min(20.0, max(2.0, self.settings.time_limit))
-        return solvers.minimise(self.graph, time_limit=limit, seed=self.settings.seed)
+        found = solvers.minimise(self.graph, time_limit=limit, seed=self.settings.seed)
+        self._remembered(found)
+        return found
 
     def sweep(self, budgets: int | Sequence[int]) -> list[Plan]:
         """Plans by falling budget, each beginning with the one before; infeasible ones left out."""

@@ -40,6 +40,8 @@ class CallKey:
         parameters: `requires_grad`, dtype and device of every parameter.
         inputs: The same of every input.
         autocast: Device types under autocast and their dtypes.
+        stepping: Whether parameters have hooks that may write to them when their gradient is there
+            (an optimizer that steps during backward).
     """
 
     training: tuple[bool, ...]
@@ -47,6 +49,7 @@ class CallKey:
     parameters: tuple[tuple[bool, str, str], ...]
     inputs: tuple[tuple[bool, str, str], ...]
     autocast: tuple[tuple[str, str], ...]
+    stepping: bool = False
 
     @classmethod
     def of(cls, module: nn.Module, inputs: Sequence[torch.Tensor]) -> CallKey:
@@ -61,6 +64,7 @@ class CallKey:
                 for kind in ("cpu", "cuda")
                 if torch.is_autocast_enabled(kind)
             ),
+            stepping=any(p._post_accumulate_grad_hooks for p in module.parameters()),
         )
 
     @property
@@ -90,6 +94,7 @@ class Situation:
         hold_outputs: Whether callers keep outputs during backward.
         sizes: The example sizes. (The graph's hints are others where a batch of one was given:
             it is traced as two.)
+        stepping: Whether parameters may change as soon as they get their gradient.
     """
 
     view: JointView
@@ -102,6 +107,7 @@ class Situation:
     loss: Callable[..., torch.Tensor]
     hold_outputs: bool
     sizes: Substitution
+    stepping: bool
 
     @cached_property
     def computations(self) -> list[fx.Node]:
@@ -135,6 +141,7 @@ class Situation:
             self._turn(sizes),
             small_gradient=self._small_gradient,
             examples=measure_ops(self.computations, symbols=self.sizes),
+            stepping=self.stepping,
         )
 
     def _turn(self, symbols: Substitution) -> TurnCosts | None:
@@ -262,6 +269,7 @@ def make_situation(
         loss=on_flat,
         hold_outputs=hold_outputs,
         sizes=sizes,
+        stepping=key.stepping,
     )
 
 
