@@ -6,10 +6,7 @@ Nothing here knows a pass by name: the registry says which pass serves what.
 from __future__ import annotations
 
 import copy
-import dataclasses
 import functools
-import inspect
-import itertools
 import os
 import sys
 import traceback
@@ -18,30 +15,35 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
 from graphopt import persist, registry
 from graphopt.budget import Budget
 from graphopt.comparison import Observation, non_finite, observe, unequal
-from graphopt.cost.models import COST_MODELS
 from graphopt.errors import (
-    BudgetError,
     CaptureError,
     GraphoptError,
     InputMismatch,
     ModelError,
     NonFiniteError,
     UnsupportedError,
-    UsageError,
     VerificationError,
     first_line,
     innermost_user_frame,
 )
 from graphopt.instruments import Instrument, Verify
 from graphopt.ir import capture as _capture
-from graphopt.ir.untouched import ordinary, outside_inference_mode
-from graphopt.pipeline import Pass, PassContext, Pipeline, Progress, silent
+from graphopt.ir.untouched import outside_inference_mode
+from graphopt.pipeline import Pass, PassContext, Progress, silent
 from graphopt.report import Report
+from graphopt.requests import (
+    check_model,
+    check_options,
+    option_names,
+    read_budget,
+    read_inputs,
+    read_loss,
+    read_pipeline,
+)
 
 if TYPE_CHECKING:
     from graphopt.ir.module import OptimizedModule
@@ -91,7 +93,7 @@ def capture(
         CaptureError: What failed, at which line of the model, and what to try.
         InputMismatch: The example inputs don't fit the model.
     """
-    positional, keywords = _inputs(args, kwargs)
+    positional, keywords = read_inputs(args, kwargs)
     return _captured(model, positional, keywords, dynamic)
 
 
@@ -153,15 +155,15 @@ def optimize(
         NonFiniteError: NaN in the inputs, the parameters or the result of the model.
         NothingToTrainError: A training budget without anything to train.
     """
-    wanted = _budget(budget, memory_scope)
-    pipeline = _pipeline(wanted, passes)
-    _check_options(time_limit, cost_model)
-    args, kwargs = _inputs(example_inputs, example_kwargs)
-    _check_model(model, args, kwargs)
+    wanted = read_budget(budget, memory_scope)
+    pipeline = read_pipeline(wanted, passes)
+    check_options(time_limit, cost_model)
+    args, kwargs = read_inputs(example_inputs, example_kwargs)
+    check_model(model, args, kwargs)
     source = model if inplace else copied(model)
     progress("capturing the model")
     program = _captured(source, args, kwargs, dynamic)
-    example_loss, data = _example_loss(loss, data)
+    example_loss, data = read_loss(loss, data)
     context = PassContext(
         args=args,
         kwargs=kwargs,
@@ -228,7 +230,7 @@ def explain(
         "memory": memory_budget,
     }
     first, *_ = servers
-    pass_ = first(**{k: v for k, v in options.items() if k in _option_names(first)})
+    pass_ = first(**{k: v for k, v in options.items() if k in option_names(first)})
     return optimize(
         model,
         None,
@@ -279,10 +281,10 @@ def frontier(
     planners = [cls for cls in registry.serving("memory") if hasattr(cls, "frontier")]
     if not planners:
         raise UnsupportedError("no installed pass plans memory", hint="see `graphopt passes`")
-    _check_options(time_limit, cost_model)
-    args, kwargs = _inputs(example_inputs, example_kwargs)
-    _check_model(model, args, kwargs)
-    example_loss, data = _example_loss(loss, data)
+    check_options(time_limit, cost_model)
+    args, kwargs = read_inputs(example_inputs, example_kwargs)
+    check_model(model, args, kwargs)
+    example_loss, data = read_loss(loss, data)
     source = copied(model)
     program = _captured(source, args, kwargs, dynamic)
     context = PassContext(
@@ -411,128 +413,6 @@ def _fails_itself(
         user_line=innermost_user_frame(frames),
         hint="run one forward and backward of the model with these inputs first",
     )
-
-
-def _budget(budget: Any, memory_scope: str | None) -> Budget:
-    wanted = Budget.parse(budget)
-    if memory_scope is None:
-        return wanted
-    if wanted.memory_scope not in (None, memory_scope):
-        raise BudgetError(
-            f"memory_scope is both {wanted.memory_scope} and {memory_scope}",
-            hint="give it once",
-        )
-    return dataclasses.replace(wanted, memory_scope=memory_scope)
-
-
-def _pipeline(budget: Budget, passes: str | Sequence[Pass] | None) -> Pipeline:
-    if passes is None:
-        return registry.choose(budget)
-    if isinstance(passes, str):
-        pipeline = registry.parse(passes)
-    else:
-        wrong = [p for p in passes if not isinstance(p, Pass)]
-        if wrong:
-            raise UsageError(f"passes= takes passes or pipeline text, not {wrong[0]!r}")
-        pipeline = Pipeline(tuple(passes))
-    return Pipeline(tuple(_filled(pass_, budget) for pass_ in pipeline.passes))
-
-
-def _filled(pass_: Pass, budget: Budget) -> Pass:
-    """The pass with options that it leaves open taken from the budget."""
-    offered = type(pass_).from_budget(budget).options()
-    given = pass_.options()
-    missing = {name: value for name, value in offered.items() if name not in given}
-    return dataclasses.replace(pass_, **missing) if missing else pass_
-
-
-def _example_loss(
-    loss: Callable[..., Any] | None, data: Iterable[Any] | None
-) -> tuple[Callable[[Any], Any] | None, Iterable[Any] | None]:
-    """The loss on the example inputs: one of outputs and targets takes the first batch's targets.
-
-    Returns:
-        That loss, and the data with its first batch still in it.
-    """
-    if loss is None or not _takes_targets(loss):
-        return loss, data
-    iterator = iter(data if data is not None else ())
-    first = next(iterator, None)
-    if not isinstance(first, (tuple, list)) or len(first) != 2:
-        raise UsageError(
-            "loss takes outputs and targets, but data yields no pairs (inputs, targets)",
-            hint="pass data= with pairs, or a loss of the outputs alone",
-        )
-    targets = pytree.tree_map(ordinary, first[1])
-    if iterator is data:  # it can be read only once
-        data = itertools.chain([first], iterator)
-    return _WithTargets(loss, targets), data
-
-
-@dataclasses.dataclass(frozen=True)
-class _WithTargets:
-    """A loss with its targets; an ordinary object, so that it pickles with a plan."""
-
-    loss: Callable[..., Any]
-    targets: Any
-
-    def __call__(self, outputs: Any) -> Any:
-        return self.loss(outputs, self.targets)
-
-
-def _takes_targets(loss: Callable[..., Any]) -> bool:
-    """Whether a loss needs two positional arguments."""
-    try:
-        function = loss.forward if isinstance(loss, nn.Module) else loss
-        parameters = inspect.signature(function).parameters.values()
-    except (TypeError, ValueError):
-        return False
-    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    needed = [p for p in parameters if p.kind in positional and p.default is p.empty]
-    return len(needed) == 2
-
-
-def _option_names(cls: type[Pass]) -> set[str]:
-    return {f.name for f in dataclasses.fields(cls)}
-
-
-def _check_options(time_limit: float, cost_model: str) -> None:
-    if not time_limit > 0:
-        raise UsageError(f"time_limit={time_limit}: seconds, more than 0")
-    if cost_model not in COST_MODELS:
-        raise UsageError(f"cost_model={cost_model!r}: one of {', '.join(COST_MODELS)}")
-
-
-def _inputs(args: Any, kwargs: Mapping[str, Any] | None) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    return pytree.tree_map(ordinary, (_as_args(args), dict(kwargs or {})))
-
-
-def _as_args(inputs: Any) -> tuple[Any, ...]:
-    if isinstance(inputs, torch.Tensor):
-        return (inputs,)
-    if isinstance(inputs, Mapping) or not isinstance(inputs, Sequence) or isinstance(inputs, str):
-        raise UsageError(
-            f"example inputs are a tuple of positional inputs, not {type(inputs).__name__}",
-            hint="write (x,); keyword inputs go to example_kwargs",
-        )
-    return tuple(inputs)
-
-
-def _check_model(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-    if not isinstance(model, nn.Module):
-        raise ModelError(f"expected a torch.nn.Module, got {type(model).__name__}")
-    named = dict(model.named_parameters())
-    _check_nan(named, "parameter")
-    tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
-    _check_nan({str(i): t for i, t in enumerate(tensors)}, "example input")
-
-
-def _check_nan(tensors: Mapping[str, torch.Tensor], what: str) -> None:
-    for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not tensor.is_meta and bool(tensor.isnan().any()):
-            raise NonFiniteError(
-                f"{what} {name} holds NaN", hint="graphopt compares numbers; NaN equals nothing"
-            )
 
 
 def _check_finite(tensors: Mapping[str, torch.Tensor], what: str) -> None:

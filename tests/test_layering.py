@@ -29,6 +29,7 @@ FLOORS = {
     "pipeline": CORE,
     "registry": CORE,
     "report": CORE,
+    "requests": CORE,
     "passes": PASSES,
     "api": DOORS,
     "inspect": DOORS,
