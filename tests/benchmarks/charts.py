@@ -93,7 +93,9 @@ def plot(by_model: Mapping[str, Sequence[Point]], path: Path) -> None:
         _panel(axis, name, points)
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.suptitle("Peak memory of a training step against recomputation")
-    figure.legend(handles, labels, loc="lower center", ncols=2 * len(by_model), fontsize=8, frameon=False)
+    figure.legend(
+        handles, labels, loc="lower center", ncols=2 * len(by_model), fontsize=8, frameon=False
+    )
     figure.tight_layout(rect=(0, 0.09, 1, 1))
     figure.savefig(path, dpi=130)
     plt.close(figure)
