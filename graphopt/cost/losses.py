@@ -14,6 +14,7 @@ from graphopt.cost.calls import TensorSpec
 from graphopt.cost.preserve import autocast_off
 from graphopt.cost.sizes import Substitution, concrete
 from graphopt.errors import NothingToTrainError
+from graphopt.ir.randomness import kept_random_state
 from graphopt.ir.trees import flatten
 
 Loss = Callable[[Any], torch.Tensor]
@@ -129,7 +130,7 @@ def measure_loss(
     device = next((t.device for t in tensors if t.device.type != "cpu"), torch.device("cpu"))
     held = range(len(leaves)) if held is None else held
     outputs = _Outputs([_stand_in(leaf, explicit, symbols) for leaf in leaves], spec, loss)
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    with kept_random_state():
         outputs.run(held, lambda name: None)
         saves = outputs.saved_leaves()
         trace = trace_memory(lambda mark: outputs.run(held, mark), device=device)

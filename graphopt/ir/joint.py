@@ -144,10 +144,10 @@ def _carrying_gradient(
     module: fx.GraphModule, fake_inputs: Sequence[Any], wanted: frozenset[int] | None
 ) -> frozenset[int]:
     """Positions of the outputs that the traced graph detaches but the model does not."""
-    output = next(n for n in reversed(module.graph.nodes) if n.op == "output")
+    output = module.graph.output_node()
     others = [
         position
-        for position, value in enumerate(output.args[0])
+        for position, value in enumerate(output.args[0])  # type: ignore[arg-type]
         if wanted is not None and position not in wanted and _is_floating(value)
     ]
     if not others:
@@ -178,11 +178,11 @@ def _stage(
     graph = fx.Graph()
     copied: dict[fx.Node, fx.Node] = {}
     graph.graph_copy(module.graph, copied)
-    source = next(n for n in reversed(module.graph.nodes) if n.op == "output")
+    source = module.graph.output_node()
     placeholders = module.graph.find_nodes(op="placeholder")
     computed, passthrough, duplicates, first = [], {}, {}, {}
     values = []
-    for position, value in enumerate(source.args[0]):
+    for position, value in enumerate(source.args[0]):  # type: ignore[arg-type]
         if not isinstance(value, fx.Node):
             passthrough[position] = ("constant", value)
         elif value.op == "placeholder":
@@ -254,10 +254,10 @@ def _describe(joint: Any, results: _Results, carrying: frozenset[int]) -> JointV
     for position, node in enumerate(module.graph.find_nodes(op="placeholder")):
         requires_grad = position < len(flags) and flags[position]
         inputs[node.meta["desc"]] = _joint_input(node, results, requires_grad)
-    output_node = next(n for n in reversed(module.graph.nodes) if n.op == "output")
+    output_node = module.graph.output_node()
     outputs = [
         described
-        for node, desc in zip(output_node.args[0], output_node.meta["desc"], strict=True)
+        for node, desc in zip(output_node.args[0], output_node.meta["desc"], strict=True)  # type: ignore[arg-type]
         if (described := _joint_output(node, desc, inputs, results)) is not None
     ]
     for info, described in zip(metadata.input_info, inputs.values(), strict=False):

@@ -70,7 +70,7 @@ def split_views(forward: fx.GraphModule) -> tuple[fx.GraphModule, OutputViews]:
         A graph over the same nodes that returns None for each view, and the bases that were not
         returned yet after all other outputs; and the views.
     """
-    source = _output(forward.graph)
+    source = forward.graph.output_node()
     values = list(source.args[0])  # type: ignore[arg-type]
     outputs, views = list(values), {}
     for position, value in enumerate(values):
@@ -87,10 +87,6 @@ def split_views(forward: fx.GraphModule) -> tuple[fx.GraphModule, OutputViews]:
         return forward, OutputViews(len(values), {})
     found = {p: OutputView(outputs.index(base), *made) for p, (base, *made) in views.items()}
     return _with_outputs(forward, outputs), OutputViews(len(values), found)
-
-
-def _output(graph: fx.Graph) -> fx.Node:
-    return next(n for n in reversed(graph.nodes) if n.op == "output")
 
 
 def _with_outputs(forward: fx.GraphModule, outputs: Sequence[Any]) -> fx.GraphModule:

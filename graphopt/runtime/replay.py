@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, fx
 
 from graphopt.errors import GraphoptError
+from graphopt.ir.graphs import lookup
+from graphopt.ir.randomness import kept_random_state
 from graphopt.runtime.plan import Operand
 
 
@@ -29,7 +31,7 @@ class Unplanned:
             for name in targets & state.keys()
         }
         held = {name: torch.empty(0) for name in self.operands}
-        others = {name: _attribute(forward, name) for name in targets - state.keys()}
+        others = {name: lookup(forward, name) for name in targets - state.keys()}
         self.module = fx.GraphModule({**held, **others}, forward.graph)
 
     def __call__(self, tensors: Mapping[Operand, Tensor]) -> Sequence[Any]:
@@ -97,11 +99,8 @@ class Replay:
                     hint="Run backward before the optimizer step or the write, or write to a copy.",
                 )
         known = [operand for operand in wanted if operand in self.tensors]
-        devices = list(range(len(self.cuda_states))) if self.cuda_states else []
         with contextlib.ExitStack() as stack:
-            stack.enter_context(
-                torch.random.fork_rng(devices=devices, enabled=self.cpu_state is not None)
-            )
+            stack.enter_context(kept_random_state())
             stack.enter_context(torch.enable_grad())
             for kind, dtype in self.autocast:
                 stack.enter_context(torch.autocast(kind, dtype))
@@ -124,9 +123,3 @@ class Replay:
             operand: tensor.detach().clone() if operand in self.written else tensor
             for operand, tensor in self.tensors.items()
         }
-
-
-def _attribute(module: Any, path: str) -> Any:
-    for part in path.split("."):
-        module = getattr(module, part)
-    return module

@@ -52,10 +52,6 @@ class Problem:
     steps: tuple[Step, ...]
     value_of: dict[fx.Node, int]
 
-    def sequence_of_steps(self, sequence: Sequence[int]) -> list[Step]:
-        """The steps of a plan, for lowering."""
-        return [self.steps[task] for task in sequence]
-
 
 def build_problem(
     view: JointView,

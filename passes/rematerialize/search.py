@@ -16,7 +16,7 @@ from graphopt import solvers
 from graphopt.cost.losses import Loss
 from graphopt.cost.models import CostModel, cost_model
 from graphopt.errors import BudgetInfeasible, user_line_of
-from graphopt.passes.rematerialize.memory import Known, known
+from graphopt.passes.rematerialize.known import Known, known
 from graphopt.passes.rematerialize.problem import Problem, live_at_peak
 from graphopt.passes.rematerialize.situation import Situation
 from graphopt.passes.rematerialize.steps import StepNames

@@ -132,6 +132,7 @@ class Situation:
         if self.view.inputs_of("tangent"):
             _expand_tangents(self.view, self._loss_found)
         measured = measure_ops(self.computations, symbols=sizes, progress=progress)
+        examples = measure_ops(self.computations, symbols=self.sizes) if symbols else None
         return build_problem(
             self.view,
             self.storage,
@@ -140,7 +141,7 @@ class Situation:
             self.committed,
             self._turn(sizes),
             small_gradient=self._small_gradient,
-            examples=measure_ops(self.computations, symbols=self.sizes),
+            examples=examples,
             stepping=self.stepping,
         )
 
@@ -247,7 +248,7 @@ def make_situation(
     fakes = [_like(n.meta["val"], t) for n, t in zip(placeholders, inputs, strict=True)]
     sizes = _symbols(fakes, inputs)
     forward, views = split_views(forward)
-    output = next(n for n in reversed(forward.graph.nodes) if n.op == "output")
+    output = forward.graph.output_node()
     flat = [_stand_in(v.meta.get("val")) if isinstance(v, fx.Node) else v for v in output.args[0]]
     if differentiable is not None:
         on_flat = partial(_sum_of, tuple(differentiable))
