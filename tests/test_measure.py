@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from graphopt.comparison import observe
-from graphopt.errors import NothingToTrainError, UnsupportedError
+from graphopt.errors import ModelError, NothingToTrainError, UnsupportedError, UsageError
 from graphopt.measure import (
     default_loss,
     measure_loss,
@@ -189,8 +189,17 @@ def test_nothing_to_train_is_an_error():
     model, x = nn.Linear(4, 4).requires_grad_(False), torch.rand(2, 4)
     with pytest.raises(NothingToTrainError, match="requires a gradient"):
         measure_step(model, (x,))
-    with pytest.raises(NothingToTrainError, match="one number"):
+
+
+def test_a_loss_that_is_none_is_named():
+    model, x = nn.Linear(4, 4), torch.rand(2, 4)
+    with pytest.raises(UsageError, match="one number"):
         measure_step(model, (x,), loss=lambda out: out)
+    with pytest.raises(UsageError, match="but it is int"):
+        measure_step(model, (x,), loss=lambda out: 3)
+    with pytest.raises(ModelError, match=r"the loss fails .* 'nothing'") as caught:
+        measure_step(model, (x,), loss=lambda out: out.nothing)
+    assert "test_measure.py" in str(caught.value)
 
 
 def test_loss_by_hand():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,14 @@ from graphopt.cost.allocator import trace_memory
 from graphopt.cost.calls import TensorSpec
 from graphopt.cost.preserve import autocast_off
 from graphopt.cost.sizes import Substitution, concrete
-from graphopt.errors import NothingToTrainError
+from graphopt.errors import (
+    GraphoptError,
+    ModelError,
+    NothingToTrainError,
+    UsageError,
+    first_line,
+    innermost_user_frame,
+)
 from graphopt.ir.randomness import kept_random_state
 from graphopt.ir.trees import flatten
 
@@ -89,18 +97,36 @@ def loss_value(loss: Loss | None, outputs: Any) -> torch.Tensor:
     """Apply a loss (default: `default_loss`) and check that it can be differentiated.
 
     Raises:
-        NothingToTrainError: It is no scalar tensor that requires a gradient.
+        ModelError: The loss itself raises.
+        UsageError: It is no scalar tensor.
+        NothingToTrainError: It depends on nothing that requires a gradient.
     """
-    value = default_loss(outputs) if loss is None else loss(outputs)
+    value = default_loss(outputs) if loss is None else _apply(loss, outputs)
     if not isinstance(value, torch.Tensor) or value.numel() != 1:
         shape = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
-        raise NothingToTrainError(f"the loss must be one number, but it is {shape}")
+        raise UsageError(
+            f"the loss must be one number, but it is {shape}",
+            hint="end it with .mean() or .sum()",
+        )
     if not value.requires_grad:
         raise NothingToTrainError(
             "the loss depends on nothing that requires a gradient",
             hint="give some parameter or input requires_grad, or put the model in eval mode",
         )
     return value
+
+
+def _apply(loss: Loss, outputs: Any) -> Any:
+    try:
+        return loss(outputs)
+    except GraphoptError:
+        raise
+    except Exception as error:  # user code may raise anything
+        raise ModelError(
+            f"the loss fails on the model's outputs: {type(error).__name__}: {first_line(error)}",
+            user_line=innermost_user_frame("".join(traceback.format_tb(error.__traceback__))),
+            hint="call it on what the model returns for the example inputs",
+        ) from error
 
 
 def measure_loss(
