@@ -12,10 +12,11 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from graphopt.cost.losses import default_loss, loss_value
-from graphopt.cost.preserve import autocast_off, preserved
+from graphopt.cost.preserve import preserved
 from graphopt.errors import NothingToTrainError
 from graphopt.ir.randomness import seed_torch
 from graphopt.ir.trees import Tree, flatten
+from graphopt.ir.untouched import autocast_off
 
 _MOST_NOISE = 1e-3
 _PLAIN = (str, int, float, bool, complex, tuple, type(None))

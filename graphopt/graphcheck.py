@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from graphopt.errors import VerificationError, first_line
+from graphopt.ir.untouched import autocast_off
 
 if TYPE_CHECKING:
     from graphopt.ir.program import Program
@@ -194,7 +195,7 @@ def _run(node: fx.Node, mode: FakeTensorMode) -> Any:
         )
     target: Any = node.target
     # As in tracing: ops with symbolic sizes decompose in Python, where they are known to work.
-    with enable_python_dispatcher(), mode:
+    with autocast_off(), enable_python_dispatcher(), mode:
         return target(*args, **kwargs)
 
 

@@ -26,7 +26,8 @@ from torch.utils import _pytree as pytree
 from graphopt.cost.allocator import MemoryTrace, trace_memory
 from graphopt.cost.flops import FlopCounter
 from graphopt.cost.losses import Loss, LossMeasurement, default_loss, loss_value, measure_loss
-from graphopt.cost.preserve import autocast_off, preserved
+from graphopt.cost.preserve import preserved
+from graphopt.ir.untouched import autocast_off
 
 __all__ = [
     "LossMeasurement",

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -70,3 +73,129 @@ def test_outputs_of_a_class_of_the_users() -> None:
     result = module(x)
     assert isinstance(result, Result)
     torch.testing.assert_close(result.logits, model(x).logits)
+
+
+class Attending(nn.Module):
+    """Returns the weights of its attention, which no loss reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(32, 4, batch_first=True)
+        self.mlp = nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 32))
+
+    def forward(self, x: Tensor, padding: Tensor) -> tuple[Tensor, Tensor]:
+        h, weights = self.attention(x, x, x, key_padding_mask=padding)
+        return self.mlp(x + h), weights
+
+
+class Recurrent(nn.Module):
+    """Returns all hidden states, which no loss reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gru = nn.GRU(8, 12, 2, batch_first=True, bidirectional=True)
+        self.lstm = nn.LSTM(24, 8, batch_first=True)
+        self.head = nn.Linear(8, 10)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+        y, last = self.gru(x)
+        y, (h, c) = self.lstm(y)
+        return self.head(y), last, (h, c)
+
+
+class Sized(nn.Module):
+    """Returns a free size as a number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> dict[str, Any]:
+        return {"logits": self.layer(x), "n": x.shape[0]}
+
+
+class Codebook(nn.Module):
+    """Holds a tensor under a name that graph modules need."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("code", torch.randn(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.code
+
+
+def gradients(
+    module: nn.Module, inputs: tuple[Tensor, ...], loss: Callable[[Any], Tensor]
+) -> list[Tensor]:
+    module.zero_grad()
+    torch.manual_seed(3)
+    loss(module(*inputs)).backward()
+    return [p.grad.clone() for p in module.parameters() if p.grad is not None]
+
+
+def first_squared(outputs: Any) -> Tensor:
+    return outputs[0].square().mean()
+
+
+@pytest.mark.parametrize(
+    ("model", "inputs"),
+    [
+        (Attending(), (torch.randn(6, 20, 32), torch.arange(20).expand(6, 20) > 15)),
+        (Recurrent(), (torch.randn(6, 12, 8),)),
+    ],
+)
+def test_outputs_that_no_loss_reads_keep_the_batch_free(
+    model: nn.Module, inputs: tuple[Tensor, ...]
+) -> None:
+    module = graphopt.optimize(model, "memory=100%", inputs, loss=first_squared, time_limit=1)
+    for batch in (6, 3):
+        part = tuple(t[:batch] for t in inputs)
+        got, want = (gradients(m, part, first_squared) for m in (module, model))
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
+
+
+def test_a_free_size_may_be_returned() -> None:
+    model, x = Sized(), torch.randn(6, 8)
+    module = graphopt.optimize(model, "memory=1GB", (x,), time_limit=1)
+    assert module(x[:4])["n"] == 4
+    torch.testing.assert_close(module(x)["logits"], model(x)["logits"])
+
+
+def test_a_name_that_is_taken_is_refused() -> None:
+    model, x = Codebook(), torch.randn(4, 8)
+    with pytest.raises(graphopt.CaptureError, match=r"Codebook.code has a name"):
+        graphopt.capture(model, (x,))
+    wrapped = graphopt.capture(nn.Sequential(model), (x,)).emit()
+    torch.testing.assert_close(wrapped(x), model(x))
+
+
+def residual_mlp() -> nn.Module:
+    def block() -> nn.Module:
+        return nn.Sequential(nn.Linear(16, 64), nn.GELU(), nn.Dropout(0.1), nn.Linear(64, 16))
+
+    return nn.Sequential(block(), block())
+
+
+def test_dropout_in_bfloat16_is_that_of_eager() -> None:
+    """Its scale is a number of bfloat16 too, forward and backward."""
+    torch.manual_seed(0)
+    model, x = residual_mlp().bfloat16(), torch.randn(32, 16, dtype=torch.bfloat16)
+    module = graphopt.optimize(model, "memory=80%", (x,), time_limit=1)
+    for got, want in zip(
+        gradients(module, (x,), torch.sum), gradients(model, (x,), torch.sum), strict=True
+    ):
+        assert torch.equal(got, want)
+
+
+def test_under_autocast() -> None:
+    """Planned outside or inside of it, a step under autocast has the gradients of eager."""
+    torch.manual_seed(0)
+    model, x = residual_mlp(), torch.randn(32, 16)
+    outside = graphopt.optimize(copy.deepcopy(model), "memory=80%", (x,), time_limit=1)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = graphopt.optimize(copy.deepcopy(model), "memory=100%", (x,), time_limit=1)
+        want = gradients(model, (x,), torch.sum)
+        for module in (outside, inside):
+            got = gradients(module, (x,), torch.sum)
+            assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))

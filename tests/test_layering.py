@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 
-GROUND, IR, COST, RUNTIME, CORE, PASSES, DOORS = range(7)
+GROUND, IR, COST, RUNTIME, CORE, PLANNING, PASSES, DOORS = range(8)
 FLOORS = {
     "errors": GROUND,
     "files": GROUND,
@@ -30,6 +30,7 @@ FLOORS = {
     "registry": CORE,
     "report": CORE,
     "requests": CORE,
+    "planning": PLANNING,
     "passes": PASSES,
     "api": DOORS,
     "inspect": DOORS,

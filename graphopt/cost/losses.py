@@ -12,7 +12,6 @@ from torch.utils import _pytree as pytree
 
 from graphopt.cost.allocator import trace_memory
 from graphopt.cost.calls import TensorSpec
-from graphopt.cost.preserve import autocast_off
 from graphopt.cost.sizes import Substitution, concrete
 from graphopt.errors import (
     GraphoptError,
@@ -24,6 +23,7 @@ from graphopt.errors import (
 )
 from graphopt.ir.randomness import kept_random_state
 from graphopt.ir.trees import flatten
+from graphopt.ir.untouched import autocast_off
 
 Loss = Callable[[Any], torch.Tensor]
 

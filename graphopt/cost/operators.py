@@ -19,7 +19,6 @@ from torch import fx
 
 from graphopt.cost.allocator import trace_memory
 from graphopt.cost.calls import Call, CallError, describe
-from graphopt.cost.preserve import autocast_off
 from graphopt.cost.sizes import (
     Substitution,
     UnknownSizeError,
@@ -28,6 +27,7 @@ from graphopt.cost.sizes import (
     values_of,
 )
 from graphopt.ir.randomness import kept_random_state
+from graphopt.ir.untouched import autocast_off
 
 Progress = Callable[[int, int], None]
 _SESSION = 200  # calls to a profiler session: starting one is slow, its event buffer is finite

@@ -70,16 +70,6 @@ def _without_hooks(tensors: Sequence[torch.Tensor]) -> Iterator[None]:
             table.update(hooks)
 
 
-@contextlib.contextmanager
-def autocast_off() -> Iterator[None]:
-    """Switch autocast off for every device type for which it is on."""
-    with contextlib.ExitStack() as stack:
-        for device in ("cpu", "cuda"):
-            if torch.is_autocast_enabled(device):
-                stack.enter_context(torch.autocast(device, enabled=False))
-        yield
-
-
 def _twin(value: Any) -> Any:
     if not isinstance(value, torch.Tensor):
         return value

@@ -57,6 +57,7 @@ def capture(
         raise ModelError(f"expected a torch.nn.Module, got {type(model).__name__}")
     args = (args,) if isinstance(args, torch.Tensor) else tuple(args)
     _refuse_inference_tensors(model)
+    _refuse_names(model)
     signature, flat = signatures.bind(model, args, dict(kwargs or {}))
     with untouched(model):
         return _capture(model, signature, [ordinary(tensor) for tensor in flat], dynamic)
@@ -69,6 +70,20 @@ def _refuse_inference_tensors(model: nn.Module) -> None:
                 f"{name} was made in torch.inference_mode, and autograd takes no such tensor",
                 hint="make the model outside of inference_mode, or copy.deepcopy it there",
             )
+
+
+def _refuse_names(model: nn.Module) -> None:
+    """What is captured hangs on graph modules under the source's names, some of which are taken."""
+    from graphopt.ir.module import OptimizedModule
+
+    taken = {*dir(fx.GraphModule), *dir(OptimizedModule), "meta"} - {*dir(nn.Module)}
+    own = (*model._parameters, *model._buffers, *model._modules)
+    clash = next((name for name in own if name in taken), None)
+    if clash is not None:
+        raise CaptureError(
+            f"{type(model).__name__}.{clash} has a name that an optimised module needs for itself",
+            hint="rename it, or wrap the model in a module of its own: torch.nn.Sequential(model)",
+        )
 
 
 def _capture(

@@ -43,7 +43,8 @@ def split_dropout(graph: fx.Graph) -> None:
             _split(graph, node, x, float(p))
     for node in graph.find_nodes(op="call_function", target=aten.native_dropout_backward.default):
         if node.meta["val"].device.type == "cpu":  # where it is no kernel of its own
-            _scaled_product(graph, node, *node.args)
+            gradient, mask, scale = node.args
+            _scaled_product(graph, node, gradient, mask, _rounded(scale, gradient))
 
 
 def _split(graph: fx.Graph, node: fx.Node, x: fx.Node, p: float) -> None:
@@ -69,7 +70,7 @@ def _scaled_product(graph: fx.Graph, node: fx.Node, x: Any, mask: Any, scale: An
 
 
 def _rounded(scale: float, x: fx.Node) -> float:
-    """The forward op multiplies by the scale as a number of the input's type."""
+    """Eager multiplies by a scaled mask of the input's type, forward and backward."""
     return float(torch.tensor(scale, dtype=x.meta["val"].dtype))
 
 

@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 from graphopt.ir.aliases import affected, is_sure_view, shares, writes
 from graphopt.ir.sharing import opname
+from graphopt.ir.untouched import autocast_off
 
 EFFECT = "writes to the memory of"
 """How the reason begins where an op changes what the graph doesn't own."""
@@ -162,7 +163,7 @@ def _derive(node: fx.Node, twin: Any) -> Any:
     if not isinstance(first, FakeTensor):
         raise _Refused("has no metadata")
     try:
-        with enable_python_dispatcher(), torch.enable_grad(), first.fake_mode:
+        with autocast_off(), enable_python_dispatcher(), torch.enable_grad(), first.fake_mode:
             result = twin(*args, **kwargs)
     except Exception as error:  # whatever an op raises on inputs that its twin doesn't take
         raise _Refused(

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import torch
 from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._functorch._aot_autograd import descriptors as _desc
 from torch._functorch.aot_autograd import aot_export_joint_with_descriptors
 
@@ -157,7 +158,7 @@ def _carrying_gradient(
         name: mode.from_tensor(tensor, static_shapes=True)
         for name, tensor in (*module.named_parameters(), *module.named_buffers())
     }
-    with mode, torch.enable_grad():
+    with mode, torch.enable_grad(), enable_python_dispatcher():
         outputs = torch.func.functional_call(module, tensors, tuple(fake_inputs))
     return frozenset(position for position in others if outputs[position].requires_grad)
 

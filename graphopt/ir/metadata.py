@@ -18,6 +18,7 @@ from graphopt.ir.guards import compile_expression
 from graphopt.ir.literals import retie
 from graphopt.ir.program import Program
 from graphopt.ir.signature import Leaf, Signature
+from graphopt.ir.untouched import autocast_off
 
 
 def is_stale(program: Program) -> bool:
@@ -127,7 +128,7 @@ def _symbol(env: ShapeEnv, name: str, hint: int) -> Any:
 
 def propagate(module: fx.GraphModule, inputs: Sequence[Any], mode: FakeTensorMode) -> None:
     """Run a graph on fake tensors and note what comes out in ``meta["val"]``."""
-    with mode, torch.enable_grad(), enable_python_dispatcher():
+    with autocast_off(), mode, torch.enable_grad(), enable_python_dispatcher():
         _Propagator(module, mode).run(*inputs)
 
 

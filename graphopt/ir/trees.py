@@ -86,7 +86,7 @@ def _flatten(value: Any, leaves: list[Any], symbols: bool, depth: int) -> Tree:
     if isinstance(value, torch.Tensor) or (symbols and isinstance(value, _SYMBOLIC)):
         leaves.append(value)
         return LEAF
-    if isinstance(value, _ATOMS) or depth > _MAX_DEPTH:
+    if isinstance(value, (*_ATOMS, *_SYMBOLIC)) or depth > _MAX_DEPTH:
         return static(value)
     opened = _open(value)
     if opened is None:

@@ -48,6 +48,16 @@ def outside_inference_mode() -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def autocast_off() -> Iterator[None]:
+    """Switch autocast off for every device type for which it is on."""
+    with contextlib.ExitStack() as stack:
+        for device in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
+        yield
+
+
 def ordinary(value: Any) -> Any:
     """A tensor that was made in inference mode as one that autograd takes; all else as it is."""
     if not isinstance(value, torch.Tensor) or not value.is_inference():
@@ -105,9 +115,7 @@ def _global_modes() -> Iterator[None]:
     dtype = torch.get_default_dtype()
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
-        devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-        for device in devices:
-            stack.enter_context(torch.autocast(device, enabled=False))
+        stack.enter_context(autocast_off())
         try:
             torch.set_grad_enabled(True)
             yield

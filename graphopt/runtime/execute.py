@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graphopt.cost.preserve import autocast_off
 from graphopt.errors import GraphoptError, UnsupportedError
 from graphopt.ir.output_views import OutputViews
+from graphopt.ir.untouched import autocast_off
 from graphopt.runtime.boxed import BoxedCallable, run_boxed
 from graphopt.runtime.plan import Operand, PlannedStep, Stage
 from graphopt.runtime.replay import Replay, Unplanned

@@ -14,10 +14,10 @@ from graphopt.budget import Quantity, read_field
 from graphopt.errors import BudgetError, BudgetInfeasible, NothingToTrainError
 from graphopt.ir.program import Program
 from graphopt.measure import measure_step
-from graphopt.passes.rematerialize.planner import MemoryPlanner
-from graphopt.passes.rematerialize.search import Plan, PlanSettings, Search, make_problem
-from graphopt.passes.rematerialize.situation import CallKey
 from graphopt.pipeline import Pass, PassContext, PassResult, Position, Preserves
+from graphopt.planning.planner import MemoryPlanner
+from graphopt.planning.search import Plan, PlanSettings, Search, make_problem
+from graphopt.planning.situation import CallKey
 from graphopt.report import MemoryReport, PlanReport
 
 _ATTEMPTS = 4
@@ -192,7 +192,9 @@ class _Run:
         """Plans and measures until what runs keeps the budget."""
         asked = planner.settings.budget
         allowed, start = asked, None
-        for _ in range(_ATTEMPTS):
+        attempts = 0
+        while True:
+            attempts += 1
             plan = search.plan(allowed, start=start)
             planner.adopt(key, search.situation, plan)
             program = self.program.replace(planner=planner)
@@ -202,11 +204,10 @@ class _Run:
             measured = self._measure(module)
             if measured <= asked:
                 return plan, measured, program
-            if not plan.keeps_budget:
-                break
+            if not plan.keeps_budget or attempts == _ATTEMPTS:
+                return self._unplanned(plan, asked, smallest=max(measured, plan.peak))
             allowed = max(0, allowed - (measured - asked))
             start = plan.sequence
-        return self._unplanned(plan, asked, smallest=max(measured, plan.peak))
 
     def _unplanned(self, plan: Plan, asked: int, smallest: int) -> tuple[Plan, int, Program]:
         """Without a plan, if that keeps the budget: autograd frees some things earlier."""

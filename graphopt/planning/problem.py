@@ -13,8 +13,8 @@ from graphopt.cost.sizes import concrete
 from graphopt.ir.joint import JointInput, JointView
 from graphopt.ir.ops import is_data_dependent, is_effectful, is_random, is_repeatable
 from graphopt.ir.storage import Role, StorageMap, is_tuple
-from graphopt.passes.rematerialize.clusters import Cluster, find_clusters
-from graphopt.passes.rematerialize.prepare import depends_on_tangents, reads_replaced_operand
+from graphopt.planning.clusters import Cluster, find_clusters
+from graphopt.planning.prepare import depends_on_tangents, reads_replaced_operand
 from graphopt.runtime.lower import Step
 from graphopt.solvers import Task, TaskGraph, Value
 
@@ -177,7 +177,8 @@ class _Builder:
         found = self.measured[node]
         if not is_tuple(node):
             return [self._add_value(node, sum(found.output_bytes), index)], 0
-        named = {u.args[1]: u for u in node.users if self.storage.role[u] is Role.PROJECTION}
+        projections = [u for u in node.users if self.storage.role[u] is Role.PROJECTION]
+        named: dict[int, fx.Node] = {u.args[1]: u for u in projections}  # type: ignore[misc]
         sizes = dict(enumerate(found.output_bytes))
         outputs = [self._add_value(user, sizes.pop(i, 0), index) for i, user in named.items()]
         return outputs, sum(sizes.values())
@@ -203,7 +204,7 @@ class _Builder:
         while pending:
             argument = pending.pop()
             owner = self.storage.base[argument]
-            source = owner.args[0] if self.storage.role[owner] is Role.PROJECTION else owner
+            source = self._source(owner)
             if self.task_of.get(source, index) != index:
                 self.after.append((self.task_of[source], index))
             fresh = [
@@ -213,6 +214,10 @@ class _Builder:
             ]
             seen.update(fresh)
             pending.extend(fresh)
+
+    def _source(self, owner: fx.Node) -> fx.Node:
+        """The computation that makes a storage."""
+        return owner.all_input_nodes[0] if self.storage.role[owner] is Role.PROJECTION else owner
 
     def _order_effects(self, node: fx.Node, index: int) -> None:
         """Random draws and effects keep their order among themselves."""
@@ -301,10 +306,8 @@ class _Builder:
         for output in self.view.outputs_of("gradient"):
             if output.node is None or not isinstance(output.of, JointInput):
                 continue
-            owner = self.storage.base[output.node]
-            if self.storage.role[owner] is Role.PROJECTION:
-                owner = owner.args[0]
-            place = max(made.get(owner, -1), read.get(output.of.node, -1))  # type: ignore[arg-type]
+            source = self._source(self.storage.base[output.node])
+            place = max(made.get(source, -1), read.get(output.of.node, -1))
             final.setdefault(place, []).append((output.of, output.node))
         return final
 

@@ -15,16 +15,16 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 
 from graphopt.errors import UnsupportedError
-from graphopt.passes.rematerialize.problem import Problem
-from graphopt.passes.rematerialize.search import (
+from graphopt.planning.problem import Problem
+from graphopt.planning.search import (
     Plan,
     PlanSettings,
     Search,
     make_problem,
     predicted_peak,
 )
-from graphopt.passes.rematerialize.situation import CallKey, Situation, make_situation
-from graphopt.passes.rematerialize.steps import StepReader
+from graphopt.planning.situation import CallKey, Situation, make_situation
+from graphopt.planning.steps import StepReader
 from graphopt.runtime.execute import BudgetWarning, CompiledStep
 from graphopt.runtime.lower import lower
 from graphopt.runtime.plan import Operand

@@ -16,11 +16,11 @@ from graphopt import solvers
 from graphopt.cost.losses import Loss
 from graphopt.cost.models import CostModel, cost_model
 from graphopt.errors import BudgetInfeasible, user_line_of
-from graphopt.passes.rematerialize.known import Known, known
-from graphopt.passes.rematerialize.problem import Problem, live_at_peak
-from graphopt.passes.rematerialize.situation import Situation
-from graphopt.passes.rematerialize.steps import StepNames
 from graphopt.pipeline import Progress, silent
+from graphopt.planning.known import Known, known
+from graphopt.planning.problem import Problem, live_at_peak
+from graphopt.planning.situation import Situation
+from graphopt.planning.steps import StepNames
 from graphopt.solvers import Solution, TaskGraph
 
 # Durations are whole numbers to the solver: parts of the whole step.

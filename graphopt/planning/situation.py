@@ -22,8 +22,8 @@ from graphopt.ir.output_views import OutputViews, split_views
 from graphopt.ir.program import Program
 from graphopt.ir.signature import Signature
 from graphopt.ir.storage import Role, StorageMap, storage_map
-from graphopt.passes.rematerialize.prepare import depends_on_tangents, prepare
-from graphopt.passes.rematerialize.problem import Problem, TurnCosts, build_problem
+from graphopt.planning.prepare import depends_on_tangents, prepare
+from graphopt.planning.problem import Problem, TurnCosts, build_problem
 from graphopt.runtime.replay import Unplanned
 
 # Gradients wait for others until they have this share of all gradient bytes.
@@ -249,7 +249,8 @@ def make_situation(
     sizes = _symbols(fakes, inputs)
     forward, views = split_views(forward)
     output = forward.graph.output_node()
-    flat = [_stand_in(v.meta.get("val")) if isinstance(v, fx.Node) else v for v in output.args[0]]
+    results: Sequence[Any] = output.args[0]  # type: ignore[assignment]
+    flat = [_stand_in(v.meta.get("val")) if isinstance(v, fx.Node) else v for v in results]
     if differentiable is not None:
         on_flat = partial(_sum_of, tuple(differentiable))
     else:
