@@ -32,6 +32,7 @@ from graphopt.errors import (
 )
 from graphopt.instruments import Instrument, Verify
 from graphopt.ir import capture as _capture
+from graphopt.ir.mode import in_modes_of
 from graphopt.ir.untouched import outside_inference_mode
 from graphopt.pipeline import Pass, PassContext, Progress, silent
 from graphopt.report import Report
@@ -426,8 +427,4 @@ def _check_finite(tensors: Mapping[str, torch.Tensor], what: str) -> None:
 
 def _emit(program: Program, model: nn.Module, budget: Budget) -> OptimizedModule:
     program = program.replace(report=Report.of(program, budget.to_dict()))
-    module = program.emit()
-    modes = {name: part.training for name, part in model.named_modules()}
-    for name, part in module.named_modules():
-        part.training = modes.get(name, model.training)
-    return module
+    return in_modes_of(program.emit(), model)

@@ -146,6 +146,7 @@ class Pass:
         always: Whether it belongs into every pipeline that a budget chooses.
         preserves: What it claims to leave as it was.
         planners: Planner classes that its programs may carry (for loading saved programs).
+        rewrites: Classes of the joint-graph rewrites that these may use.
     """
 
     name: ClassVar[str] = ""
@@ -154,6 +155,7 @@ class Pass:
     always: ClassVar[bool] = False
     preserves: ClassVar[Preserves] = Preserves()
     planners: ClassVar[tuple[type, ...]] = ()
+    rewrites: ClassVar[tuple[type, ...]] = ()
 
     def __post_init__(self) -> None:
         for name, hint in option_types(type(self)).items():

@@ -131,6 +131,21 @@ def choose(budget: Budget) -> Pipeline:
     return Pipeline(tuple(cls.from_budget(budget) for cls in ordered))
 
 
+def rewrite(name: str) -> type[Any]:
+    """The class of a saved planner's rewrite, by its name.
+
+    Raises:
+        UnsupportedError: No installed pass has such a rewrite.
+    """
+    known = {cls.name: cls for pass_ in passes().values() for cls in pass_.rewrites}  # type: ignore[attr-defined]
+    if name not in known:
+        raise UnsupportedError(
+            f"this program's plan uses the rewrite {name!r}, which no installed pass knows",
+            hint="install the package that made it",
+        )
+    return known[name]
+
+
 def planner(kind: str) -> type[Any]:
     """The planner class of a saved program, by its ``kind``.
 

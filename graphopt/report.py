@@ -69,6 +69,44 @@ class PlanReport:
 
 
 @dataclass(frozen=True)
+class ShareSite:
+    """A value that the backward pass needs.
+
+    Attributes:
+        node: Its node in the joint graph.
+        rule: What was done.
+        bytes_before: Bytes that autograd keeps of it.
+        bytes_after: Bytes that the plan keeps.
+    """
+
+    node: str
+    rule: str
+    bytes_before: int
+    bytes_after: int
+
+
+@dataclass(frozen=True)
+class ShareReport:
+    """Section ``share``: what is saved between forward and backward.
+
+    Attributes:
+        saved_before: The source model's live bytes after forward and loss.
+        saved_after: The same of the module that is returned.
+        peak_before: The source model's peak.
+        peak_after: The same of the module that is returned.
+        sites: The values that backward needs.
+        gradient_cosine: Cosine of the gradient and the exact one, over all that is trained.
+    """
+
+    saved_before: int
+    saved_after: int
+    peak_before: int
+    peak_after: int
+    sites: tuple[ShareSite, ...] = ()
+    gradient_cosine: float = 1.0
+
+
+@dataclass(frozen=True)
 class Report:
     """What was done to a model.
 

@@ -8,6 +8,7 @@ from graphopt.solvers.cover import least_peak
 from graphopt.solvers.frontier import frontier, minimise
 from graphopt.solvers.graph import Task, TaskGraph, TaskGraphError, Value
 from graphopt.solvers.order import reorder
+from graphopt.solvers.saving import least_saved, save_least
 from graphopt.solvers.search import prepare
 from graphopt.solvers.solution import Progress, Solution
 from graphopt.solvers.solve import solve
@@ -23,8 +24,10 @@ __all__ = [
     "check",
     "frontier",
     "least_peak",
+    "least_saved",
     "minimise",
     "prepare",
     "reorder",
+    "save_least",
     "solve",
 ]

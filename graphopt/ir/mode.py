@@ -13,9 +13,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from torch import fx
+from torch import fx, nn
 
 from graphopt.errors import UnsupportedError
 from graphopt.ir.align import all_graphs, compare, is_dropout, name_of
@@ -39,6 +39,9 @@ class ModeSwitch:
 
     owner: str
     values: Mapping[str, tuple[Any, Any]] = field(default_factory=dict)
+
+
+M = TypeVar("M", bound=nn.Module)
 
 
 def owner_of(node: fx.Node) -> str:
@@ -96,6 +99,14 @@ def _around(nodes: list[fx.Node]) -> tuple[str, ...]:
     for node in nodes:
         paths.update(path for path, _ in (node.meta.get("nn_module_stack") or {}).values())
     return tuple(sorted(paths))
+
+
+def in_modes_of(module: M, source: nn.Module) -> M:
+    """The module, each of its parts in the mode of the source's part of that name."""
+    modes = {name: part.training for name, part in source.named_modules()}
+    for name, part in module.named_modules():
+        part.training = modes.get(name, source.training)
+    return module
 
 
 def runs_eval(owners: tuple[str, ...], training: Callable[[str], bool]) -> bool:

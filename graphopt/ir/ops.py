@@ -10,6 +10,19 @@ from torch import fx
 
 aten = torch.ops.aten
 
+# Ops that copy, fill or select; like elementwise ones, they are bound by memory.
+_MOVING = {
+    aten._to_copy, aten.cat, aten.stack, aten.repeat, aten.constant_pad_nd, aten.flip, aten.roll,
+    aten.embedding, aten.index, aten.index_select, aten.gather, aten.tril, aten.triu, aten.arange,
+    aten.full, aten.full_like, aten.zeros_like, aten.ones_like, aten.scalar_tensor,
+    aten.slice_scatter, aten.select_scatter, aten.hardswish, aten.copy,
+}  # fmt: skip
+_NORMALISING = {
+    aten.native_layer_norm, aten.native_group_norm, aten._fused_rms_norm,
+    aten._native_batch_norm_legit, aten._native_batch_norm_legit_functional,
+    aten._native_batch_norm_legit_no_training,
+}  # fmt: skip
+
 # Namespaces whose ops do exactly what their schema and tags say.
 _TRUSTED = {"aten", "prims", "graphopt"}
 
@@ -48,8 +61,19 @@ def recomputed_form(node: fx.Node) -> Form | None:
 def is_random(node: fx.Node) -> bool:
     """Whether running the node draws random numbers."""
     if isinstance(node.target, torch._ops.OpOverload):
-        return torch.Tag.nondeterministic_seeded in node.target.tags
+        drawing = torch.Tag.nondeterministic_seeded in node.target.tags
+        return drawing and not _drops_nothing(node)
     return any(is_random(inner) for inner in _inner_nodes(node))
+
+
+def _drops_nothing(node: fx.Node) -> bool:
+    """Whether an op that could drop something out, such as attention, is told not to."""
+    schema = node.target._schema  # type: ignore[union-attr]
+    for place, argument in enumerate(schema.arguments):
+        if argument.name == "dropout_p":
+            given = node.args[place] if place < len(node.args) else argument.default_value
+            return bool(node.kwargs.get(argument.name, given) == 0)
+    return False
 
 
 def is_data_dependent(node: fx.Node) -> bool:
@@ -74,6 +98,18 @@ def is_effectful(node: fx.Node) -> bool:
 def is_repeatable(node: fx.Node) -> bool:
     """Whether running the node again gives the same values and does nothing else."""
     return not (is_random(node) or is_data_dependent(node) or is_effectful(node))
+
+
+def is_memory_bound(node: fx.Node) -> bool:
+    """Whether an op does little more than read its inputs and write its results.
+
+    These are elementwise ops, copies, and normalisations, which read their input twice; products,
+    reductions, softmax and draws are not.
+    """
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload) or is_random(node):
+        return False
+    return torch.Tag.pointwise in target.tags or target.overloadpacket in _MOVING | _NORMALISING
 
 
 def out_overload(target: object) -> tuple[torch._ops.OpOverload, str] | None:

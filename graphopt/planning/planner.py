@@ -16,6 +16,7 @@ import torch
 
 from graphopt.errors import UnsupportedError
 from graphopt.planning.problem import Problem
+from graphopt.planning.saving import saving_plan
 from graphopt.planning.search import (
     Plan,
     PlanSettings,
@@ -99,7 +100,9 @@ class MemoryPlanner:
         if plan is not None and plan.fingerprint == situation.fingerprint:
             return self.adopt(key, situation, plan)
         problem = make_problem(situation, self.settings)
-        allowed = self._allowed(problem)
+        if self.settings.budget is None:
+            return self.adopt(key, situation, saving_plan(situation, problem))
+        allowed = self._allowed(problem, self.settings.budget)
         plan = self._transferred(situation, problem, allowed)
         if plan is None:
             limit = min(_REPLAN_SECONDS, self.settings.time_limit)
@@ -124,12 +127,12 @@ class MemoryPlanner:
             plan = next(iter(self.plans.values()), None)
         return plan.differentiable if plan is not None else None
 
-    def _allowed(self, problem: Problem) -> int:
+    def _allowed(self, problem: Problem, budget: int) -> int:
         """The budget of a call of another kind."""
         if self.settings.share is None:
-            return self.settings.budget
+            return budget
         peak = check(problem.graph, range(len(problem.graph.tasks))).peak
-        return min(self.settings.budget, int(self.settings.share * peak))
+        return min(budget, int(self.settings.share * peak))
 
     def _transferred(self, situation: Situation, problem: Problem, allowed: int) -> Plan | None:
         """A plan of another key that fits this graph and keeps the budget."""
@@ -156,6 +159,7 @@ class MemoryPlanner:
             loss=self.settings.loss,
             differentiable=differentiable,
             hold_outputs=self.settings.hold_outputs,
+            rewrites=self.settings.rewrites,
         )
 
     def adopt(self, key: CallKey, situation: Situation, plan: Plan) -> CompiledStep:

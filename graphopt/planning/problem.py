@@ -52,6 +52,12 @@ class Problem:
     steps: tuple[Step, ...]
     value_of: dict[fx.Node, int]
 
+    @property
+    def turn(self) -> int:
+        """The task with which backward begins; the number of tasks if there is no backward."""
+        kinds = [step.kind for step in self.steps]
+        return kinds.index("turn") if "turn" in kinds else len(kinds)
+
 
 def build_problem(
     view: JointView,

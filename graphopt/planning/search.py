@@ -12,13 +12,14 @@ from typing import Any
 
 from torch import fx
 
-from graphopt import solvers
+from graphopt import registry, solvers
 from graphopt.cost.losses import Loss
 from graphopt.cost.models import CostModel, cost_model
 from graphopt.errors import BudgetInfeasible, user_line_of
 from graphopt.pipeline import Progress, silent
 from graphopt.planning.known import Known, known
 from graphopt.planning.problem import Problem, live_at_peak
+from graphopt.planning.rewrites import Rewrite
 from graphopt.planning.situation import Situation
 from graphopt.planning.steps import StepNames
 from graphopt.solvers import Solution, TaskGraph
@@ -36,7 +37,8 @@ class PlanSettings:
     """How to plan.
 
     Attributes:
-        budget: Bytes that a call may take at its peak, above parameters, gradients and inputs.
+        budget: Bytes that a call may take at its peak, above parameters, gradients and inputs;
+            None: no limit, but as little as possible is saved for backward.
         time_limit: Seconds that the search may take.
         seed: Of the search.
         cost_model: `flops`, `analytic` or `profiled`.
@@ -44,27 +46,33 @@ class PlanSettings:
         hold_outputs: Whether callers keep the outputs during backward.
         share: The budget as a share of the peak without recomputation, if it was asked for as
             one: after `.half()` a step has to fit the same share of what it takes then.
+        rewrites: Rules by which joint graphs are changed before they are planned.
     """
 
-    budget: int
+    budget: int | None
     time_limit: float = 60.0
     seed: int = 0
     cost_model: str = "flops"
     loss: Loss | None = field(default=None, compare=False)
     hold_outputs: bool = False
     share: float | None = None
+    rewrites: tuple[Rewrite, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form, without the loss."""
-        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "loss"}
+        plain = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        del plain["loss"]
+        plain["rewrites"] = [(rule.name, dataclasses.asdict(rule)) for rule in self.rewrites]
+        return plain
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> PlanSettings:
         """Reads what `to_dict` wrote."""
-        return cls(**data)
+        rules = tuple(registry.rewrite(name)(**fields) for name, fields in data["rewrites"])
+        return cls(**{**data, "rewrites": rules})
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.to_dict() | {"loss": None}
+        return {**self.__dict__, "loss": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         for name, value in state.items():
@@ -221,7 +229,7 @@ class Search:
         if solution.peak > budget:
             solution = self._with_least(budget, solution)
         sequence = self._remembered(solution)
-        return _describe(self.situation, budget, self.problem, solution, sequence)
+        return describe(self.situation, budget, self.problem, solution, sequence)
 
     def _in_order(self, sequence: Sequence[int]) -> list[int]:
         """The sequence in the indices of the reordered graph."""
@@ -311,13 +319,14 @@ def predicted_peak(plan: Plan, problem: Problem) -> int | None:
     return found.peak if found.ok else None
 
 
-def _describe(
+def describe(
     situation: Situation,
     budget: int,
     problem: Problem,
     solution: Solution,
     sequence: tuple[int, ...],
 ) -> Plan:
+    """A solution as a plan of the situation it was found for."""
     flops = [sum(situation.flops(n) for n in step.nodes) for step in problem.steps]
     done, once = sum(flops[t] for t in sequence), sum(flops)
     base = max(1, problem.graph.duration)

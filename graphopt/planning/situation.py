@@ -24,6 +24,7 @@ from graphopt.ir.signature import Signature
 from graphopt.ir.storage import Role, StorageMap, storage_map
 from graphopt.planning.prepare import depends_on_tangents, prepare
 from graphopt.planning.problem import Problem, TurnCosts, build_problem
+from graphopt.planning.rewrites import Rewrite, Site
 from graphopt.runtime.replay import Unplanned
 
 # Gradients wait for others until they have this share of all gradient bytes.
@@ -95,6 +96,7 @@ class Situation:
         sizes: The example sizes. (The graph's hints are others where a batch of one was given:
             it is traced as two.)
         stepping: Whether parameters may change as soon as they get their gradient.
+        sites: Where the graph was rewritten.
     """
 
     view: JointView
@@ -108,6 +110,7 @@ class Situation:
     hold_outputs: bool
     sizes: Substitution
     stepping: bool
+    sites: tuple[Site, ...] = ()
 
     @cached_property
     def computations(self) -> list[fx.Node]:
@@ -228,6 +231,7 @@ def make_situation(
     loss: Loss | None = None,
     differentiable: Sequence[int] | None = None,
     hold_outputs: bool = False,
+    rewrites: Iterable[Rewrite] = (),
 ) -> Situation:
     """Traces the joint graph of a call.
 
@@ -239,6 +243,7 @@ def make_situation(
         loss: The loss; decides which outputs are differentiated.
         differentiable: These are, if given, and their sum stands for the loss.
         hold_outputs: Whether callers keep outputs during backward.
+        rewrites: Rules by which the graph is changed before it is planned.
     """
     names = [name for name, _ in module.named_modules()]
     forward = program.specialize(dict(zip(names, key.training, strict=True)))
@@ -260,6 +265,7 @@ def make_situation(
         differentiable = _used_outputs(flat, on_flat, sizes) if key.differentiable else None
     view = joint_view(forward, fakes, differentiable=differentiable, grad=key.grad)
     committed = prepare(view)
+    sites = [site for rewrite in rewrites for site in rewrite.apply(view)] if key.grad else []
     return Situation(
         view=view,
         storage=storage_map(view.graph),
@@ -272,6 +278,7 @@ def make_situation(
         hold_outputs=hold_outputs,
         sizes=sizes,
         stepping=key.stepping,
+        sites=tuple(sites),
     )
 
 

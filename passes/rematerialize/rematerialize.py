@@ -12,6 +12,7 @@ from torch import nn
 from graphopt import solvers
 from graphopt.budget import Quantity, read_field
 from graphopt.errors import BudgetError, BudgetInfeasible, NothingToTrainError
+from graphopt.ir.mode import in_modes_of
 from graphopt.ir.program import Program
 from graphopt.measure import measure_step
 from graphopt.pipeline import Pass, PassContext, PassResult, Position, Preserves
@@ -94,7 +95,7 @@ class _Run:
         self.module = program.replace(planner=None).emit()
         source: nn.Module = context.source if context.source is not None else self.module
         self.source = source
-        self.module.train(source.training)
+        in_modes_of(self.module, source)
         self.training = source.training
         self.inputs = program.signature.flatten_inputs(context.args, context.kwargs)
         if self.training and not self._trainable():
@@ -123,7 +124,7 @@ class _Run:
             problem = make_problem(situation, settings, self.context.progress)
             search = Search(situation, problem, settings, self.context.progress)
             try:
-                plan, measured, program = self._kept(planner, key, search)
+                plan, measured, program = self._kept(planner, key, search, max(0, asked - fixed))
             except BudgetInfeasible as error:
                 raise self._with_fixed(error, asked, fixed) from None
         return PassResult(
@@ -184,13 +185,13 @@ class _Run:
             loss=context.loss,
             hold_outputs=options.hold_outputs,
             share=share,
+            rewrites=getattr(getattr(self.program.planner, "settings", None), "rewrites", ()),
         )
 
     def _kept(
-        self, planner: MemoryPlanner, key: CallKey, search: Search
+        self, planner: MemoryPlanner, key: CallKey, search: Search, asked: int
     ) -> tuple[Plan, int, Program]:
         """Plans and measures until what runs keeps the budget."""
-        asked = planner.settings.budget
         allowed, start = asked, None
         attempts = 0
         while True:
@@ -198,10 +199,8 @@ class _Run:
             plan = search.plan(allowed, start=start)
             planner.adopt(key, search.situation, plan)
             program = self.program.replace(planner=planner)
-            module = program.emit()
-            module.train(self.training)
             self.context.progress("measuring the planned module")
-            measured = self._measure(module)
+            measured = self._measure(in_modes_of(program.emit(), self.source))
             if measured <= asked:
                 return plan, measured, program
             if not plan.keeps_budget or attempts == _ATTEMPTS:
@@ -212,7 +211,7 @@ class _Run:
     def _unplanned(self, plan: Plan, asked: int, smallest: int) -> tuple[Plan, int, Program]:
         """Without a plan, if that keeps the budget: autograd frees some things earlier."""
         program = self.program.replace(planner=None)
-        measured = self._measure(program.emit().train(self.training))
+        measured = self._measure(in_modes_of(program.emit(), self.source))
         if measured > asked:
             raise plan.infeasible(asked, smallest)
         return plan.without_recomputation(measured), measured, program

@@ -1,0 +1,73 @@
+"""Rewrites of a joint graph: other ways for the backward pass to come by what it reads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import fx
+
+from graphopt.ir.joint import JointView
+
+
+@dataclass(frozen=True)
+class Site:
+    """One application of a rewrite.
+
+    Attributes:
+        nodes: The node whose value autograd saves, then those that may be kept instead.
+        rule: The rewrite's name.
+        merged: How many equal values autograd saves besides.
+    """
+
+    nodes: tuple[str, ...]
+    rule: str
+    merged: int = 0
+
+
+@dataclass(frozen=True)
+class Rewrite:
+    """A rule that changes a prepared joint graph in place; its fields are JSON-able.
+
+    It is part of a planner's settings: each joint graph that the planner derives is rewritten
+    before it is planned.
+    """
+
+    name: ClassVar[str] = ""
+
+    def apply(self, view: JointView) -> Sequence[Site]:
+        """Rewrites the graph wherever the rule fits.
+
+        Returns:
+            Where it did.
+        """
+        raise NotImplementedError
+
+
+def insert(graph: fx.Graph, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+    """Adds a call at the graph's insertion point and derives its value."""
+    node = graph.call_function(target, args, kwargs)
+    fakes = fx.map_arg(args, lambda n: n.meta["val"])
+    tensors = [v for v in torch.utils._pytree.tree_leaves(fakes) if isinstance(v, torch.Tensor)]
+    with tensors[0].fake_mode, torch.no_grad():  # type: ignore[attr-defined]
+        node.meta["val"] = target(*fakes, **kwargs)
+    return node
+
+
+def sizes_of(graph: fx.Graph, node: fx.Node) -> list[Any]:
+    """A node's sizes as arguments: numbers, and nodes that read the free ones."""
+    return _numbers(graph, torch.ops.aten.sym_size.int, node, node.meta["val"].shape)
+
+
+def strides_of(graph: fx.Graph, node: fx.Node) -> list[Any]:
+    """A node's strides as arguments, likewise."""
+    return _numbers(graph, torch.ops.aten.sym_stride.int, node, node.meta["val"].stride())
+
+
+def _numbers(graph: fx.Graph, read: Any, node: fx.Node, values: Sequence[Any]) -> list[Any]:
+    return [
+        insert(graph, read, node, dim) if isinstance(value, torch.SymInt) else value
+        for dim, value in enumerate(values)
+    ]
