@@ -250,7 +250,7 @@ def _worst(
 ) -> Difference | None:
     # A gradient that is zero but for rounding, such as that of a bias before BatchNorm, is compared
     # on the scale of the others.
-    largest = max((float(t.abs().double().norm()) for t in expected.values()), default=0.0)
+    largest = max((float(t.double().norm()) for t in expected.values()), default=0.0)
     scale = 1e-2 * largest if kind == "gradients" else 0.0
     worst: Difference | None = None
     for name in {**expected, **got}:

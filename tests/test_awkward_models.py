@@ -199,3 +199,81 @@ def test_under_autocast() -> None:
         for module in (outside, inside):
             got = gradients(module, (x,), torch.sum)
             assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+class Judging(nn.Module):
+    """Returns a mask besides what it computes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = self.layer(x)
+        return y, y > 0
+
+
+def test_a_mask_may_be_returned() -> None:
+    model, x = Judging(), torch.randn(6, 8)
+    module = graphopt.optimize(model, "memory=1GB", (x,), time_limit=1)
+    torch.testing.assert_close(module(x), model(x))
+
+
+def test_ops_with_effects_are_planned() -> None:
+    """A linear solve checks its matrix, which tracing takes for an effect to be kept in order."""
+    model = nn.Sequential(
+        nn.utils.parametrizations.orthogonal(nn.Linear(8, 8), orthogonal_map="cayley"), nn.Tanh()
+    )
+    x = torch.randn(6, 8)
+    module = graphopt.optimize(model, "memory=100%", (x,), time_limit=1)
+    got, want = (gradients(m, (x,), torch.sum) for m in (module, model))
+    torch.testing.assert_close(got, want)
+
+
+class Shared(nn.Module):
+    """One block under two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.5))
+        self.alias = self.block
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.alias(self.block(x))
+
+
+def test_the_mode_of_a_module_with_two_names() -> None:
+    model, x = Shared(), torch.randn(6, 8)
+    module = graphopt.optimize(model, "memory=100%", (x,), time_limit=1)
+    for m in (model, module):
+        m.get_submodule("block.1").eval()
+    torch.testing.assert_close(module(x), model(x))
+
+
+class Auxiliary(nn.Module):
+    """An output, with parameters of its own, that the loss leaves out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.used, self.aux = nn.Linear(8, 8), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        y = self.used(x)
+        return {"loss": y.square().mean(), "aux": self.aux(y)}
+
+
+@pytest.mark.parametrize("aux", [False, True])
+def test_hooks_of_what_the_loss_leaves_out(aux: bool) -> None:
+    model, x = Auxiliary(), torch.randn(6, 8)
+    module = graphopt.optimize(model, "memory=100%", (x,), time_limit=1)
+    fired: list[list[str]] = [[], []]
+    for m, names in zip((module, model), fired, strict=True):
+        for name, parameter in m.named_parameters():
+            parameter.register_post_accumulate_grad_hook(
+                lambda _, name=name, names=names: names.append(name)
+            )
+        outputs = m(x)
+        (outputs["loss"] + (outputs["aux"].sum() if aux else 0)).backward()
+    assert sorted(fired[0]) == sorted(fired[1])
+    for got, want in zip(module.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(got.grad, want.grad)

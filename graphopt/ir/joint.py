@@ -19,6 +19,7 @@ from torch._functorch.aot_autograd import aot_export_joint_with_descriptors
 
 from graphopt.errors import UnsupportedError
 from graphopt.ir.rnn import split_dropout_layers
+from graphopt.ir.tokens import drop_tokens
 
 InputKind = Literal["parameter", "buffer", "input", "tangent"]
 OutputKind = Literal["output", "mutation", "gradient"]
@@ -247,8 +248,13 @@ def _differentiable_aliases(joint: Any, results: _Results) -> frozenset[int]:
     )
 
 
+def _is_token(desc: Any) -> bool:
+    return isinstance(desc, _desc.ForwardTokenAOTInput | _desc.ForwardTokenAOTOutput)
+
+
 def _describe(joint: Any, results: _Results, carrying: frozenset[int]) -> JointView:
     module: fx.GraphModule = joint.graph_module
+    drop_tokens(module.graph, _is_token)
     metadata = joint._aot_state.fw_metadata
     flags = [info.requires_grad for info in metadata.input_info]
     inputs: dict[Any, JointInput] = {}

@@ -245,8 +245,7 @@ def make_situation(
         hold_outputs: Whether callers keep outputs during backward.
         rewrites: Rules by which the graph is changed before it is planned.
     """
-    names = [name for name, _ in module.named_modules()]
-    forward = program.specialize(dict(zip(names, key.training, strict=True)))
+    forward = program.specialize(_modes(module, key))
     placeholders = forward.graph.find_nodes(op="placeholder")
     by_name = {n.name: t for n, t in zip(placeholders, inputs, strict=True)}
     forward = retie(forward, module, by_name)
@@ -280,6 +279,12 @@ def make_situation(
         stepping=key.stepping,
         sites=tuple(sites),
     )
+
+
+def _modes(module: nn.Module, key: CallKey) -> dict[str, bool]:
+    """The mode of every module under each of its names: a key has one entry a module."""
+    modes = dict(zip(module.modules(), key.training, strict=True))
+    return {name: modes[part] for name, part in module.named_modules(remove_duplicate=False)}
 
 
 def _expand_tangents(view: JointView, found: LossMeasurement) -> None:

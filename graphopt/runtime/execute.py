@@ -81,13 +81,21 @@ class CompiledStep:
     def _differentiable(self, call: _Call) -> Sequence[Any]:
         device = next((t.device for t in call.operands.values() if t.requires_grad), None)
         token = torch.zeros((), device=device, requires_grad=True)
-        if call.replay is not None:
+        rest = None
+        if call.replay is not None and self.step.unplanned:
             owners = [call.tensor(operand) for operand in self.step.unplanned]
-            token = _Rest.apply(call, token, *owners)
+            rest = _Rest.apply(call, token, *owners)
         for index in reversed(range(len(self.step.backward))):
             owners = [call.tensor(operand) for operand, _ in self.step.backward[index].gradients]
             token = _Gate.apply(call, index, token, *owners)
-        return _Forward.apply(call, token)
+        results = _Forward.apply(call, token)
+        if rest is None:
+            return results
+        others = self.step.out_requires_grad - self.step.tangents.keys()
+        return [
+            _Attached.apply(result, rest) if position in others else result
+            for position, result in zip(self.step.results, results, strict=True)
+        ]
 
     def _arrange(self, computed: dict[int, Any], tensor: FetchOperand) -> list[Any]:
         outputs = []
@@ -279,7 +287,10 @@ class _Gate(torch.autograd.Function):
 
 
 class _Rest(torch.autograd.Function):
-    """Returns the gradients of operands that only unplanned outputs depend on."""
+    """Returns the gradients of operands that only unplanned outputs depend on.
+
+    It is made before everything else of a call, so that autograd runs it after `_Forward`.
+    """
 
     @staticmethod
     def forward(ctx: Any, call: _Call, token: Tensor, *_owners: Tensor) -> Tensor:
@@ -290,6 +301,19 @@ class _Rest(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         return None, None, *ctx.call.rest()
+
+
+class _Attached(torch.autograd.Function):
+    """An unplanned output: if it gets a gradient, so do the operands that only it depends on."""
+
+    @staticmethod
+    def forward(ctx: Any, result: Tensor, rest: Tensor) -> Tensor:
+        ctx.set_materialize_grads(False)
+        return _alias(result)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, None]:
+        return gradients[0], None
 
 
 class _Forward(torch.autograd.Function):

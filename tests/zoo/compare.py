@@ -224,8 +224,10 @@ def gradient_problems(
 
 
 def _off(eager: Tensor, exact: Tensor | None) -> float:
-    """How far eager's own gradient is from the one in float64; unknown without that."""
-    return _distance(eager, exact) if exact is not None else float("inf")
+    """How far eager's own gradient is from a better one: unknown if there is none."""
+    if exact is None or exact.dtype == eager.dtype:
+        return float("inf")
+    return _distance(eager, exact)
 
 
 def buffer_problems(
