@@ -95,7 +95,8 @@ class ShareReport:
         peak_before: The source model's peak.
         peak_after: The same of the module that is returned.
         sites: The values that backward needs.
-        gradient_cosine: Cosine of the gradient and the exact one, over all that is trained.
+        gradient_error: Measured ``||g - g_exact|| / ||g_exact||`` over all that is trained.
+        gradient_cosine: Cosine of the gradient and the exact one.
     """
 
     saved_before: int
@@ -103,6 +104,7 @@ class ShareReport:
     peak_before: int
     peak_after: int
     sites: tuple[ShareSite, ...] = ()
+    gradient_error: float = 0.0
     gradient_cosine: float = 1.0
 
 

@@ -38,7 +38,7 @@ class PackedMasks(Rewrite):
             and node not in late
             and node in computed
             and _is_mask(node)
-            and any(user in late for user in _readers(node, storage.role))
+            and any(user in late for user in readers_of(node, storage.role))
         ]
         return [Site(_let_all_read_bits(view.graph, mask), self.name) for mask in masks]
 
@@ -60,7 +60,7 @@ class ReluSign(Rewrite):
         for node in graph.find_nodes(op="call_function", target=aten.threshold_backward.default):
             gradient, output, threshold = node.args
             y = storage.base[output]
-            others = [u for u in _readers(y, storage.role) if u in late and u is not node]
+            others = [u for u in readers_of(y, storage.role) if u in late and u is not node]
             whole = y.meta["val"].shape == output.meta["val"].shape
             if y in late or y.op == "placeholder" or others or not whole:
                 continue
@@ -107,7 +107,7 @@ def _is_size(node: fx.Node) -> bool:
     return not isinstance(node.meta.get("val"), torch.Tensor)
 
 
-def _readers(node: fx.Node, roles: dict[fx.Node, Role]) -> list[fx.Node]:
+def readers_of(node: fx.Node, roles: dict[fx.Node, Role]) -> list[fx.Node]:
     """Computations that read a value, through views too."""
     found, waiting = [], [node]
     while waiting:

@@ -188,7 +188,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name in options.models:
         print(f"{name} ...", file=sys.stderr)
         rows.append(compare(name, options.repeats))
-    Console().print(table(rows))
+    Console(width=110).print(table(rows))
     return int(any(row["bar"] is not None and row["less"] < row["bar"] for row in rows))
 
 
