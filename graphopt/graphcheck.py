@@ -83,7 +83,8 @@ def check_metadata(module: fx.GraphModule, pass_name: str = "") -> None:
         mode = _fake_mode(graph_module)
         if mode is None:
             continue
-        with _quiet(mode), torch.no_grad(), regions.get(id(graph_module), _NO_REGION)():
+        region = regions.get(id(graph_module), _NO_REGION)
+        with _quiet(mode), torch.no_grad(), autocast_off(), region():
             for node in graph_module.graph.nodes:
                 _check_node(node, mode, graph_module, pass_name)
 
@@ -195,7 +196,7 @@ def _run(node: fx.Node, mode: FakeTensorMode) -> Any:
         )
     target: Any = node.target
     # As in tracing: ops with symbolic sizes decompose in Python, where they are known to work.
-    with autocast_off(), enable_python_dispatcher(), mode:
+    with enable_python_dispatcher(), mode:
         return target(*args, **kwargs)
 
 
