@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import importlib
 import pkgutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from types import ModuleType
@@ -132,18 +132,13 @@ def choose(budget: Budget) -> Pipeline:
 
 
 def rewrite(name: str) -> type[Any]:
-    """The class of a saved planner's rewrite, by its name.
+    """The class of a rewrite that a saved plan uses, by its name.
 
     Raises:
         UnsupportedError: No installed pass has such a rewrite.
     """
     known = {cls.name: cls for pass_ in passes().values() for cls in pass_.rewrites}  # type: ignore[attr-defined]
-    if name not in known:
-        raise UnsupportedError(
-            f"this program's plan uses the rewrite {name!r}, which no installed pass knows",
-            hint="install the package that made it",
-        )
-    return known[name]
+    return _known(name, known, "uses the rewrite")
 
 
 def planner(kind: str) -> type[Any]:
@@ -153,12 +148,16 @@ def planner(kind: str) -> type[Any]:
         UnsupportedError: No installed pass has such a planner.
     """
     known = {cls.kind: cls for pass_ in passes().values() for cls in pass_.planners}  # type: ignore[attr-defined]
-    if kind not in known:
+    return _known(kind, known, "is of the kind")
+
+
+def _known(name: str, known: Mapping[str, type[Any]], what: str) -> type[Any]:
+    if name not in known:
         raise UnsupportedError(
-            f"this program carries a plan of kind {kind!r}, which no installed pass knows",
+            f"this program's plan {what} {name!r}, which no installed pass knows",
             hint="install the package that made it",
         )
-    return known[kind]
+    return known[name]
 
 
 def _sources() -> Iterator[tuple[str, Any]]:

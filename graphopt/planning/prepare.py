@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import fx
 
@@ -47,11 +49,16 @@ def prepare(view: JointView) -> dict[JointInput, fx.Node]:
 
 def depends_on_tangents(view: JointView) -> set[fx.Node]:
     """Nodes of the backward pass proper."""
-    late = {i.node for i in view.inputs_of("tangent")}
-    for node in view.graph.nodes:
-        if any(argument in late for argument in node.all_input_nodes):
-            late.add(node)
-    return late
+    return depending_on(view.graph, (i.node for i in view.inputs_of("tangent")))
+
+
+def depending_on(graph: fx.Graph, roots: Iterable[fx.Node]) -> set[fx.Node]:
+    """The roots, and all nodes that are computed from one of them."""
+    found = set(roots)
+    for node in graph.nodes:
+        if any(argument in found for argument in node.all_input_nodes):
+            found.add(node)
+    return found
 
 
 def _drop_asserts(graph: fx.Graph) -> None:

@@ -17,6 +17,7 @@ from graphopt.ir.program import Program
 from graphopt.measure import measure_step
 from graphopt.pipeline import Pass, PassContext, PassResult, Position, Preserves
 from graphopt.planning.planner import MemoryPlanner
+from graphopt.planning.rewrites import Rewrite
 from graphopt.planning.search import Plan, PlanSettings, Search, make_problem
 from graphopt.planning.situation import CallKey
 from graphopt.report import MemoryReport, PlanReport
@@ -185,8 +186,13 @@ class _Run:
             loss=context.loss,
             hold_outputs=options.hold_outputs,
             share=share,
-            rewrites=getattr(getattr(self.program.planner, "settings", None), "rewrites", ()),
+            rewrites=self._rewrites(),
         )
+
+    def _rewrites(self) -> tuple[Rewrite, ...]:
+        """What a pass before this one does to the joint graph."""
+        planner = self.program.planner
+        return planner.settings.rewrites if isinstance(planner, MemoryPlanner) else ()
 
     def _kept(
         self, planner: MemoryPlanner, key: CallKey, search: Search, asked: int

@@ -12,7 +12,7 @@ from torch import fx
 from graphopt.ir.joint import JointView
 from graphopt.ir.storage import Role, storage_map
 from graphopt.passes.share import packing  # noqa: F401 - registers the ops
-from graphopt.planning.prepare import depends_on_tangents
+from graphopt.planning.prepare import depending_on, depends_on_tangents
 from graphopt.planning.rewrites import Rewrite, Site, insert, sizes_of
 
 aten = torch.ops.aten
@@ -30,7 +30,8 @@ class PackedMasks(Rewrite):
     def apply(self, view: JointView) -> Sequence[Site]:
         """Packs every mask with a reader in backward."""
         storage, late = storage_map(view.graph), depends_on_tangents(view)
-        computed = _from_parameters(view)
+        # What inputs alone give is made again for next to nothing.
+        computed = depending_on(view.graph, (i.node for i in view.inputs_of("parameter")))
         masks = [
             node
             for node in view.graph.nodes
@@ -116,13 +117,4 @@ def readers_of(node: fx.Node, roles: dict[fx.Node, Role]) -> list[fx.Node]:
                 waiting.append(user)
             else:
                 found.append(user)
-    return found
-
-
-def _from_parameters(view: JointView) -> set[fx.Node]:
-    """Nodes that depend on a parameter: what inputs alone give is made again for nothing."""
-    found = {i.node for i in view.inputs_of("parameter")}
-    for node in view.graph.nodes:
-        if any(argument in found for argument in node.all_input_nodes):
-            found.add(node)
     return found
