@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from graphopt.ir.joint import JointView
+from graphopt.ir.ops import is_random
 from graphopt.ir.storage import Role, storage_map
 from graphopt.passes.share import packing  # noqa: F401 - registers the ops
 from graphopt.planning.prepare import depending_on, depends_on_tangents
@@ -30,16 +31,19 @@ class PackedMasks(Rewrite):
     def apply(self, view: JointView) -> Sequence[Site]:
         """Packs every mask with a reader in backward."""
         storage, late = storage_map(view.graph), depends_on_tangents(view)
-        # What inputs alone give is made again for next to nothing.
+        # What inputs alone give is made again for next to nothing; draws never are.
         computed = depending_on(view.graph, (i.node for i in view.inputs_of("parameter")))
+
+        def is_read(mask: fx.Node) -> bool:
+            return mask in computed and any(u in late for u in readers_of(mask, storage.role))
+
         masks = [
             node
             for node in view.graph.nodes
             if storage.role[node] is Role.COMPUTE
             and node not in late
-            and node in computed
             and _is_mask(node)
-            and any(user in late for user in readers_of(node, storage.role))
+            and (is_random(node) or is_read(node))
         ]
         return [Site(_let_all_read_bits(view.graph, mask), self.name) for mask in masks]
 

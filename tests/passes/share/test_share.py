@@ -87,10 +87,13 @@ def frozen_norm() -> nn.Module:
 tokens = torch.randn(64, 32)
 images = torch.randn(4, 3, 16, 16)
 
+dropped_input = nn.Sequential(nn.Dropout(0.3), nn.Linear(32, 32), nn.Tanh())
+
 CASES = {
     "norm and activation": (ActivationsInARow(), tokens, 0.6, "recompute"),
     "gated": (Gated(), tokens, 0.68, "recompute"),
     "dropout": (dropped(), tokens, 0.55, "bit mask"),
+    "dropped input": (dropped_input, tokens, 0.55, "bit mask"),
     "relu": (gated_sum(), tokens, 0.55, "relu sign"),
     "max pool": (pooled(nn.MaxPool2d), images, 0.4, "byte index"),
     "average pool": (pooled(nn.AvgPool2d), images, 0.3, "unread operand"),
