@@ -9,7 +9,6 @@ import copy
 import functools
 import os
 import sys
-import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
@@ -28,7 +27,7 @@ from graphopt.errors import (
     UnsupportedError,
     VerificationError,
     first_line,
-    innermost_user_frame,
+    user_line_of_error,
 )
 from graphopt.instruments import Instrument, Verify
 from graphopt.ir import capture as _capture
@@ -407,11 +406,10 @@ def _run_source(run: Callable[[nn.Module], Observation], source: nn.Module) -> O
 def _fails_itself(
     model: nn.Module, error: Exception, kind: type[ModelError] | type[InputMismatch]
 ) -> GraphoptError:
-    frames = "".join(traceback.format_tb(error.__traceback__))
     return kind(
         f"{type(model).__name__} itself fails on the example inputs: "
         f"{type(error).__name__}: {first_line(error)}",
-        user_line=innermost_user_frame(frames),
+        user_line=user_line_of_error(error),
         hint="run one forward and backward of the model with these inputs first",
     )
 

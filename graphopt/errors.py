@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import traceback
 from collections.abc import Iterable
 from typing import Any, ClassVar
 
@@ -212,6 +213,11 @@ def user_line_of(node: Any) -> str | None:
     if not trace:
         return None
     return innermost_user_frame(str(trace))
+
+
+def user_line_of_error(error: BaseException) -> str | None:
+    """The innermost line outside torch and graphopt from which an exception came."""
+    return innermost_user_frame("".join(traceback.format_tb(error.__traceback__)))
 
 
 def innermost_user_frame(trace: str) -> str | None:

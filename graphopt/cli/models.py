@@ -6,13 +6,12 @@ import importlib
 import importlib.util
 import os
 import sys
-import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from graphopt.errors import ModelError, first_line, innermost_user_frame, suggest
+from graphopt.errors import ModelError, first_line, suggest, user_line_of_error
 
 
 @dataclass(frozen=True)
@@ -150,8 +149,7 @@ def _called(name: str, factory: Any) -> Loaded:
 
 
 def _failed(what: str, error: Exception) -> ModelError:
-    frames = "".join(traceback.format_tb(error.__traceback__))
-    line = innermost_user_frame(frames)
+    line = user_line_of_error(error)
     if isinstance(error, SyntaxError) and error.filename:
         line = f"{error.filename}:{error.lineno}: {(error.text or '').strip()}"
     return ModelError(f"{what} failed: {type(error).__name__}: {first_line(error)}", user_line=line)

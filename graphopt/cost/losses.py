@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import traceback
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +18,7 @@ from graphopt.errors import (
     NothingToTrainError,
     UsageError,
     first_line,
-    innermost_user_frame,
+    user_line_of_error,
 )
 from graphopt.ir.randomness import kept_random_state
 from graphopt.ir.trees import flatten
@@ -124,7 +123,7 @@ def _apply(loss: Loss, outputs: Any) -> Any:
     except Exception as error:  # user code may raise anything
         raise ModelError(
             f"the loss fails on the model's outputs: {type(error).__name__}: {first_line(error)}",
-            user_line=innermost_user_frame("".join(traceback.format_tb(error.__traceback__))),
+            user_line=user_line_of_error(error),
             hint="call it on what the model returns for the example inputs",
         ) from error
 
