@@ -6,6 +6,7 @@ Nothing here knows a pass by name: the registry says which pass serves what.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import os
 import sys
@@ -33,7 +34,7 @@ from graphopt.instruments import Instrument, Verify
 from graphopt.ir import capture as _capture
 from graphopt.ir.mode import in_modes_of
 from graphopt.ir.untouched import outside_inference_mode
-from graphopt.pipeline import Pass, PassContext, Progress, silent
+from graphopt.pipeline import Pass, PassContext, Pipeline, Progress, silent
 from graphopt.report import Report
 from graphopt.requests import (
     check_model,
@@ -300,9 +301,17 @@ def frontier(
         progress=progress,
     )
     first: Any = planners[0]
-    program = registry.choose(Budget()).run(program, context)
+    program = _prepared(first(), program, context)
     points = first().frontier(program, context, budgets)
     return sorted(points, key=lambda point: -point[0])
+
+
+def _prepared(planner: Pass, program: Program, context: PassContext) -> Program:
+    """What a pass that serves a memory budget gets from those in front of it."""
+    chosen = registry.choose(Budget.parse("memory=100%")).passes
+    before = [each for each in chosen if each.position < planner.position]
+    ahead = dataclasses.replace(context, ahead=(planner,))
+    return Pipeline(tuple(before)).run(program, ahead)
 
 
 def load(path: str | os.PathLike[str], *, trust: bool = False) -> OptimizedModule:

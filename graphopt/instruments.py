@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from graphopt.comparison import Observation, observe, unequal
 from graphopt.errors import GraphoptError, VerificationError
 from graphopt.files import ensure_writable_folder, write_text
 from graphopt.graphcheck import check_graphs
-from graphopt.pipeline import Pass, PassContext, PassResult, Pipeline
+from graphopt.pipeline import Pass, PassContext, PassResult, Pipeline, Preserves
 
 if TYPE_CHECKING:
     from graphopt.ir.program import Program
@@ -62,22 +63,24 @@ class Verify(Instrument):
         Raises:
             VerificationError: Names the claim, the pass and the worst difference.
         """
-        if not result.changed and result.program is before:
-            return
+        if not result.changed and result.program.module is before.module:
+            return  # at most something is handed to a later pass
         assert self._context is not None
         self._context.progress(f"verifying {pass_.name}")
         check_graphs(result.program, pass_.name)
-        if pass_.preserves.state_dict_keys:
+        claims = result.preserves or pass_.preserves
+        if claims.state_dict_keys:
             _check_keys(pass_, before, result.program)
         if self.numeric:
             for training in (True, False):
-                self._check_numbers(pass_, before, result.program, training)
+                self._check_numbers(pass_, claims, before, result.program, training)
 
-    def _check_numbers(self, pass_: Pass, before: Program, after: Program, training: bool) -> None:
+    def _check_numbers(
+        self, pass_: Pass, claims: Preserves, before: Program, after: Program, training: bool
+    ) -> None:
         expected = self._seen.get(training) or self._observe(before, training)
         got = self._observe(after, training)
         self._seen[training] = got
-        claims = pass_.preserves
         mode = "train" if training else "eval"
         if claims.shapes and expected.structure != got.structure:
             raise VerificationError(
@@ -221,9 +224,10 @@ def bisect(
         raise ValueError("the program is bad before any pass has run")
     states: list[Any] = [program]
     failure: GraphoptError | None = None
-    for pass_ in pipeline.passes:
+    for index, pass_ in enumerate(pipeline.passes):
+        here = dataclasses.replace(context, ahead=(*pipeline.passes[index + 1 :], *context.ahead))
         try:
-            states.append(pass_.run(states[-1], context).program)
+            states.append(pass_.run(states[-1], here).program)
         except GraphoptError as error:
             failure = error
             break

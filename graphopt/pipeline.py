@@ -100,6 +100,7 @@ class PassContext:
         seed: Seed of everything random.
         cost_model: ``flops``, ``analytic`` or ``profiled``.
         progress: Told what goes on.
+        ahead: The passes that will run afterwards.
     """
 
     args: tuple[Any, ...] = ()
@@ -114,6 +115,7 @@ class PassContext:
     seed: int = 0
     cost_model: str = "flops"
     progress: Progress = silent
+    ahead: tuple[Pass, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -125,11 +127,13 @@ class PassResult:
         changed: Whether anything changed.
         report: Sections of the report by name, such as ``{"plan": PlanReport(...)}``; each a
             dataclass or a mapping.
+        preserves: What holds of this result, where that isn't what the pass claims of all.
     """
 
     program: Program
     changed: bool
     report: Mapping[str, Any] = field(default_factory=dict)
+    preserves: Preserves | None = None
 
 
 @dataclass(frozen=True)
@@ -308,7 +312,8 @@ class Pipeline:
             instrument.start(program, context)
         for index, pass_ in enumerate(self.passes):
             context.progress(f"pass {pass_}", index / len(self.passes))
-            program = _run_pass(pass_, program, context, instruments)
+            here = dataclasses.replace(context, ahead=(*self.passes[index + 1 :], *context.ahead))
+            program = _run_pass(pass_, program, here, instruments)
         for instrument in instruments:
             instrument.finish(program)
         context.progress("passes done", 1.0)

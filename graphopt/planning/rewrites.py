@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import fx
 
+from graphopt import registry
 from graphopt.ir.joint import JointView
 
 
@@ -44,6 +45,16 @@ class Rewrite:
             Where it did.
         """
         raise NotImplementedError
+
+
+def dump_rewrites(rewrites: Sequence[Rewrite]) -> list[Any]:
+    """Rewrites as JSON-able data: their names and fields."""
+    return [(rule.name, asdict(rule)) for rule in rewrites]
+
+
+def read_rewrites(data: Sequence[Any]) -> tuple[Rewrite, ...]:
+    """Reads what `dump_rewrites` gave."""
+    return tuple(registry.rewrite(name)(**fields) for name, fields in data)
 
 
 def insert(graph: fx.Graph, target: Any, *args: Any, **kwargs: Any) -> fx.Node:

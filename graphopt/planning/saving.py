@@ -18,11 +18,6 @@ def saving_plan(situation: Situation, problem: Problem) -> Plan:
     return describe(situation, solution.peak, problem, solution, solution.sequence)
 
 
-def saved_values(problem: Problem) -> frozenset[int]:
-    """The values that such a plan keeps from forward for backward."""
-    return solvers.least_saved(problem.graph, problem.turn, cheap_tasks(problem))
-
-
 def cheap_tasks(problem: Problem) -> frozenset[int]:
     """Tasks all of whose ops are bound by memory."""
     return frozenset(

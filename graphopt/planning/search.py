@@ -12,14 +12,14 @@ from typing import Any
 
 from torch import fx
 
-from graphopt import registry, solvers
+from graphopt import solvers
 from graphopt.cost.losses import Loss
 from graphopt.cost.models import CostModel, cost_model
 from graphopt.errors import BudgetInfeasible, user_line_of
 from graphopt.pipeline import Progress, silent
 from graphopt.planning.known import Known, known
 from graphopt.planning.problem import Problem, live_at_peak
-from graphopt.planning.rewrites import Rewrite
+from graphopt.planning.rewrites import Rewrite, dump_rewrites, read_rewrites
 from graphopt.planning.situation import Situation
 from graphopt.planning.steps import StepNames
 from graphopt.solvers import Solution, TaskGraph
@@ -27,7 +27,7 @@ from graphopt.solvers import Solution, TaskGraph
 # Durations are whole numbers to the solver: parts of the whole step.
 _WHOLE = 10**9
 # A plan that is proven to be within this share of the shortest step is not improved any more.
-_TOLERANCE = 5e-4
+TOLERANCE = 5e-4
 # The solver is compiled when it is first used on a machine, which is no part of the time limit.
 _COMPILING_SECONDS = 60.0
 
@@ -62,14 +62,13 @@ class PlanSettings:
         """JSON-able form, without the loss."""
         plain = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         del plain["loss"]
-        plain["rewrites"] = [(rule.name, dataclasses.asdict(rule)) for rule in self.rewrites]
+        plain["rewrites"] = dump_rewrites(self.rewrites)
         return plain
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> PlanSettings:
         """Reads what `to_dict` wrote."""
-        rules = tuple(registry.rewrite(name)(**fields) for name, fields in data["rewrites"])
-        return cls(**{**data, "rewrites": rules})
+        return cls(**{**data, "rewrites": read_rewrites(data["rewrites"])})
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "loss": None}
@@ -224,7 +223,7 @@ class Search:
             seed=self.settings.seed,
             on_progress=self._tell,
             start=None if start is None else self._in_order(start),
-            tolerance=_TOLERANCE,
+            tolerance=TOLERANCE,
         )
         if solution.peak > budget:
             solution = self._with_least(budget, solution)
@@ -253,7 +252,7 @@ class Search:
                 seed=self.settings.seed,
                 start=least.sequence,
                 on_progress=self._tell,
-                tolerance=_TOLERANCE,
+                tolerance=TOLERANCE,
             )
         found = min(least, solution, key=lambda s: s.peak)
         return dataclasses.replace(found, min_peak=found.peak)

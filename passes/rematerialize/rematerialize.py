@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -12,15 +12,16 @@ from torch import nn
 from graphopt import solvers
 from graphopt.budget import Quantity, read_field
 from graphopt.errors import BudgetError, BudgetInfeasible, NothingToTrainError
-from graphopt.ir.mode import in_modes_of
 from graphopt.ir.program import Program
-from graphopt.measure import measure_step
+from graphopt.measure import StepMeasurement
 from graphopt.pipeline import Pass, PassContext, PassResult, Position, Preserves
+from graphopt.planning.account import account
+from graphopt.planning.case import Case
+from graphopt.planning.draft import Draft, Way
 from graphopt.planning.planner import MemoryPlanner
-from graphopt.planning.rewrites import Rewrite
-from graphopt.planning.search import Plan, PlanSettings, Search, make_problem
+from graphopt.planning.search import TOLERANCE, Plan, PlanSettings, Search, make_problem
 from graphopt.planning.situation import CallKey
-from graphopt.report import MemoryReport, PlanReport
+from graphopt.report import MemoryReport, PlanReport, ShareReport, ShareSite
 
 _ATTEMPTS = 4
 _UNLIMITED = 2**60
@@ -88,82 +89,80 @@ class Rematerialize(Pass):
         return _Run(self, program, context).frontier(budgets)
 
 
+@dataclass(frozen=True)
+class _Found:
+    """A plan that keeps the budget, and the program that runs it."""
+
+    plan: Plan
+    program: Program
+    measured: StepMeasurement
+    sites: tuple[ShareSite, ...] = ()
+
+
 class _Run:
     def __init__(self, options: Rematerialize, program: Program, context: PassContext) -> None:
         solvers.prepare()  # compiles in the background while the model is measured and traced
-        self.options = options
-        self.program, self.context = program, context
-        self.module = program.replace(planner=None).emit()
-        source: nn.Module = context.source if context.source is not None else self.module
-        self.source = source
-        in_modes_of(self.module, source)
-        self.training = source.training
-        self.inputs = program.signature.flatten_inputs(context.args, context.kwargs)
-        if self.training and not self._trainable():
+        self.options, self.context = options, context
+        self.case = case = Case(program, context)
+        if case.training and not case.is_trainable:
             raise NothingToTrainError(
                 "Neither a parameter nor an input requires a gradient, so that there is no "
                 "training step to plan.",
                 hint="Set requires_grad, or call .eval() for a budget on the forward pass.",
             )
 
-    def _trainable(self) -> bool:
-        tensors = (*self.module.parameters(), *self.inputs)
-        return any(t.requires_grad for t in tensors)
-
     def result(self, memory: Quantity) -> PassResult:
         """Measures the source, plans, emits and measures again."""
         self.context.progress("measuring the source model")
-        eager = self._measure(self.source)
+        eager = self._measure(self.case.source)
         fixed = self._fixed_bytes()
-        asked = memory.bytes_of(eager + fixed)
-        share = (asked - fixed) / max(1, eager) if memory.relative else None
-        settings = self._settings(max(0, asked - fixed), share)
-        planner = MemoryPlanner(settings, self.training)
-        with torch.set_grad_enabled(self.training):
-            key = CallKey.of(self.module, self.inputs)
-            situation = planner.situation(self.module, key, self.inputs)
-            problem = make_problem(situation, settings, self.context.progress)
-            search = Search(situation, problem, settings, self.context.progress)
-            try:
-                plan, measured, program = self._kept(planner, key, search, max(0, asked - fixed))
-            except BudgetInfeasible as error:
-                raise self._with_fixed(error, asked, fixed) from None
-        return PassResult(
-            program,
-            changed=True,
-            report={
-                "memory": MemoryReport(
-                    eager_peak=eager + fixed,
-                    budget=asked,
-                    predicted_peak=plan.peak + fixed,
-                    measured_peak=measured + fixed,
-                    scope=self.options.scope or "activations",
-                    mode="train" if self.training else "eval",
-                ),
-                "plan": PlanReport(
-                    status=plan.status,
-                    overhead=plan.overhead,
-                    lower_bound=plan.lower_bound,
-                    gap=max(0.0, plan.overhead - plan.lower_bound),
-                    recomputed_flops=plan.recomputed_flops,
-                    step_flops=plan.step_flops,
-                    seconds=plan.seconds,
-                    cost_model=settings.cost_model,
-                    scope=plan.scope,
-                ),
-            },
-        )
+        asked = memory.bytes_of(eager.peak + fixed)
+        allowed = max(0, asked - fixed)
+        share = (asked - fixed) / max(1, eager.peak) if memory.relative else None
+        try:
+            ways = self._ways() if allowed < eager.peak else (Way(),)
+            way, found = self._best(ways, allowed, share)
+        except BudgetInfeasible as error:
+            raise self._with_fixed(error, asked, fixed) from None
+        plan = found.plan
+        report = {
+            "memory": MemoryReport(
+                eager_peak=eager.peak + fixed,
+                budget=asked,
+                predicted_peak=plan.peak + fixed,
+                measured_peak=found.measured.peak + fixed,
+                scope=self.options.scope or "activations",
+                mode="train" if self.case.training else "eval",
+            ),
+            "plan": PlanReport(
+                status=plan.status,
+                overhead=plan.overhead,
+                lower_bound=plan.lower_bound,
+                gap=max(0.0, plan.overhead - plan.lower_bound),
+                recomputed_flops=plan.recomputed_flops,
+                step_flops=plan.step_flops,
+                seconds=plan.seconds,
+                cost_model=self.options.cost_model or self.context.cost_model,
+                scope=plan.scope,
+            ),
+        }
+        if way.rewrites and self.case.training:
+            report["share"] = ShareReport(
+                saved_before=eager.saved,
+                saved_after=found.measured.saved,
+                peak_before=eager.peak,
+                peak_after=found.measured.peak,
+                gradient_error=way.gradient_error,
+                gradient_cosine=way.gradient_cosine,
+                sites=found.sites,
+            )
+        claims = replace(self.options.preserves, gradients=None) if way.gradient_error else None
+        return PassResult(found.program, changed=True, report=report, preserves=claims)
 
     def frontier(self, budgets: int | Sequence[Any]) -> list[tuple[int, float, float]]:
         """Plans for falling budgets, each beginning with the one before."""
-        unlimited = self._settings(_UNLIMITED)
-        with torch.set_grad_enabled(self.training):
-            key = CallKey.of(self.module, self.inputs)
-            situation = MemoryPlanner(unlimited, self.training).situation(
-                self.module, key, self.inputs
-            )
-            problem = make_problem(situation, unlimited, self.context.progress)
-        search = Search(situation, problem, unlimited, self.context.progress)
+        exact = next(way for way in self._ways() if way.gradient_error == 0)
+        search, _ = self._search(self._settings(_UNLIMITED, exact))
         return [
             (plan.peak, plan.overhead, plan.lower_bound)
             for plan in search.sweep(self._budgets(budgets))
@@ -173,54 +172,88 @@ class _Run:
         if isinstance(budgets, int):
             return budgets
         quantities = [read_field("memory", b) for b in budgets]
-        eager = self._measure(self.source) if any(q.relative for q in quantities) else None  # type: ignore[union-attr]
+        relative = any(q.relative for q in quantities)  # type: ignore[union-attr]
+        eager = self._measure(self.case.source).peak if relative else None
         return [q.bytes_of(eager) for q in quantities]  # type: ignore[union-attr]
 
-    def _settings(self, budget: int, share: float | None = None) -> PlanSettings:
+    def _ways(self) -> tuple[Way, ...]:
+        """How joint graphs may be rewritten: what a pass before this one proposes or does."""
+        planner = self.case.program.planner
+        if isinstance(planner, Draft):
+            return planner.ways
+        return (Way(planner.settings.rewrites if isinstance(planner, MemoryPlanner) else ()),)
+
+    def _best(self, ways: Sequence[Way], allowed: int, share: float | None) -> tuple[Way, _Found]:
+        """The way and the plan that recompute least; a later way only if it is really shorter."""
+        best: tuple[Way, _Found] | None = None
+        refused: list[BudgetInfeasible] = []
+        for way in ways:
+            settings = self._settings(allowed, way, share, parts=len(ways))
+            try:
+                found = self._found(settings)
+            except BudgetInfeasible as error:
+                refused.append(error)
+                continue
+            if best is None or found.plan.overhead < best[1].plan.overhead - TOLERANCE:
+                best = way, found
+            if found.plan.overhead <= TOLERANCE:
+                break
+        if best is None:
+            raise min(refused, key=lambda error: error.smallest or 0)
+        return best
+
+    def _settings(
+        self, budget: int, way: Way, share: float | None = None, parts: int = 1
+    ) -> PlanSettings:
         options, context = self.options, self.context
         return PlanSettings(
             budget=budget,
-            time_limit=options.time_limit or context.time_limit,
+            time_limit=(options.time_limit or context.time_limit) / parts,
             seed=context.seed if options.seed is None else options.seed,
             cost_model=options.cost_model or context.cost_model,
             loss=context.loss,
             hold_outputs=options.hold_outputs,
             share=share,
-            rewrites=self._rewrites(),
+            rewrites=way.rewrites,
         )
 
-    def _rewrites(self) -> tuple[Rewrite, ...]:
-        """What a pass before this one does to the joint graph."""
-        planner = self.program.planner
-        return planner.settings.rewrites if isinstance(planner, MemoryPlanner) else ()
+    def _search(self, settings: PlanSettings) -> tuple[Search, MemoryPlanner]:
+        case, planner = self.case, MemoryPlanner(settings, self.case.training)
+        with torch.set_grad_enabled(case.training):
+            key = CallKey.of(case.module, case.inputs)
+            situation = planner.situation(case.module, key, case.inputs)
+            problem = make_problem(situation, settings, self.context.progress)
+        return Search(situation, problem, settings, self.context.progress), planner
 
-    def _kept(
-        self, planner: MemoryPlanner, key: CallKey, search: Search, asked: int
-    ) -> tuple[Plan, int, Program]:
+    def _found(self, settings: PlanSettings) -> _Found:
         """Plans and measures until what runs keeps the budget."""
-        allowed, start = asked, None
-        attempts = 0
+        search, planner = self._search(settings)
+        asked = allowed = settings.budget or 0
+        start, attempts = None, 0
         while True:
             attempts += 1
             plan = search.plan(allowed, start=start)
-            planner.adopt(key, search.situation, plan)
-            program = self.program.replace(planner=planner)
+            with torch.set_grad_enabled(self.case.training):
+                key = CallKey.of(self.case.module, self.case.inputs)
+                planner.adopt(key, search.situation, plan)
+            program = self.case.program.replace(planner=planner)
             self.context.progress("measuring the planned module")
-            measured = self._measure(in_modes_of(program.emit(), self.source))
-            if measured <= asked:
-                return plan, measured, program
+            measured = self._measure(self.case.emitted(program))
+            if measured.peak <= asked:
+                sites = account(search.situation, search.problem, plan.sequence)
+                return _Found(plan, program, measured, sites)
             if not plan.keeps_budget or attempts == _ATTEMPTS:
-                return self._unplanned(plan, asked, smallest=max(measured, plan.peak))
-            allowed = max(0, allowed - (measured - asked))
+                return self._unplanned(plan, asked, smallest=max(measured.peak, plan.peak))
+            allowed = max(0, allowed - (measured.peak - asked))
             start = plan.sequence
 
-    def _unplanned(self, plan: Plan, asked: int, smallest: int) -> tuple[Plan, int, Program]:
+    def _unplanned(self, plan: Plan, asked: int, smallest: int) -> _Found:
         """Without a plan, if that keeps the budget: autograd frees some things earlier."""
-        program = self.program.replace(planner=None)
-        measured = self._measure(in_modes_of(program.emit(), self.source))
-        if measured > asked:
+        program = self.case.program.replace(planner=None)
+        measured = self._measure(self.case.emitted(program))
+        if measured.peak > asked:
             raise plan.infeasible(asked, smallest)
-        return plan.without_recomputation(measured), measured, program
+        return _Found(plan.without_recomputation(measured.peak), program, measured)
 
     @staticmethod
     def _with_fixed(error: BudgetInfeasible, asked: int, fixed: int) -> BudgetInfeasible:
@@ -235,28 +268,20 @@ class _Run:
             bound=int(error.bound or 0) + fixed,
         )
 
-    def _measure(self, module: nn.Module) -> int:
-        with torch.set_grad_enabled(self.training):
-            found = measure_step(
-                module,
-                self.context.args,
-                self.context.kwargs,
-                loss=self.context.loss,
-                forward_only=not self.training,
-                hold_outputs=self.options.hold_outputs,
-            )
-        return found.peak
+    def _measure(self, module: nn.Module) -> StepMeasurement:
+        return self.case.measure(module, hold_outputs=self.options.hold_outputs)
 
     def _fixed_bytes(self) -> int:
         """What `scope=step` counts besides activations."""
         if self.options.scope != "step":
             return 0
-        parameters = {p.untyped_storage().data_ptr(): p for p in self.source.parameters()}
+        source = self.case.source
+        parameters = {p.untyped_storage().data_ptr(): p for p in source.parameters()}
         held = sum(p.nbytes for p in parameters.values())
-        if self.training:
+        if self.case.training:
             held += sum(p.nbytes for p in parameters.values() if p.requires_grad)
-        held += sum(b.nbytes for b in self.source.buffers())
-        return held + _optimizer_bytes(self.context.optimizer, self.source)
+        held += sum(b.nbytes for b in source.buffers())
+        return held + _optimizer_bytes(self.context.optimizer, source)
 
 
 def _optimizer_bytes(optimizer: Any, source: nn.Module) -> int:

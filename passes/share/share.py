@@ -3,19 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, ClassVar
-
-import torch
-from torch import nn
+from typing import ClassVar
 
 from graphopt.budget import Quantity
-from graphopt.comparison import Observation, observe
-from graphopt.ir.mode import in_modes_of
+from graphopt.comparison import Observation
 from graphopt.ir.program import Program
-from graphopt.measure import StepMeasurement, measure_step
-from graphopt.passes.share.account import account
 from graphopt.passes.share.approximate import (
     FittedSite,
     as_rewrite,
@@ -29,11 +23,14 @@ from graphopt.passes.share.masks import PackedMasks, ReluSign
 from graphopt.passes.share.pooling import PackedIndices
 from graphopt.passes.share.steps import StepDerivative
 from graphopt.pipeline import Pass, PassContext, PassResult, Position, Preserves
+from graphopt.planning.account import account
+from graphopt.planning.case import Case
+from graphopt.planning.draft import Draft, Way
 from graphopt.planning.planner import MemoryPlanner
 from graphopt.planning.problem import Problem
 from graphopt.planning.rewrites import Rewrite
 from graphopt.planning.saving import saving_plan
-from graphopt.planning.search import PlanSettings, make_problem
+from graphopt.planning.search import Plan, PlanSettings, make_problem
 from graphopt.planning.situation import CallKey, Situation
 from graphopt.report import ShareReport
 
@@ -64,18 +61,13 @@ class Share(Pass):
     """
 
     name: ClassVar[str] = "share"
+    serves: ClassVar[tuple[str, ...]] = ("memory",)
     position: ClassVar[int] = Position.BACKWARD
     preserves: ClassVar[Preserves] = Preserves(outputs=1e-6, gradients=1e-5, buffers=1e-6)
-    planners: ClassVar[tuple[type, ...]] = (MemoryPlanner,)
+    planners: ClassVar[tuple[type, ...]] = (MemoryPlanner, Draft)
     rewrites: ClassVar[tuple[type, ...]] = (*EXACT, StepDerivative)
 
     gradient_error: Quantity | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.granted > 0:  # which the pass measures itself
-            claims = Preserves(outputs=1e-6, gradients=None, buffers=1e-6)
-            object.__setattr__(self, "preserves", claims)
 
     @property
     def granted(self) -> float:
@@ -86,15 +78,17 @@ class Share(Pass):
         return given.amount / 100 if given.relative else given.amount
 
     def run(self, program: Program, context: PassContext) -> PassResult:
-        """Plans the training step of a model in training mode; others stay as they are."""
-        module = program.replace(planner=None).emit()
-        source: nn.Module = context.source if context.source is not None else module
-        in_modes_of(module, source)
-        inputs = program.signature.flatten_inputs(context.args, context.kwargs)
-        trainable = any(t.requires_grad for t in (*module.parameters(), *inputs))
-        if not source.training or not trainable:
+        """Plans the training step of a model in training mode; others stay as they are.
+
+        Where a pass ahead plans the step, the rewrites are handed to it.
+        """
+        case = Case(program, context)
+        if not case.training or not case.is_trainable:
             return PassResult(program, changed=False, report={})
-        return _Run(program, context, module, source, inputs).result(self.granted)
+        run = _Run(case)
+        if any(MemoryPlanner in pass_.planners for pass_ in context.ahead):
+            return PassResult(program.replace(planner=Draft(run.ways(self.granted))), changed=False)
+        return run.result(self.granted)
 
 
 @dataclass(frozen=True)
@@ -104,81 +98,73 @@ class _Planned:
     program: Program
     situation: Situation
     problem: Problem
+    plan: Plan
 
 
 @dataclass
 class _Run:
-    program: Program
-    context: PassContext
-    module: Any
-    source: nn.Module
-    inputs: list[torch.Tensor]
+    case: Case
+
+    def ways(self, granted: float) -> tuple[Way, ...]:
+        """The exact rewrites; with approximate ones as well, where an error is granted."""
+        exact = Way(tuple(rule() for rule in EXACT))
+        if granted <= 0:
+            return (exact,)
+        sites = self._chosen(self._planned(exact.rewrites).situation, granted)
+        return (exact, self._measured(sites)) if sites else (exact,)
 
     def result(self, granted: float) -> PassResult:
         """Measures, plans, emits and measures again."""
-        self.context.progress("measuring the source model")
-        before = self._measure(self.source)
-        planned = self._planned()
-        error, cosine = 0.0, 1.0
-        if granted > 0 and (sites := self._chosen(planned.situation, granted)):
-            planned = self._planned(sites)
-            error, cosine = gradient_error(self._exact, self._observe(planned.program))
-        self.context.progress("measuring the planned module")
-        after = self._measure(in_modes_of(planned.program.emit(), self.source))
+        progress = self.case.context.progress
+        progress("measuring the source model")
+        before = self.case.measure(self.case.source)
+        *_, way = self.ways(granted)
+        planned = self._planned(way.rewrites)
+        progress("measuring the planned module")
+        after = self.case.measure(self.case.emitted(planned.program))
         report = ShareReport(
             saved_before=before.saved,
             saved_after=after.saved,
             peak_before=before.peak,
             peak_after=after.peak,
-            gradient_error=error,
-            gradient_cosine=cosine,
-            sites=account(planned.situation, planned.problem),
+            gradient_error=way.gradient_error,
+            gradient_cosine=way.gradient_cosine,
+            sites=account(planned.situation, planned.problem, planned.plan.sequence),
         )
-        return PassResult(planned.program, changed=True, report={"share": report})
+        claims = replace(Share.preserves, gradients=None) if way.gradient_error else None
+        return PassResult(planned.program, True, {"share": report}, claims)
 
-    def _planned(self, sites: Sequence[FittedSite] = ()) -> _Planned:
-        context = self.context
-        rules = [rule() for rule in EXACT]
+    def _planned(self, rewrites: Sequence[Rewrite]) -> _Planned:
+        case, context = self.case, self.case.context
         settings = PlanSettings(
             budget=None,
             time_limit=context.time_limit,
             seed=context.seed,
             cost_model=context.cost_model,
             loss=context.loss,
-            rewrites=(as_rewrite(sites), *rules) if sites else tuple(rules),
+            rewrites=tuple(rewrites),
         )
         planner = MemoryPlanner(settings, training=True)
-        key = CallKey.of(self.module, self.inputs)
-        situation = planner.situation(self.module, key, self.inputs)
+        key = CallKey.of(case.module, case.inputs)
+        situation = planner.situation(case.module, key, case.inputs)
         problem = make_problem(situation, settings, context.progress)
-        planner.adopt(key, situation, saving_plan(situation, problem))
-        return _Planned(self.program.replace(planner=planner), situation, problem)
+        plan = saving_plan(situation, problem)
+        planner.adopt(key, situation, plan)
+        return _Planned(case.program.replace(planner=planner), situation, problem, plan)
 
     def _chosen(self, situation: Situation, granted: float) -> list[FittedSite]:
         """The sites that may be approximate together."""
-        sites = fitted_sites(situation, self.module, self.inputs, self.context.seed)
+        context = self.case.context
+        sites = fitted_sites(situation, self.case.module, self.case.inputs, context.seed)
+        return most_sites(sites, granted, lambda some: self._measured(some).gradient_error)
 
-        def measured(some: Sequence[FittedSite]) -> float:
-            self.context.progress(f"measuring the gradient error of {len(some)} sites")
-            got = self._observe(self._planned(some).program)
-            return gradient_error(self._exact, got)[0]
-
-        return most_sites(sites, granted, measured)
+    def _measured(self, sites: Sequence[FittedSite]) -> Way:
+        """The way that has these approximate sites, and its error."""
+        self.case.context.progress(f"measuring the gradient error of {len(sites)} sites")
+        rewrites = (as_rewrite(sites), *(rule() for rule in EXACT))
+        got = self.case.observe(self._planned(rewrites).program)
+        return Way(rewrites, *gradient_error(self._exact, got))
 
     @cached_property
     def _exact(self) -> Observation:
-        return self._observe(self.program.replace(planner=None))
-
-    def _observe(self, program: Program) -> Observation:
-        context = self.context
-        return observe(
-            in_modes_of(program.emit(), self.source),
-            context.args,
-            context.kwargs,
-            training=None,
-            loss=context.loss,
-            seed=context.seed,
-        )
-
-    def _measure(self, module: nn.Module) -> StepMeasurement:
-        return measure_step(module, self.context.args, self.context.kwargs, loss=self.context.loss)
+        return self.case.observe(self.case.program.replace(planner=None))

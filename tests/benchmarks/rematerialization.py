@@ -5,7 +5,8 @@
 
 Methods: eager; ``torch.utils.checkpoint`` around each block; the min-cut partitioner of
 ``torch.compile`` (backend ``aot_eager_decomp_partition``) over a sweep of
-``activation_memory_budget``; ``graphopt.optimize`` over a sweep of ``memory``. Bytes are the
+``activation_memory_budget``; ``graphopt.optimize`` over a sweep of ``memory``, and the same with
+``rematerialize`` alone, without the rewrites of ``share`` (method ``alone``). Bytes are the
 allocator's, above the start of a warmed-up step with gradients allocated. FLOPs are those of
 ``torch.utils.flop_counter``. Times are medians of paired ratios to eager; the min-cut backend
 decomposes normalisations and softmax into small ops, so its times say nothing about Inductor.
@@ -31,22 +32,27 @@ from torch.utils.checkpoint import checkpoint
 from graphopt.cost.flops import FlopCounter
 from graphopt.measure import default_loss, measure_step, step_flops, step_seconds
 from tests.benchmarks import charts
+from tests.benchmarks.models import TRANSFORMERS
 from tests.zoo import ZOO
 
 SCHEMA_VERSION = 1
 MIN_CUT_BUDGETS = (1.0, 0.75, 0.5, 0.25, 0.1, 0.0)
 OUR_BUDGETS = (80, 60, 50, 42, 40, 35, 30, 25)
+MODELS = {**ZOO, **TRANSFORMERS}
 BLOCKS = {
     "bert": "bert.encoder.layer",
+    "bert384": "bert.encoder.layer",
     "cnn": "blocks",
     "efficientnet_lite0": "blocks",
     "gpt2": "transformer.h",
     "gpt2_12": "transformer.h",
     "gpt2_4": "transformer.h",
     "llama": "model.layers",
+    "llama256": "model.layers",
     "minilm": "encoder.layer",
     "resnet": "layers",
     "transformer_encoder": "encoder.layers",
+    "vit384": "vit.encoder.layer",
 }
 
 
@@ -55,7 +61,7 @@ class Point:
     """One method at one setting on one model; bytes, FLOPs and seconds.
 
     Attributes:
-        model: name in the zoo.
+        model: name in the zoo or in `TRANSFORMERS`.
         method: ``eager``, ``checkpoint``, ``min-cut`` or ``graphopt``.
         setting: the budget, as text.
         peak: allocator's peak of a step.
@@ -97,7 +103,7 @@ class Bench:
     repeats: int
 
     def __post_init__(self) -> None:
-        self.entry = ZOO[self.name]
+        self.entry = MODELS[self.name]
         self.eager, self.args, self.kwargs = self.entry()
         self.reference = _gradients(self.eager, self.args, self.kwargs)
         self.point = self.measure("eager", "", self.eager)
@@ -214,10 +220,12 @@ def _min_cut_flops(bench: Bench) -> int:
 
 
 def run_graphopt(
-    bench: Bench, budgets: Sequence[str], time_limit: float, **options: Any
+    bench: Bench, budgets: Sequence[str], time_limit: float, method: str = "graphopt"
 ) -> Iterator[Point]:
     """``graphopt.optimize`` over a sweep of memory budgets."""
     import graphopt
+
+    passes = "canonicalize,rematerialize" if method == "alone" else None
 
     for budget in budgets:
         start = time.perf_counter()
@@ -228,13 +236,13 @@ def run_graphopt(
                 bench.args,
                 example_kwargs=bench.kwargs,
                 time_limit=time_limit,
-                **options,
+                passes=passes,
             )
         except graphopt.errors.GraphoptError as error:
-            yield _failed(bench.name, "graphopt", budget, error)
+            yield _failed(bench.name, method, budget, error)
             continue
         seconds = time.perf_counter() - start
-        point = bench.measure("graphopt", budget, module, seconds)
+        point = bench.measure(method, budget, module, seconds)
         report = module.report.to_dict()
         point.budget = report["memory"]["budget"]
         point.predicted = report["memory"]["predicted_peak"]
@@ -255,7 +263,8 @@ def verdicts(points: Sequence[Point]) -> dict[str, Any]:
         ``at_checkpoint_peak``: our least recomputed FLOPs at checkpointing's peak, over its own;
         ``at_checkpoint_flops``: our least peak within its recomputed FLOPs, over its own;
         ``min_cut_points_above``: min-cut points that have one of ours below or at them in both
-        peak and FLOPs, of how many; ``flops_at_60``: overhead at 60 % of eager's peak.
+        peak and FLOPs, of how many; ``flops_at_60``: overhead at 60 % of eager's peak;
+        ``against_alone``: by budget, our recomputed FLOPs over those of ``rematerialize`` alone.
     """
     ours = [p for p in points if p.method == "graphopt" and not p.note]
     eager = next(p for p in points if p.method == "eager")
@@ -274,7 +283,17 @@ def verdicts(points: Sequence[Point]) -> dict[str, Any]:
     result["min_cut_points_above"] = f"{sum(below)} of {len(cuts)}"
     at_60 = [p.recomputed / eager.flops for p in ours if p.peak <= 0.6 * eager.peak]
     result["flops_at_60"] = min(at_60, default=None)
+    alone = {p.setting: p for p in points if p.method == "alone"}
+    result["against_alone"] = {
+        p.setting: _against(p, alone[p.setting]) for p in ours if p.setting in alone
+    }
     return result
+
+
+def _against(ours: Point, alone: Point) -> float | str:
+    if alone.note:
+        return "alone infeasible"
+    return ours.recomputed / alone.recomputed if alone.recomputed else float(ours.recomputed > 0)
 
 
 def run(options: argparse.Namespace, say: Callable[[str], None]) -> list[Point]:
@@ -287,10 +306,11 @@ def run(options: argparse.Namespace, say: Callable[[str], None]) -> list[Point]:
         sources: dict[str, Callable[[], Iterator[Point]]] = {
             "checkpoint": lambda bench=bench: run_checkpoint(bench),
             "min-cut": lambda bench=bench: run_min_cut(bench, options.min_cut),
-            "graphopt": lambda bench=bench: run_graphopt(
-                bench, _our_budgets(points, bench, options), options.time_limit
-            ),
         }
+        for ours in ("alone", "graphopt"):
+            sources[ours] = lambda bench=bench, ours=ours: run_graphopt(
+                bench, _our_budgets(points, bench, options), options.time_limit, ours
+            )
         for method in options.methods:
             for point in sources[method]():
                 points.append(point)
@@ -301,7 +321,8 @@ def run(options: argparse.Namespace, say: Callable[[str], None]) -> list[Point]:
 def _our_budgets(points: Sequence[Point], bench: Bench, options: argparse.Namespace) -> list[str]:
     """Percentages, and the bytes at which the peers peak below eager (those within 1 % once)."""
     exact: list[int] = []
-    for point in sorted((p for p in points if p.model == bench.name), key=lambda p: p.peak):
+    peers = [p for p in points if p.model == bench.name and p.method not in ("alone", "graphopt")]
+    for point in sorted(peers, key=lambda p: p.peak):
         known = any(abs(point.peak / other - 1) < 0.01 for other in exact)
         if not known and 0 < point.peak < 0.99 * bench.point.peak:
             exact.append(point.peak)
@@ -311,12 +332,12 @@ def _our_budgets(points: Sequence[Point], bench: Bench, options: argparse.Namesp
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--models", nargs="+", default=["cnn", "gpt2_4"], choices=sorted(ZOO))
+    parser.add_argument("--models", nargs="+", default=["cnn", "gpt2_4"], choices=sorted(MODELS))
     parser.add_argument(
         "--methods",
         nargs="+",
         default=["checkpoint", "min-cut", "graphopt"],
-        choices=["checkpoint", "min-cut", "graphopt"],
+        choices=["checkpoint", "min-cut", "alone", "graphopt"],
     )
     parser.add_argument("--budgets", nargs="+", type=float, default=OUR_BUDGETS, help="per cent")
     parser.add_argument("--min-cut", nargs="+", type=float, default=MIN_CUT_BUDGETS)

@@ -43,7 +43,7 @@ def optimized(
 
 
 def feasible(
-    entry: ZooModel, percent: float = 50, *, time_limit: float = 4.0, model: nn.Module | None = None
+    entry: ZooModel, percent: float = 50, *, time_limit: float = 2.0, model: nn.Module | None = None
 ) -> Any:
     """The module at this share of eager's peak, else at the smallest budget that can be met."""
     try:

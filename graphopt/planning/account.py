@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import fx
 
 from graphopt.cost.sizes import Substitution, concrete
 from graphopt.planning.problem import Problem
-from graphopt.planning.saving import saved_values
 from graphopt.planning.situation import Situation
 from graphopt.report import ShareSite
 
 
-def account(situation: Situation, problem: Problem) -> tuple[ShareSite, ...]:
+def account(
+    situation: Situation, problem: Problem, sequence: Sequence[int]
+) -> tuple[ShareSite, ...]:
     """One entry for each value that autograd saves or the plan keeps.
 
-    Its rule is the rewrite that was applied to it; else `recompute` where memory-bound ops make
-    it again, or `keep`.
+    Its rule is the rewrite that was applied to it; else `recompute` where the plan makes it again,
+    or `keep`.
+
+    Args:
+        situation: The joint graph.
+        problem: Its tasks.
+        sequence: The plan.
     """
-    kept = saved_values(problem)
+    kept = kept_values(problem, sequence)
     values, owners = problem.graph.values, {v: node for node, v in problem.value_of.items()}
     nodes = {node.name: node for node in situation.view.graph.nodes}
     sites, told = [], set()
@@ -31,7 +39,7 @@ def account(situation: Situation, problem: Problem) -> tuple[ShareSite, ...]:
         after = sum(values[v].bytes for v in ids if v in kept)
         before = (1 + site.merged) * _eager_bytes(ours[0], situation.sizes)
         sites.append(ShareSite(site.nodes[0], site.rule, before, after))
-    needed = _needed(problem)
+    needed = kept_values(problem, range(len(problem.graph.tasks)))
     for v in sorted(needed | kept):
         node = owners.get(v)
         if node is None or node in told:
@@ -42,10 +50,18 @@ def account(situation: Situation, problem: Problem) -> tuple[ShareSite, ...]:
     return tuple(sites)
 
 
-def _needed(problem: Problem) -> set[int]:
-    """What the backward pass reads of what forward made."""
-    read = {v for task in problem.graph.tasks[problem.turn :] for v in task.inputs}
-    return {v for v in read if problem.graph.values[v].producer < problem.turn}
+def kept_values(problem: Problem, sequence: Sequence[int]) -> frozenset[int]:
+    """The values that a plan hands over from forward to backward: made before the turn, read after.
+
+    In the order of the tasks these are the values that autograd would save.
+    """
+    turn = list(sequence).index(problem.turn) if problem.turn in sequence else len(sequence)
+    made: set[int] = set()
+    kept: set[int] = set()
+    for task in sequence[turn:]:
+        kept.update(v for v in problem.graph.tasks[task].inputs if v not in made)
+        made.update(problem.graph.tasks[task].outputs)
+    return frozenset(kept)
 
 
 def _eager_bytes(node: fx.Node, sizes: Substitution) -> int:

@@ -1,0 +1,82 @@
+"""What a pass plans for: a program, the model that it came from, and the example inputs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import nn
+
+from graphopt.comparison import Observation, observe
+from graphopt.ir.mode import in_modes_of
+from graphopt.ir.module import OptimizedModule
+from graphopt.ir.program import Program
+from graphopt.measure import StepMeasurement, measure_step
+from graphopt.pipeline import PassContext
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """The example step of a program, or its forward pass where the model is in eval mode.
+
+    Attributes:
+        program: The program.
+        context: The model and its inputs.
+    """
+
+    program: Program
+    context: PassContext
+
+    @cached_property
+    def module(self) -> OptimizedModule:
+        """The program as a module, without a plan, in the modes of the source."""
+        return self.emitted(self.program.replace(planner=None))
+
+    @cached_property
+    def source(self) -> nn.Module:
+        """The model; where there is only a program, its module."""
+        given = self.context.source
+        return self.program.replace(planner=None).emit() if given is None else given
+
+    @cached_property
+    def inputs(self) -> list[torch.Tensor]:
+        """The flat example inputs."""
+        return self.program.signature.flatten_inputs(self.context.args, self.context.kwargs)
+
+    @property
+    def training(self) -> bool:
+        """Whether the example call is a training step."""
+        return self.source.training
+
+    @property
+    def is_trainable(self) -> bool:
+        """Whether anything requires a gradient."""
+        return any(t.requires_grad for t in (*self.module.parameters(), *self.inputs))
+
+    def emitted(self, program: Program) -> OptimizedModule:
+        """A module in the modes of the source."""
+        return in_modes_of(program.emit(), self.source)
+
+    def measure(self, module: nn.Module, *, hold_outputs: bool = False) -> StepMeasurement:
+        """Bytes of the example step."""
+        with torch.set_grad_enabled(self.training):
+            return measure_step(
+                module,
+                self.context.args,
+                self.context.kwargs,
+                loss=self.context.loss,
+                forward_only=not self.training,
+                hold_outputs=hold_outputs,
+            )
+
+    def observe(self, program: Program) -> Observation:
+        """Outputs and gradients of the example step, with the context's seed."""
+        return observe(
+            self.emitted(program),
+            self.context.args,
+            self.context.kwargs,
+            training=None,
+            loss=self.context.loss,
+            seed=self.context.seed,
+        )
