@@ -23,7 +23,6 @@ class Prover:
 
     Attributes:
         busy: set while it wants all cores.
-        raised: whether the lower bound rests on the constraint program and its cap on copies.
     """
 
     def __init__(self, arrays: Arrays, incumbent: Incumbent, copies: int, seed: int) -> None:
@@ -32,10 +31,9 @@ class Prover:
         self._copies, self._seed = max(2, copies), seed
         self._base = int(arrays.duration.sum())
         self._found: queue.SimpleQueue[list[int]] = queue.SimpleQueue()
-        self._bound = 0
+        self._bounds: dict[int, int] = {}
         self._solver: cp_model.CpSolver | None = None
         self.busy = threading.Event()
-        self.raised = False
 
     def found(self, sequence: list[int]) -> None:
         """Takes a plan from any thread; `deliver` hands it over."""
@@ -50,9 +48,9 @@ class Prover:
         """Hands plans and bounds to the incumbent; call it from the thread that owns that."""
         while not self._found.empty():
             self._incumbent.offer(self._found.get(), "second search")
-        if self._bound > self._incumbent.lower_bound and self._incumbent.feasible:
-            self.raised = True
-            self._incumbent.raise_bound(min(self._bound, self._incumbent.duration))
+        if self._incumbent.feasible:
+            for cap, bound in list(self._bounds.items()):
+                self._incumbent.raise_capped_bound(cap, bound)
 
     def prove(
         self,
@@ -63,6 +61,8 @@ class Prover:
         steps: float | None = None,
     ) -> bool:
         """Looks for a plan that is better than the incumbent; returns whether that is settled.
+
+        The next call allows one copy more.
 
         Args:
             cover: the cover bound so far.
@@ -98,8 +98,11 @@ class Prover:
             self.busy.clear()
         if status == "infeasible":
             bound = most + 1
-        self._bound = self._base + bound
-        return status != "unknown"
+        self._bounds[self._copies] = self._base + bound
+        if status == "unknown":
+            return False
+        self._copies += 1  # the next proof is of more
+        return True
 
     def improve(self, time_limit: float, rng: random.Random) -> None:
         """Looks for a better plan near the incumbent (large-neighbourhood search).

@@ -11,6 +11,9 @@ from typing import Any
 from graphopt.solvers.check import check
 from graphopt.solvers.graph import TaskGraph, TaskGraphError
 
+# A plan that is the best within a cap on copies ends the search after this times the time it took.
+_AFTER_CAPPED = 4.0
+
 
 @dataclass(frozen=True)
 class Progress:
@@ -101,7 +104,9 @@ class Incumbent:
         self.graph, self.budget, self.order = graph, budget, order
         self.tolerance = tolerance
         self.began = time.perf_counter()
-        self.lower_bound = graph.duration
+        self.any_copies = graph.duration  # bounds the duration of all plans
+        self.capped: dict[int, int] = {}  # cap on copies -> the same for plans within it
+        self.capped_after = 0.0  # seconds until the first of these
         self.starts: dict[str, tuple[int, int]] = {}
         self.on_progress = on_progress
         self.phase = "input order"
@@ -117,14 +122,32 @@ class Incumbent:
         return self.peak <= self.budget
 
     @property
+    def cap(self) -> int:
+        """The cap on copies that `lower_bound` rests on; 0 if it holds for all plans.
+
+        A bound that the incumbent undercuts says nothing about it: it is not within that cap.
+        """
+        best = max(((b, cap) for cap, b in self.capped.items() if b <= self.duration), default=None)
+        return best[1] if best is not None and best[0] > self.any_copies else 0
+
+    @property
+    def lower_bound(self) -> int:
+        """No plan (none within `cap`, if there is one) is shorter."""
+        return self.capped[self.cap] if self.cap else self.any_copies
+
+    @property
     def optimal(self) -> bool:
         """Whether nothing better can exist."""
         return self.feasible and self.duration <= self.lower_bound
 
     @property
     def done(self) -> bool:
-        """Whether it is known to be as good as was asked for."""
-        return self.feasible and self.gap() <= self.tolerance
+        """Whether it is known to be as good as was asked for.
+
+        Where that holds for capped plans alone, others are looked for a while longer.
+        """
+        waited = not self.cap or self.elapsed > _AFTER_CAPPED * self.capped_after
+        return self.feasible and self.gap() <= self.tolerance and waited
 
     @property
     def elapsed(self) -> float:
@@ -157,8 +180,15 @@ class Incumbent:
 
     def raise_bound(self, bound: int) -> None:
         """Takes a lower bound on the duration if it is higher."""
-        if bound > self.lower_bound:
-            self.lower_bound = bound
+        if bound > self.any_copies:
+            self.any_copies = bound
+            self.report()
+
+    def raise_capped_bound(self, cap: int, bound: int) -> None:
+        """Takes a lower bound on the duration of plans that run no task more than `cap` times."""
+        if bound > self.capped.get(cap, 0):
+            self.capped_after = self.capped_after or self.elapsed
+            self.capped[cap] = bound
             self.report()
 
     def gap(self) -> float:

@@ -254,19 +254,21 @@ class Run:
             if self.clock.left() < until + 0.1:
                 break
             self.bounder.round(self.clock.left() - until, target=self._target())
-            self.incumbent.lower_bound = max(
-                self.incumbent.lower_bound, self.graph.duration + self.bounder.extra
-            )
+            bound = self.graph.duration + self.bounder.extra
+            self.incumbent.any_copies = max(self.incumbent.any_copies, bound)
         if len(self.graph.tasks) <= _PROVABLE:
             self._prove()
         else:
             self._improve()
 
     def _prove(self) -> None:
+        workers = 2
         while not self._closed() and self.clock.left() > 0.5:
             if not self.incumbent.feasible or self.clock.used() < _BEFORE_PROOF:
                 time.sleep(0.02)
-            elif self.prover.prove(self.bounder, self.clock.left(), workers=2):
+            elif self.prover.prove(self.bounder, self.clock.left(), workers=workers):
+                workers = 1  # the search goes on beside the proof for more copies
+            else:
                 return
 
     def _improve(self) -> None:
@@ -305,6 +307,6 @@ class Run:
         if self.bounder.infeasible:
             least = max(least, self.incumbent.budget + 1)
         copies = "any number of recomputations"
-        if self.prover.raised:
-            copies = f"at most {self.max_copies} executions of a task, recomputed in input order"
+        if cap := self.incumbent.cap:
+            copies = f"at most {cap} executions of a task, recomputed in input order"
         return _answer(self.incumbent, least, f"{copies}, first executions in input order")
