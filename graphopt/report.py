@@ -86,6 +86,21 @@ class ShareSite:
 
 
 @dataclass(frozen=True)
+class ShareRefusal:
+    """A value for which a rule fits and was not applied.
+
+    Attributes:
+        node: Its node in the joint graph.
+        rule: The rule.
+        reason: Why it was not.
+    """
+
+    node: str
+    rule: str
+    reason: str
+
+
+@dataclass(frozen=True)
 class ShareReport:
     """Section ``share``: what is saved between forward and backward.
 
@@ -97,6 +112,7 @@ class ShareReport:
         sites: The values that backward needs.
         gradient_error: Measured ``||g - g_exact|| / ||g_exact||`` over all that is trained.
         gradient_cosine: Cosine of the gradient and the exact one.
+        refused: Rules that fit somewhere and were not applied, and why.
     """
 
     saved_before: int
@@ -106,6 +122,7 @@ class ShareReport:
     sites: tuple[ShareSite, ...] = ()
     gradient_error: float = 0.0
     gradient_cosine: float = 1.0
+    refused: tuple[ShareRefusal, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from torch import fx
 from graphopt.cost.sizes import Substitution, concrete
 from graphopt.planning.problem import Problem
 from graphopt.planning.situation import Situation
-from graphopt.report import ShareSite
+from graphopt.report import ShareRefusal, ShareSite
 
 
 def account(
@@ -48,6 +48,11 @@ def account(
         rule, after = ("keep", values[v].bytes) if v in kept else ("recompute", 0)
         sites.append(ShareSite(node.name, rule, before, after))
     return tuple(sites)
+
+
+def refusals(situation: Situation) -> tuple[ShareRefusal, ...]:
+    """Where rewrites fit and were not applied."""
+    return tuple(ShareRefusal(r.node, r.rule, r.reason) for r in situation.refused)
 
 
 def kept_values(problem: Problem, sequence: Sequence[int]) -> frozenset[int]:

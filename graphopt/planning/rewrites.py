@@ -29,6 +29,21 @@ class Site:
 
 
 @dataclass(frozen=True)
+class Refused:
+    """A place where a rewrite fits and doesn't pay, or isn't allowed.
+
+    Attributes:
+        node: The node concerned.
+        rule: The rewrite's name.
+        reason: Why not.
+    """
+
+    node: str
+    rule: str
+    reason: str
+
+
+@dataclass(frozen=True)
 class Rewrite:
     """A rule that changes a prepared joint graph in place; its fields are JSON-able.
 
@@ -38,11 +53,11 @@ class Rewrite:
 
     name: ClassVar[str] = ""
 
-    def apply(self, view: JointView) -> Sequence[Site]:
-        """Rewrites the graph wherever the rule fits.
+    def apply(self, view: JointView) -> Sequence[Site | Refused]:
+        """Rewrites the graph wherever the rule fits and pays.
 
         Returns:
-            Where it did.
+            Where it did, and where it fits and did not.
         """
         raise NotImplementedError
 

@@ -24,7 +24,7 @@ from graphopt.ir.signature import Signature
 from graphopt.ir.storage import Role, StorageMap, storage_map
 from graphopt.planning.prepare import depends_on_tangents, prepare
 from graphopt.planning.problem import Problem, TurnCosts, build_problem
-from graphopt.planning.rewrites import Rewrite, Site
+from graphopt.planning.rewrites import Refused, Rewrite, Site
 from graphopt.runtime.replay import Unplanned
 
 # Gradients wait for others until they have this share of all gradient bytes.
@@ -97,6 +97,7 @@ class Situation:
             it is traced as two.)
         stepping: Whether parameters may change as soon as they get their gradient.
         sites: Where the graph was rewritten.
+        refused: Where a rewrite fits but was not applied.
     """
 
     view: JointView
@@ -111,6 +112,7 @@ class Situation:
     sizes: Substitution
     stepping: bool
     sites: tuple[Site, ...] = ()
+    refused: tuple[Refused, ...] = ()
 
     @cached_property
     def computations(self) -> list[fx.Node]:
@@ -264,7 +266,7 @@ def make_situation(
         differentiable = _used_outputs(flat, on_flat, sizes) if key.differentiable else None
     view = joint_view(forward, fakes, differentiable=differentiable, grad=key.grad)
     committed = prepare(view)
-    sites = [site for rewrite in rewrites for site in rewrite.apply(view)] if key.grad else []
+    found = [site for rewrite in rewrites for site in rewrite.apply(view)] if key.grad else []
     return Situation(
         view=view,
         storage=storage_map(view.graph),
@@ -277,7 +279,8 @@ def make_situation(
         hold_outputs=hold_outputs,
         sizes=sizes,
         stepping=key.stepping,
-        sites=tuple(sites),
+        sites=tuple(site for site in found if isinstance(site, Site)),
+        refused=tuple(site for site in found if isinstance(site, Refused)),
     )
 
 

@@ -15,13 +15,13 @@ from graphopt.errors import BudgetError, BudgetInfeasible, NothingToTrainError
 from graphopt.ir.program import Program
 from graphopt.measure import StepMeasurement
 from graphopt.pipeline import Pass, PassContext, PassResult, Position, Preserves
-from graphopt.planning.account import account
+from graphopt.planning.account import account, refusals
 from graphopt.planning.case import Case
 from graphopt.planning.draft import Draft, Way
 from graphopt.planning.planner import MemoryPlanner
 from graphopt.planning.search import TOLERANCE, Plan, PlanSettings, Search, make_problem
 from graphopt.planning.situation import CallKey
-from graphopt.report import MemoryReport, PlanReport, ShareReport, ShareSite
+from graphopt.report import MemoryReport, PlanReport, ShareRefusal, ShareReport, ShareSite
 
 _ATTEMPTS = 4
 _UNLIMITED = 2**60
@@ -97,6 +97,7 @@ class _Found:
     program: Program
     measured: StepMeasurement
     sites: tuple[ShareSite, ...] = ()
+    refused: tuple[ShareRefusal, ...] = ()
 
 
 class _Run:
@@ -155,6 +156,7 @@ class _Run:
                 gradient_error=way.gradient_error,
                 gradient_cosine=way.gradient_cosine,
                 sites=found.sites,
+                refused=found.refused,
             )
         claims = replace(self.options.preserves, gradients=None) if way.gradient_error else None
         return PassResult(found.program, changed=True, report=report, preserves=claims)
@@ -241,7 +243,7 @@ class _Run:
             measured = self._measure(self.case.emitted(program))
             if measured.peak <= asked:
                 sites = account(search.situation, search.problem, plan.sequence)
-                return _Found(plan, program, measured, sites)
+                return _Found(plan, program, measured, sites, refusals(search.situation))
             if not plan.keeps_budget or attempts == _ATTEMPTS:
                 return self._unplanned(plan, asked, smallest=max(measured.peak, plan.peak))
             allowed = max(0, allowed - (measured.peak - asked))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from graphopt.ir.joint import JointView
-from graphopt.planning.rewrites import Rewrite, Site, insert, sizes_of
+from graphopt.planning.rewrites import Refused, Rewrite, Site, insert, sizes_of
 
 aten = torch.ops.aten
 
@@ -35,14 +35,19 @@ class PackedIndices(Rewrite):
 
     name: ClassVar[str] = "byte index"
 
-    def apply(self, view: JointView) -> Sequence[Site]:
+    def apply(self, view: JointView) -> Sequence[Site | Refused]:
         """Rewrites every two-dimensional max pooling with a window of at most 256 places."""
-        graph, sites = view.graph, []
+        graph = view.graph
+        sites: list[Site | Refused] = []
         target = aten.max_pool2d_with_indices_backward.default
         for node in graph.find_nodes(op="call_function", target=target):
             _, _, kernel, stride, padding, dilation, _, indices = node.args
             kernel = _pair(kernel)
-            if kernel[0] * kernel[1] > _MOST or _is_packed(indices):
+            if kernel[0] * kernel[1] > _MOST:
+                reason = f"a byte can't number the {kernel[0] * kernel[1]} places of its window"
+                sites.append(Refused(indices.name, self.name, reason))
+                continue
+            if _is_packed(indices):
                 continue
             pool = indices.args[0]
             with graph.inserting_after(indices):

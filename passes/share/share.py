@@ -23,7 +23,7 @@ from graphopt.passes.share.masks import PackedMasks, ReluSign
 from graphopt.passes.share.pooling import PackedIndices
 from graphopt.passes.share.steps import StepDerivative
 from graphopt.pipeline import Pass, PassContext, PassResult, Position, Preserves
-from graphopt.planning.account import account
+from graphopt.planning.account import account, refusals
 from graphopt.planning.case import Case
 from graphopt.planning.draft import Draft, Way
 from graphopt.planning.planner import MemoryPlanner
@@ -110,8 +110,9 @@ class _Run:
         exact = Way(tuple(rule() for rule in EXACT))
         if granted <= 0:
             return (exact,)
-        sites = self._chosen(self._planned(exact.rewrites).situation, granted)
-        return (exact, self._measured(sites)) if sites else (exact,)
+        asked = Way((StepDerivative(), *exact.rewrites))  # without a site; says where it fits
+        sites = self._chosen(self._planned(asked.rewrites).situation, granted)
+        return (asked, self._measured(sites)) if sites else (asked,)
 
     def result(self, granted: float) -> PassResult:
         """Measures, plans, emits and measures again."""
@@ -130,6 +131,7 @@ class _Run:
             gradient_error=way.gradient_error,
             gradient_cosine=way.gradient_cosine,
             sites=account(planned.situation, planned.problem, planned.plan.sequence),
+            refused=refusals(planned.situation),
         )
         claims = replace(Share.preserves, gradients=None) if way.gradient_error else None
         return PassResult(planned.program, True, {"share": report}, claims)

@@ -15,7 +15,7 @@ from graphopt.ir.storage import StorageMap, storage_map
 from graphopt.passes.share.masks import readers_of
 from graphopt.passes.share.packing import pack_codes, unpack_levels
 from graphopt.planning.prepare import depends_on_tangents
-from graphopt.planning.rewrites import Rewrite, Site, insert, sizes_of
+from graphopt.planning.rewrites import Refused, Rewrite, Site, insert, sizes_of
 
 aten = torch.ops.aten
 
@@ -74,24 +74,37 @@ def candidates(view: JointView) -> list[fx.Node]:
     Where the activation's output is needed as well (a trainable linear layer follows), keeping
     the input alone is less than keeping code and output.
     """
+    return [node for node, reason in _activations(view) if reason is None]
+
+
+def _activations(view: JointView) -> list[tuple[fx.Node, str | None]]:
+    """All activation backwards, and what speaks against a code in place of their input."""
     late, storage = depends_on_tangents(view), storage_map(view.graph)
     return [
-        node
+        (node, _against(node, storage, late))
         for node in view.graph.nodes
-        if node.target in _ACTIVATIONS and _alone(node, storage, late)
+        if node.target in _ACTIVATIONS
     ]
 
 
-def _alone(node: fx.Node, storage: StorageMap, late: set[fx.Node]) -> bool:
+def _against(node: fx.Node, storage: StorageMap, late: set[fx.Node]) -> str | None:
     u: Any = node.args[1]
     owner = storage.base[u]
     if u in late or owner.op == "placeholder":
-        return False
+        return "its input is not made by the forward pass"
     readers = readers_of(owner, storage.role)
-    if any(reader in late and reader is not node for reader in readers):
-        return False
-    forward = [r for r in readers if r not in late and is_memory_bound(r)]
-    return not any(r in late for act in forward for r in readers_of(act, storage.role))
+    for reader in readers:
+        if reader in late and reader is not node:
+            return f"{reader.name} needs its input as it is"
+    for act in readers:
+        after = readers_of(act, storage.role) if act not in late and is_memory_bound(act) else ()
+        for reader in after:
+            if reader in late:
+                return (
+                    f"{reader.name} needs what is computed from its input: to keep the input alone "
+                    "is less, and exact"
+                )
+    return None
 
 
 @dataclass(frozen=True)
@@ -112,14 +125,17 @@ class StepDerivative(Rewrite):
         sites = tuple((name, tuple(t), tuple(s)) for name, t, s in self.sites)
         object.__setattr__(self, "sites", sites)
 
-    def apply(self, view: JointView) -> Sequence[Site]:
+    def apply(self, view: JointView) -> Sequence[Site | Refused]:
         """Rewrites those of its sites that are there; a graph of another call may lack some."""
-        fitting = {node.name: node for node in candidates(view)}
-        return [
-            self._rewrite(view.graph, fitting[name], thresholds, levels)
-            for name, thresholds, levels in self.sites
-            if name in fitting
-        ]
+        steps = {name: (thresholds, levels) for name, thresholds, levels in self.sites}
+        found: list[Site | Refused] = []
+        for node, against in _activations(view):
+            if against is None and node.name in steps:
+                found.append(self._rewrite(view.graph, node, *steps[node.name]))
+            else:
+                reason = against or "the gradient error would be more than is granted"
+                found.append(Refused(node.args[1].name, self.name, reason))  # type: ignore[union-attr]
+        return found
 
     def _rewrite(
         self, graph: fx.Graph, node: fx.Node, thresholds: Sequence[float], levels: Sequence[float]
