@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -87,6 +87,23 @@ class JointView:
     def graph(self) -> fx.Graph:
         """The joint FX graph."""
         return self.module.graph
+
+    def copy(self) -> JointView:
+        """The same view over a graph of its own, with the same names."""
+        graph, nodes = fx.Graph(), dict[fx.Node, fx.Node]()
+        graph.output(graph.graph_copy(self.graph, nodes))
+        graph.output_node().meta = dict(self.graph.output_node().meta)
+        inputs = {i: replace(i, node=nodes[i.node]) for i in self.inputs}
+        outputs = [
+            replace(
+                o,
+                node=nodes[o.node] if o.node is not None else None,
+                of=inputs[o.of] if isinstance(o.of, JointInput) else o.of,
+            )
+            for o in self.outputs
+        ]
+        module = fx.GraphModule(self.module, graph)
+        return replace(self, module=module, inputs=tuple(inputs.values()), outputs=tuple(outputs))
 
     def inputs_of(self, kind: InputKind) -> list[JointInput]:
         """The placeholders of one kind, in order."""

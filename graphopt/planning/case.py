@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -14,6 +15,9 @@ from graphopt.ir.module import OptimizedModule
 from graphopt.ir.program import Program
 from graphopt.measure import StepMeasurement, measure_step
 from graphopt.pipeline import PassContext
+from graphopt.planning.rewrites import Rewrite
+from graphopt.planning.situation import CallKey, Situation
+from graphopt.planning.traced import TracedCall, trace_call
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,10 +27,12 @@ class Case:
     Attributes:
         program: The program.
         context: The model and its inputs.
+        hold_outputs: Whether the training loop keeps the outputs during backward.
     """
 
     program: Program
     context: PassContext
+    hold_outputs: bool = False
 
     @cached_property
     def module(self) -> OptimizedModule:
@@ -58,7 +64,26 @@ class Case:
         """A module in the modes of the source."""
         return in_modes_of(program.emit(), self.source)
 
-    def measure(self, module: nn.Module, *, hold_outputs: bool = False) -> StepMeasurement:
+    @cached_property
+    def key(self) -> CallKey:
+        """What a plan for the example call depends on."""
+        with torch.set_grad_enabled(self.training):
+            return CallKey.of(self.module, self.inputs)
+
+    @cached_property
+    def _call(self) -> TracedCall:
+        with torch.set_grad_enabled(self.training):
+            return trace_call(
+                self.program, self.module, self.key, self.inputs,
+                loss=self.context.loss, hold_outputs=self.hold_outputs,
+            )  # fmt: skip
+
+    def situation(self, rewrites: Iterable[Rewrite] = ()) -> Situation:
+        """The joint graph of the example call, traced once and rewritten each time."""
+        with torch.set_grad_enabled(self.training):
+            return self._call.situation(rewrites)
+
+    def measure(self, module: nn.Module) -> StepMeasurement:
         """Bytes of the example step."""
         with torch.set_grad_enabled(self.training):
             return measure_step(
@@ -67,7 +92,7 @@ class Case:
                 self.context.kwargs,
                 loss=self.context.loss,
                 forward_only=not self.training,
-                hold_outputs=hold_outputs,
+                hold_outputs=self.hold_outputs,
             )
 
     def observe(self, program: Program) -> Observation:

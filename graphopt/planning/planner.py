@@ -24,8 +24,9 @@ from graphopt.planning.search import (
     make_problem,
     predicted_peak,
 )
-from graphopt.planning.situation import CallKey, Situation, make_situation
+from graphopt.planning.situation import CallKey, Situation
 from graphopt.planning.steps import StepReader
+from graphopt.planning.traced import trace_call
 from graphopt.runtime.execute import BudgetWarning, CompiledStep
 from graphopt.runtime.lower import lower
 from graphopt.runtime.plan import Operand
@@ -151,7 +152,7 @@ class MemoryPlanner:
         differentiable: Sequence[int] | None = None,
     ) -> Situation:
         """The joint graph of such a call; of the outputs that get a gradient, if not the loss's."""
-        return make_situation(
+        call = trace_call(
             module.program,
             module,
             key,
@@ -159,8 +160,8 @@ class MemoryPlanner:
             loss=self.settings.loss,
             differentiable=differentiable,
             hold_outputs=self.settings.hold_outputs,
-            rewrites=self.settings.rewrites,
         )
+        return call.situation(self.settings.rewrites)
 
     def adopt(self, key: CallKey, situation: Situation, plan: Plan) -> CompiledStep:
         """Uses a plan for calls of one key."""

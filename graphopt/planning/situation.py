@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -13,18 +13,14 @@ from torch import fx, nn
 
 from graphopt.cost import measure_ops
 from graphopt.cost.flops import flops
-from graphopt.cost.losses import Loss, LossMeasurement, default_loss, measure_loss
+from graphopt.cost.losses import LossMeasurement
 from graphopt.cost.sizes import Substitution, concrete
-from graphopt.ir.joint import JointInput, JointView, joint_view
-from graphopt.ir.literals import retie
-from graphopt.ir.mode import runs_eval
-from graphopt.ir.output_views import OutputViews, split_views
-from graphopt.ir.program import Program
-from graphopt.ir.signature import Signature
-from graphopt.ir.storage import Role, StorageMap, storage_map
-from graphopt.planning.prepare import depends_on_tangents, prepare
+from graphopt.ir.joint import JointInput, JointView
+from graphopt.ir.output_views import OutputViews
+from graphopt.ir.storage import Role, StorageMap
+from graphopt.planning.prepare import depends_on_tangents
 from graphopt.planning.problem import Problem, TurnCosts, build_problem
-from graphopt.planning.rewrites import Refused, Rewrite, Site
+from graphopt.planning.rewrites import Refused, Site
 from graphopt.runtime.replay import Unplanned
 
 # Gradients wait for others until they have this share of all gradient bytes.
@@ -91,7 +87,7 @@ class Situation:
         differentiable: Positions of its outputs that get a gradient; None: it has no backward.
         views: Program outputs that are made from the outputs of `forward`.
         outputs_like: Fake outputs of `unplanned`.
-        loss: The loss as a function of these.
+        loss: Measures the loss, given the positions of the outputs that are held.
         hold_outputs: Whether callers keep outputs during backward.
         sizes: The example sizes. (The graph's hints are others where a batch of one was given:
             it is traced as two.)
@@ -107,7 +103,7 @@ class Situation:
     differentiable: tuple[int, ...] | None
     views: OutputViews
     outputs_like: list[Any]
-    loss: Callable[..., torch.Tensor]
+    loss: Callable[[frozenset[int] | None], LossMeasurement]
     hold_outputs: bool
     sizes: Substitution
     stepping: bool
@@ -183,7 +179,7 @@ class Situation:
 
     @cached_property
     def _loss_found(self) -> LossMeasurement:
-        return measure_loss(self.outputs_like, self.loss, symbols=self.sizes, held=self._held)
+        return self.loss(self._held)
 
     @cached_property
     def _held(self) -> frozenset[int]:
@@ -197,7 +193,7 @@ class Situation:
         late = depends_on_tangents(self.view)
         readers = [n for n in late if n.op != "output"]
         read = {self.storage.base[a] for n in readers for a in n.all_input_nodes}
-        saves = measure_loss(self.outputs_like, self.loss, symbols=self.sizes).saves
+        saves = self.loss(None).saves
         made = {o.of: o.node for o in self.view.outputs_of("output") if o.node is not None}
         return frozenset(
             i for i in tensors if i not in made or (saves[i] and self.storage.base[made[i]] in read)
@@ -214,7 +210,7 @@ class Situation:
 
     def symbols(self, inputs: Sequence[torch.Tensor]) -> Substitution:
         """The values that inputs of other sizes give to the graph's symbols."""
-        return _symbols(
+        return symbols_of(
             [i.node.meta["val"] for i in self.view.inputs_of("input")],
             [inputs[int(i.name)] for i in self.view.inputs_of("input")],
         )
@@ -222,72 +218,6 @@ class Situation:
     def flops(self, node: fx.Node) -> int:
         """FLOPs of one computation at the example sizes."""
         return flops(node, self.sizes)
-
-
-def make_situation(
-    program: Program,
-    module: nn.Module,
-    key: CallKey,
-    inputs: Sequence[torch.Tensor],
-    *,
-    loss: Loss | None = None,
-    differentiable: Sequence[int] | None = None,
-    hold_outputs: bool = False,
-    rewrites: Iterable[Rewrite] = (),
-) -> Situation:
-    """Traces the joint graph of a call.
-
-    Args:
-        program: The program that the module was emitted from.
-        module: The module, in the mode and with the parameters that count.
-        key: Its `CallKey`.
-        inputs: Flat inputs; only their traits and sizes are used.
-        loss: The loss; decides which outputs are differentiated.
-        differentiable: These are, if given, and their sum stands for the loss.
-        hold_outputs: Whether callers keep outputs during backward.
-        rewrites: Rules by which the graph is changed before it is planned.
-    """
-    forward = program.specialize(_modes(module, key))
-    placeholders = forward.graph.find_nodes(op="placeholder")
-    by_name = {n.name: t for n, t in zip(placeholders, inputs, strict=True)}
-    forward = retie(forward, module, by_name)
-    fakes = [_like(n.meta["val"], t) for n, t in zip(placeholders, inputs, strict=True)]
-    sizes = _symbols(fakes, inputs)
-    forward, views = split_views(forward)
-    output = forward.graph.output_node()
-    results: Sequence[Any] = output.args[0]  # type: ignore[assignment]
-    flat = [_stand_in(v.meta.get("val")) if isinstance(v, fx.Node) else v for v in results]
-    if differentiable is not None:
-        on_flat = partial(_sum_of, tuple(differentiable))
-    else:
-        signature = _signature(program, module)
-        shapes = [torch.empty(tuple(t.shape), device="meta") for t in inputs]
-        on_flat = partial(_loss_of_flat, loss or default_loss, views, signature, shapes)
-        differentiable = _used_outputs(flat, on_flat, sizes) if key.differentiable else None
-    view = joint_view(forward, fakes, differentiable=differentiable, grad=key.grad)
-    committed = prepare(view)
-    found = [site for rewrite in rewrites for site in rewrite.apply(view)] if key.grad else []
-    return Situation(
-        view=view,
-        storage=storage_map(view.graph),
-        committed=committed,
-        unplanned=Unplanned(forward),
-        differentiable=tuple(differentiable) if differentiable is not None else None,
-        views=views,
-        outputs_like=flat,
-        loss=on_flat,
-        hold_outputs=hold_outputs,
-        sizes=sizes,
-        stepping=key.stepping,
-        sites=tuple(site for site in found if isinstance(site, Site)),
-        refused=tuple(site for site in found if isinstance(site, Refused)),
-    )
-
-
-def _modes(module: nn.Module, key: CallKey) -> dict[str, bool]:
-    """The mode of every module under each of its names: a key has one entry a module."""
-    modes = dict(zip(module.modules(), key.training, strict=True))
-    return {name: modes[part] for name, part in module.named_modules(remove_duplicate=False)}
 
 
 def _expand_tangents(view: JointView, found: LossMeasurement) -> None:
@@ -300,11 +230,7 @@ def _expand_tangents(view: JointView, found: LossMeasurement) -> None:
                 tangent.node.meta["val"] = fake.new_empty(()).expand(fake.shape)
 
 
-def _sum_of(positions: tuple[int, ...], flat: list[Any]) -> torch.Tensor:
-    return default_loss([flat[position] for position in positions])
-
-
-def _symbols(fakes: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor]) -> Substitution:
+def symbols_of(fakes: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor]) -> Substitution:
     """What the sizes of real inputs give to the symbols of fake ones."""
     found: dict[Any, int] = {}
     for fake, real in zip(fakes, inputs, strict=True):
@@ -312,49 +238,6 @@ def _symbols(fakes: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor]) -> S
             if isinstance(size, torch.SymInt) and size.node.expr.is_symbol:
                 found[size.node.expr] = int(actual)
     return found
-
-
-def _stand_in(value: Any) -> Any:
-    """Of a returned parameter the value: whether outputs require a gradient is not known here."""
-    return value.detach() if isinstance(value, torch.Tensor) and value.requires_grad else value
-
-
-def _loss_of_flat(
-    loss: Loss,
-    views: OutputViews,
-    signature: Signature,
-    inputs: Sequence[torch.Tensor],
-    flat: list[Any],
-) -> torch.Tensor:
-    """The loss as a function of what the graph returns."""
-    return loss(signature.unflatten_outputs(views.apply(flat, inputs)))
-
-
-def _like(fake: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
-    """The program's fake input with the dtype, device and `requires_grad` of a real one."""
-    if (fake.dtype, fake.device, fake.requires_grad) == (
-        real.dtype, real.device, real.requires_grad,
-    ):  # fmt: skip
-        return fake
-    with fake.fake_mode:  # type: ignore[attr-defined]
-        made = torch.empty_strided(fake.shape, fake.stride(), dtype=real.dtype, device=real.device)
-    return made.requires_grad_(real.requires_grad)
-
-
-def _signature(program: Program, module: nn.Module) -> Signature:
-    signature = program.eval_signature
-    if signature is not None and runs_eval(
-        program.branches, lambda path: module.get_submodule(path).training
-    ):
-        return signature
-    return program.signature
-
-
-def _used_outputs(flat: Sequence[Any], loss: Loss, sizes: Substitution) -> list[int]:
-    """Positions of the flat outputs that the loss depends on."""
-    found: LossMeasurement = measure_loss(list(flat), loss, symbols=sizes)
-    used = {id(v) for v, t in zip(flat, found.tangents, strict=True) if t is not None}
-    return [i for i, value in enumerate(flat) if id(value) in used]
 
 
 def _dense_bytes(fake: torch.Tensor, symbols: Substitution | None) -> int:

@@ -20,7 +20,6 @@ from graphopt.planning.case import Case
 from graphopt.planning.draft import Draft, Way
 from graphopt.planning.planner import MemoryPlanner
 from graphopt.planning.search import TOLERANCE, Plan, PlanSettings, Search, make_problem
-from graphopt.planning.situation import CallKey
 from graphopt.report import MemoryReport, PlanReport, ShareRefusal, ShareReport, ShareSite
 
 _ATTEMPTS = 4
@@ -104,7 +103,7 @@ class _Run:
     def __init__(self, options: Rematerialize, program: Program, context: PassContext) -> None:
         solvers.prepare()  # compiles in the background while the model is measured and traced
         self.options, self.context = options, context
-        self.case = case = Case(program, context)
+        self.case = case = Case(program, context, options.hold_outputs)
         if case.training and not case.is_trainable:
             raise NothingToTrainError(
                 "Neither a parameter nor an input requires a gradient, so that there is no "
@@ -115,7 +114,7 @@ class _Run:
     def result(self, memory: Quantity) -> PassResult:
         """Measures the source, plans, emits and measures again."""
         self.context.progress("measuring the source model")
-        eager = self._measure(self.case.source)
+        eager = self.case.measure(self.case.source)
         fixed = self._fixed_bytes()
         asked = memory.bytes_of(eager.peak + fixed)
         allowed = max(0, asked - fixed)
@@ -175,7 +174,7 @@ class _Run:
             return budgets
         quantities = [read_field("memory", b) for b in budgets]
         relative = any(q.relative for q in quantities)  # type: ignore[union-attr]
-        eager = self._measure(self.case.source).peak if relative else None
+        eager = self.case.measure(self.case.source).peak if relative else None
         return [q.bytes_of(eager) for q in quantities]  # type: ignore[union-attr]
 
     def _ways(self) -> tuple[Way, ...]:
@@ -220,10 +219,9 @@ class _Run:
         )
 
     def _search(self, settings: PlanSettings) -> tuple[Search, MemoryPlanner]:
-        case, planner = self.case, MemoryPlanner(settings, self.case.training)
-        with torch.set_grad_enabled(case.training):
-            key = CallKey.of(case.module, case.inputs)
-            situation = planner.situation(case.module, key, case.inputs)
+        planner = MemoryPlanner(settings, self.case.training)
+        situation = self.case.situation(settings.rewrites)
+        with torch.set_grad_enabled(self.case.training):
             problem = make_problem(situation, settings, self.context.progress)
         return Search(situation, problem, settings, self.context.progress), planner
 
@@ -236,11 +234,10 @@ class _Run:
             attempts += 1
             plan = search.plan(allowed, start=start)
             with torch.set_grad_enabled(self.case.training):
-                key = CallKey.of(self.case.module, self.case.inputs)
-                planner.adopt(key, search.situation, plan)
+                planner.adopt(self.case.key, search.situation, plan)
             program = self.case.program.replace(planner=planner)
             self.context.progress("measuring the planned module")
-            measured = self._measure(self.case.emitted(program))
+            measured = self.case.measure(self.case.emitted(program))
             if measured.peak <= asked:
                 sites = account(search.situation, search.problem, plan.sequence)
                 return _Found(plan, program, measured, sites, refusals(search.situation))
@@ -252,7 +249,7 @@ class _Run:
     def _unplanned(self, plan: Plan, asked: int, smallest: int) -> _Found:
         """Without a plan, if that keeps the budget: autograd frees some things earlier."""
         program = self.case.program.replace(planner=None)
-        measured = self._measure(self.case.emitted(program))
+        measured = self.case.measure(self.case.emitted(program))
         if measured.peak > asked:
             raise plan.infeasible(asked, smallest)
         return _Found(plan.without_recomputation(measured.peak), program, measured)
@@ -269,9 +266,6 @@ class _Run:
             proven=error.proven or asked < fixed,
             bound=int(error.bound or 0) + fixed,
         )
-
-    def _measure(self, module: nn.Module) -> StepMeasurement:
-        return self.case.measure(module, hold_outputs=self.options.hold_outputs)
 
     def _fixed_bytes(self) -> int:
         """What `scope=step` counts besides activations."""

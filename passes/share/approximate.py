@@ -1,8 +1,8 @@
-"""Choosing approximate rewrites: fitted to the site, measured together, fewer if it is too much."""
+"""Choosing approximate rewrites: fitted to each value, measured together, fewer if too much."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,48 +11,143 @@ import torch
 from torch import Tensor, fx, nn
 
 from graphopt.comparison import Observation
+from graphopt.cost.sizes import concrete
+from graphopt.passes.share.compressed import QuantisedOperand
 from graphopt.passes.share.fit import Steps, fit_steps
+from graphopt.passes.share.quantise import BITS, dequantise, packed_bytes, quantise
 from graphopt.passes.share.steps import StepDerivative, candidates
 from graphopt.planning.evaluate import forward_values
+from graphopt.planning.rewrites import Rewrite
 from graphopt.planning.situation import Situation
 
 # Enough for thresholds that don't depend on which elements were taken.
 _MOST_SAMPLES = 1 << 18
+# Values of less than this share of all that is kept stay as they are.
+_SMALL = 0.004
 
 
 @dataclass(frozen=True)
-class FittedSite:
-    """A site and the steps fitted to what goes through it.
+class Choice:
+    """How backward gets one value that it reads, approximately.
 
     Attributes:
-        node: Name of the backward op.
-        steps: The fitted step function.
-        error: Its relative distance from the derivative over the samples.
+        node: Name of the value's node.
+        bytes: What is kept of it.
+        error: Predicted squared relative error of what backward computes with it.
+        bits: Bits an element, if it is quantised.
+        steps: The backward op of an activation and the step function in its derivative's place.
     """
 
     node: str
-    steps: Steps
+    bytes: int
     error: float
+    bits: int = 0
+    steps: tuple[str, Steps] | None = None
 
 
-def fitted_sites(
-    situation: Situation, module: nn.Module, inputs: Sequence[Tensor], seed: int
-) -> list[FittedSite]:
-    """All sites, the best first."""
-    nodes = candidates(situation.view)
-    arguments = {node: node.args[1] for node in nodes}
-    values = forward_values(situation, module, inputs, arguments.values(), seed=seed)  # type: ignore[arg-type]
-    sites = [_fitted(node, values[argument]) for node, argument in arguments.items()]  # type: ignore[index]
-    return sorted(sites, key=lambda site: site.error)
+def moves(
+    situation: Situation,
+    kept: Collection[fx.Node],
+    module: nn.Module,
+    inputs: Sequence[Tensor],
+    seed: int,
+) -> list[Choice]:
+    """Choices in the order in which they are to be made: least error for the bytes they save first.
+
+    A later choice for a value replaces an earlier one.
+
+    Args:
+        situation: The joint graph, with exact rewrites.
+        kept: The values that are kept without approximation.
+        module: Whose parameters are read.
+        inputs: Flat inputs.
+        seed: Of random draws.
+    """
+    large = _large(kept, situation)
+    activations = {_input_of(node): node for node in candidates(situation.view)}
+    wanted = [n for n in situation.view.graph.nodes if n in large or n in activations]
+    values = forward_values(situation, module, inputs, wanted, seed=seed)
+    ranked = []
+    for node in wanted:
+        found = _choices(node, values[node], activations.get(node), node in large)
+        ranked += _by_price(found, values[node].nbytes)
+    return [choice for _, choice in sorted(ranked, key=lambda pair: pair[0])]
 
 
-def _fitted(node: fx.Node, u: Tensor) -> FittedSite:
+def _input_of(activation: fx.Node) -> fx.Node:
+    u = activation.args[1]
+    assert isinstance(u, fx.Node)
+    return u
+
+
+def _large(kept: Collection[fx.Node], situation: Situation) -> set[fx.Node]:
+    """Floating values, dense in memory, that are worth a codec."""
+    returned = {
+        situation.storage.base[n] for n in situation.view.graph.output_node().all_input_nodes
+    }
+    sizes = {
+        node: concrete(node.meta["val"].numel(), situation.sizes) * node.meta["val"].element_size()
+        for node in kept
+        if node.op == "call_function"
+        and node not in returned
+        and isinstance(node.meta.get("val"), Tensor)
+        and node.meta["val"].is_floating_point()
+    }
+    least = _SMALL * sum(sizes.values())
+    return {node for node, size in sizes.items() if size > least and _is_dense(node.meta["val"])}
+
+
+def _is_dense(value: Tensor) -> bool:
+    formats = (torch.contiguous_format, torch.channels_last, torch.channels_last_3d)
+    return any(
+        value.is_contiguous(memory_format=each)
+        for each, dim in zip(formats, (None, 4, 5), strict=True)
+        if dim is None or value.dim() == dim
+    )
+
+
+def _choices(node: fx.Node, value: Tensor, act: fx.Node | None, large: bool) -> list[Choice]:
+    """All choices for one value, the one of most bytes first."""
+    found = [
+        Choice(node.name, packed_bytes(value.numel(), bits), _rounding(value, bits), bits)
+        for bits in BITS
+        if large
+    ]
+    if act is not None:
+        steps, error = _fitted(act, value)
+        bytes_kept = -(-value.numel() // 4)
+        found.append(Choice(node.name, bytes_kept, error**2, steps=(act.name, steps)))
+    return found
+
+
+def _rounding(value: Tensor, bits: int) -> float:
+    """Squared relative error of a quantised value."""
+    dense = value.contiguous()
+    packed = quantise(dense, bits)
+    again = dequantise(packed, bits, dense.shape, dense.stride(), dense.dtype)
+    norm = float(dense.double().norm()) or 1.0
+    return (float((again - dense).double().norm()) / norm) ** 2
+
+
+def _by_price(choices: Sequence[Choice], size: int) -> list[tuple[float, Choice]]:
+    """Choices with the error that a saved byte costs more than with the choice before."""
+    price, error, ranked = 0.0, 0.0, []
+    for choice in choices:
+        if choice.bytes >= size:
+            continue
+        price = max(price, (choice.error - error) / (size - choice.bytes))
+        size, error = choice.bytes, choice.error
+        ranked.append((price, choice))
+    return ranked
+
+
+def _fitted(node: fx.Node, u: Tensor) -> tuple[Steps, float]:
     flat = u.flatten()
     flat = flat[:: max(1, flat.numel() // _MOST_SAMPLES)].double()
     slopes = derivative(node, flat)
     x, y = flat.cpu().numpy(), slopes.cpu().numpy()
     steps = fit_steps(x, y)
-    return FittedSite(node.name, steps, steps.error(x, y))
+    return steps, steps.error(x, y)
 
 
 def derivative(node: fx.Node, u: Tensor) -> Tensor:
@@ -74,28 +169,32 @@ def _flat(tensor: Tensor) -> Any:
     return tensor.detach().flatten().double().cpu().numpy()
 
 
-def as_rewrite(sites: Sequence[FittedSite]) -> StepDerivative:
-    """The rule for these sites."""
-    return StepDerivative(tuple((s.node, s.steps.thresholds, s.steps.levels) for s in sites))
+def as_rewrites(
+    choices: Sequence[Choice], exact: Sequence[Rewrite], kept: Sequence[str]
+) -> tuple[Rewrite, ...]:
+    """The rules that make these choices, the last for each value."""
+    last = {choice.node: choice for choice in choices}.values()
+    steps = tuple((name, s.thresholds, s.levels) for c in last if c.steps for name, s in [c.steps])
+    quantised = tuple((choice.node, choice.bits) for choice in last if choice.bits)
+    few = (QuantisedOperand(quantised, tuple(kept)),) if quantised else ()
+    return (StepDerivative(steps), *exact, *few)
 
 
-def most_sites(
-    sites: Sequence[FittedSite], allowed: float, measured: Callable[[Sequence[FittedSite]], float]
-) -> list[FittedSite]:
-    """The longest row of best sites whose measured gradient error is allowed.
+def longest(count: int, allowed: float, measured: Callable[[int], float]) -> int:
+    """How many of a row of moves may be made together.
 
     Args:
-        sites: The best first.
+        count: Moves in the row.
         allowed: The error granted.
-        measured: The gradient error of some sites together.
+        measured: The gradient error of the first so many.
     """
-    if not sites or measured(sites) <= allowed:
-        return list(sites)
-    low, high = 0, len(sites)  # low is allowed, high is not
+    if not count or measured(count) <= allowed:
+        return count
+    low, high = 0, count  # low is allowed, high is not
     while high - low > 1:
         middle = (low + high) // 2
-        if measured(sites[:middle]) <= allowed:
+        if measured(middle) <= allowed:
             low = middle
         else:
             high = middle
-    return list(sites[:low])
+    return low

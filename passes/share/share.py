@@ -10,20 +10,15 @@ from typing import ClassVar
 from graphopt.budget import Quantity
 from graphopt.comparison import Observation
 from graphopt.ir.program import Program
-from graphopt.passes.share.approximate import (
-    FittedSite,
-    as_rewrite,
-    fitted_sites,
-    gradient_error,
-    most_sites,
-)
+from graphopt.passes.share.approximate import as_rewrites, gradient_error, longest, moves
+from graphopt.passes.share.compressed import QuantisedOperand
 from graphopt.passes.share.dead import UnreadOperand
 from graphopt.passes.share.duplicates import Duplicates
 from graphopt.passes.share.masks import PackedMasks, ReluSign
 from graphopt.passes.share.pooling import PackedIndices
 from graphopt.passes.share.steps import StepDerivative
 from graphopt.pipeline import Pass, PassContext, PassResult, Position, Preserves
-from graphopt.planning.account import account, refusals
+from graphopt.planning.account import account, kept_values, refusals
 from graphopt.planning.case import Case
 from graphopt.planning.draft import Draft, Way
 from graphopt.planning.planner import MemoryPlanner
@@ -31,7 +26,7 @@ from graphopt.planning.problem import Problem
 from graphopt.planning.rewrites import Rewrite
 from graphopt.planning.saving import saving_plan
 from graphopt.planning.search import Plan, PlanSettings, make_problem
-from graphopt.planning.situation import CallKey, Situation
+from graphopt.planning.situation import Situation
 from graphopt.report import ShareReport
 
 EXACT: tuple[type[Rewrite], ...] = (
@@ -65,7 +60,7 @@ class Share(Pass):
     position: ClassVar[int] = Position.BACKWARD
     preserves: ClassVar[Preserves] = Preserves(outputs=1e-6, gradients=1e-5, buffers=1e-6)
     planners: ClassVar[tuple[type, ...]] = (MemoryPlanner, Draft)
-    rewrites: ClassVar[tuple[type, ...]] = (*EXACT, StepDerivative)
+    rewrites: ClassVar[tuple[type, ...]] = (*EXACT, StepDerivative, QuantisedOperand)
 
     gradient_error: Quantity | None = None
 
@@ -107,12 +102,31 @@ class _Run:
 
     def ways(self, granted: float) -> tuple[Way, ...]:
         """The exact rewrites; with approximate ones as well, where an error is granted."""
-        exact = Way(tuple(rule() for rule in EXACT))
+        exact = tuple(rule() for rule in EXACT)
         if granted <= 0:
-            return (exact,)
-        asked = Way((StepDerivative(), *exact.rewrites))  # without a site; says where it fits
-        sites = self._chosen(self._planned(asked.rewrites).situation, granted)
-        return (asked, self._measured(sites)) if sites else (asked,)
+            return (Way(exact),)
+        asked = (StepDerivative(), *exact)  # without a site; says where it fits
+        way = self._within(granted, self._planned(asked), exact)
+        return (Way(asked), way) if way is not None else (Way(asked),)
+
+    def _within(self, granted: float, planned: _Planned, exact: Sequence[Rewrite]) -> Way | None:
+        """The way that saves most with a gradient error that is granted."""
+        case, problem = self.case, planned.problem
+        owners = {v: node for node, v in problem.value_of.items()}
+        values = kept_values(problem, planned.plan.sequence)
+        kept = [owners[v] for v in sorted(values) if v in owners]
+        names = [node.name for node in kept]
+        found = moves(planned.situation, kept, case.module, case.inputs, case.context.seed)
+        ways: dict[int, Way] = {}
+
+        def measured(count: int) -> float:
+            case.context.progress(f"measuring the gradient error of {count} approximations")
+            rewrites = as_rewrites(found[:count], exact, names)
+            got = case.observe(self._planned(rewrites).program)
+            ways[count] = Way(rewrites, *gradient_error(self._exact, got))
+            return ways[count].gradient_error
+
+        return ways.get(longest(len(found), granted, measured))
 
     def result(self, granted: float) -> PassResult:
         """Measures, plans, emits and measures again."""
@@ -147,25 +161,11 @@ class _Run:
             rewrites=tuple(rewrites),
         )
         planner = MemoryPlanner(settings, training=True)
-        key = CallKey.of(case.module, case.inputs)
-        situation = planner.situation(case.module, key, case.inputs)
+        situation = case.situation(rewrites)
         problem = make_problem(situation, settings, context.progress)
         plan = saving_plan(situation, problem)
-        planner.adopt(key, situation, plan)
+        planner.adopt(case.key, situation, plan)
         return _Planned(case.program.replace(planner=planner), situation, problem, plan)
-
-    def _chosen(self, situation: Situation, granted: float) -> list[FittedSite]:
-        """The sites that may be approximate together."""
-        context = self.case.context
-        sites = fitted_sites(situation, self.case.module, self.case.inputs, context.seed)
-        return most_sites(sites, granted, lambda some: self._measured(some).gradient_error)
-
-    def _measured(self, sites: Sequence[FittedSite]) -> Way:
-        """The way that has these approximate sites, and its error."""
-        self.case.context.progress(f"measuring the gradient error of {len(sites)} sites")
-        rewrites = (as_rewrite(sites), *(rule() for rule in EXACT))
-        got = self.case.observe(self._planned(rewrites).program)
-        return Way(rewrites, *gradient_error(self._exact, got))
 
     @cached_property
     def _exact(self) -> Observation:
