@@ -135,7 +135,11 @@ def test_a_trainable_layer_behind_refuses() -> None:
     model = Adapted().requires_grad_(True)
     passes = "canonicalize,share{gradient_error=50%}"
     module = graphopt.optimize(model, passes=passes, example_inputs=(x,))
-    assert module.report.to_dict()["share"]["gradient_error"] == 0.0
+    section = module.report.to_dict()["share"]
+    assert "2-bit derivative" not in {site["rule"] for site in section["sites"]}
+    (refused,) = section["refused"]
+    assert refused["rule"] == "2-bit derivative"
+    assert "to keep the input alone is less" in refused["reason"]
 
 
 def test_a_saved_module_keeps_its_steps(tmp_path) -> None:
