@@ -10,6 +10,7 @@ from typing import ClassVar
 from graphopt.budget import Quantity
 from graphopt.comparison import Observation
 from graphopt.ir.program import Program
+from graphopt.measure import StepMeasurement
 from graphopt.passes.share.approximate import as_rewrites, gradient_error, longest, moves
 from graphopt.passes.share.compressed import QuantisedOperand
 from graphopt.passes.share.dead import UnreadOperand
@@ -137,6 +138,8 @@ class _Run:
         planned = self._planned(way.rewrites)
         progress("measuring the planned module")
         after = self.case.measure(self.case.emitted(planned.program))
+        if after.saved >= before.saved:  # there is nothing to gain, not even what a plan needs
+            return PassResult(self.case.program, False, {"share": _unchanged(before)})
         report = ShareReport(
             saved_before=before.saved,
             saved_after=after.saved,
@@ -170,3 +173,7 @@ class _Run:
     @cached_property
     def _exact(self) -> Observation:
         return self.case.observe(self.case.program.replace(planner=None))
+
+
+def _unchanged(step: StepMeasurement) -> ShareReport:
+    return ShareReport(step.saved, step.saved, step.peak, step.peak)
