@@ -49,9 +49,14 @@ class Rewrite:
 
     It is part of a planner's settings: each joint graph that the planner derives is rewritten
     before it is planned.
+
+    Attributes:
+        graph: Fingerprint of the one joint graph that the rule was fitted to; empty: it fits all.
     """
 
     name: ClassVar[str] = ""
+
+    graph: str = ""
 
     def apply(self, view: JointView) -> Sequence[Site | Refused]:
         """Rewrites the graph wherever the rule fits and pays.

@@ -94,6 +94,7 @@ class Situation:
         stepping: Whether parameters may change as soon as they get their gradient.
         sites: Where the graph was rewritten.
         refused: Where a rewrite fits but was not applied.
+        original: Fingerprint of the joint graph before it was rewritten.
     """
 
     view: JointView
@@ -109,6 +110,7 @@ class Situation:
     stepping: bool
     sites: tuple[Site, ...] = ()
     refused: tuple[Refused, ...] = ()
+    original: str = ""
 
     @cached_property
     def computations(self) -> list[fx.Node]:
@@ -118,8 +120,7 @@ class Situation:
     @cached_property
     def fingerprint(self) -> str:
         """Equal exactly when sequences of the one graph fit the other."""
-        text = "\n".join(f"{n.name} {n.target} {n.args} {n.kwargs}" for n in self.view.graph.nodes)
-        return hashlib.sha256(text.encode()).hexdigest()
+        return fingerprint_of(self.view.graph)
 
     def problem(
         self,
@@ -218,6 +219,12 @@ class Situation:
     def flops(self, node: fx.Node) -> int:
         """FLOPs of one computation at the example sizes."""
         return flops(node, self.sizes)
+
+
+def fingerprint_of(graph: fx.Graph) -> str:
+    """Equal exactly for graphs of the same nodes."""
+    text = "\n".join(f"{n.name} {n.target} {n.args} {n.kwargs}" for n in graph.nodes)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _expand_tangents(view: JointView, found: LossMeasurement) -> None:

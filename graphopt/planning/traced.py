@@ -22,7 +22,7 @@ from graphopt.ir.signature import Signature
 from graphopt.ir.storage import storage_map
 from graphopt.planning.prepare import prepare
 from graphopt.planning.rewrites import Refused, Rewrite, Site
-from graphopt.planning.situation import CallKey, Situation, symbols_of
+from graphopt.planning.situation import CallKey, Situation, fingerprint_of, symbols_of
 from graphopt.runtime.replay import Unplanned
 
 
@@ -56,11 +56,14 @@ class TracedCall:
         """Makes a copy of the graph ready for planning.
 
         Args:
-            rewrites: Rules by which it is changed, in this order.
+            rewrites: Rules by which it is changed, in this order; those that were fitted to
+                another graph are left out.
         """
         view = self.view.copy()
         committed = prepare(view)
-        found = [site for rule in rewrites for site in rule.apply(view)] if self.key.grad else []
+        original = fingerprint_of(view.graph)
+        fitting = [rule for rule in rewrites if self.key.grad and rule.graph in ("", original)]
+        found = [site for rule in fitting for site in rule.apply(view)]
         return Situation(
             view=view,
             storage=storage_map(view.graph),
@@ -75,6 +78,7 @@ class TracedCall:
             stepping=self.key.stepping,
             sites=tuple(site for site in found if isinstance(site, Site)),
             refused=tuple(site for site in found if isinstance(site, Refused)),
+            original=original,
         )
 
 

@@ -201,7 +201,7 @@ class _Run:
                 break
         if best is None:
             raise min(refused, key=lambda error: error.smallest or 0)
-        return best
+        return best if best[1].program.planner is not None else (Way(), best[1])
 
     def _settings(
         self, budget: int, way: Way, share: float | None = None, parts: int = 1

@@ -170,14 +170,21 @@ def _flat(tensor: Tensor) -> Any:
 
 
 def as_rewrites(
-    choices: Sequence[Choice], exact: Sequence[Rewrite], kept: Sequence[str]
+    choices: Sequence[Choice], exact: Sequence[Rewrite], kept: Sequence[str], graph: str
 ) -> tuple[Rewrite, ...]:
-    """The rules that make these choices, the last for each value."""
+    """The rules that make these choices, the last for each value.
+
+    Args:
+        choices: What was chosen.
+        exact: The exact rewrites.
+        kept: Names of the values that are kept with those.
+        graph: Fingerprint of the graph that the choices are for.
+    """
     last = {choice.node: choice for choice in choices}.values()
     steps = tuple((name, s.thresholds, s.levels) for c in last if c.steps for name, s in [c.steps])
     quantised = tuple((choice.node, choice.bits) for choice in last if choice.bits)
-    few = (QuantisedOperand(quantised, tuple(kept)),) if quantised else ()
-    return (StepDerivative(steps), *exact, *few)
+    few = (QuantisedOperand(graph, quantised, tuple(kept)),) if quantised else ()
+    return (StepDerivative(graph, steps), *exact, *few)
 
 
 def longest(count: int, allowed: float, measured: Callable[[int], float]) -> int:

@@ -39,11 +39,11 @@ class QuantisedOperand(Rewrite):
         object.__setattr__(self, "kept", tuple(self.kept))
 
     def apply(self, view: JointView) -> Sequence[Site]:
-        """Rewrites those of its sites that are there; a graph of another call may lack some."""
+        """Rewrites its sites."""
         nodes = {node.name: node for node in view.graph.nodes}
-        sites = {nodes[name]: bits for name, bits in self.sites if name in nodes}
-        kept = {nodes[name] for name in self.kept if name in nodes}
-        return _Rerouted(view, kept, sites).sites() if sites else []
+        sites = {nodes[name]: bits for name, bits in self.sites}
+        kept = {nodes[name] for name in self.kept if name in nodes}  # steps leave some out
+        return _Rerouted(view, kept, sites).sites()
 
 
 class _Rerouted:

@@ -122,7 +122,7 @@ class _Run:
 
         def measured(count: int) -> float:
             case.context.progress(f"measuring the gradient error of {count} approximations")
-            rewrites = as_rewrites(found[:count], exact, names)
+            rewrites = as_rewrites(found[:count], exact, names, planned.situation.original)
             got = case.observe(self._planned(rewrites).program)
             ways[count] = Way(rewrites, *gradient_error(self._exact, got))
             return ways[count].gradient_error

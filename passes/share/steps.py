@@ -126,7 +126,7 @@ class StepDerivative(Rewrite):
         object.__setattr__(self, "sites", sites)
 
     def apply(self, view: JointView) -> Sequence[Site | Refused]:
-        """Rewrites those of its sites that are there; a graph of another call may lack some."""
+        """Rewrites its sites."""
         steps = {name: (thresholds, levels) for name, thresholds, levels in self.sites}
         found: list[Site | Refused] = []
         for node, against in _activations(view):

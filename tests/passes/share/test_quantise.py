@@ -107,6 +107,14 @@ def test_a_saved_module_and_another_batch(tmp_path) -> None:
         assert float((got[name] - gradient).norm()) <= 0.05 * float(gradient.norm()), name
 
 
+def test_calls_that_nothing_was_fitted_to_are_exact() -> None:
+    """Other graphs have other values under the same names."""
+    model, module = blocks(), compressed("2%")
+    for m in (model, module):
+        m.get_parameter("1.up.weight").requires_grad_(False)
+    assert error(module, model) == 0.0
+
+
 def test_a_memory_budget_takes_bits_before_recomputation() -> None:
     """Within what is granted, no FLOP is done twice where it would have to be otherwise."""
 
