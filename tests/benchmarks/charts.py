@@ -18,6 +18,7 @@ STYLES = {
     "min-cut": ("#7570b3", "^", "torch.compile, activation_memory_budget"),
     "alone": ("#66a61e", "v", "graphopt, rematerialize alone"),
     "graphopt": ("#1b9e77", "o", "graphopt"),
+    "granted": ("#e7298a", "D", "graphopt, gradient error 1 %"),
 }
 
 
@@ -108,7 +109,7 @@ def _panel(axis: Any, name: str, points: Sequence[Point]) -> None:
         mine = [p for p in points if p.method == method and not p.note]
         if not mine:
             continue
-        if method in ("alone", "graphopt"):
+        if method in ("alone", "graphopt", "granted"):
             mine.sort(key=lambda p: (p.recomputed, -p.peak))
         x = [100 * p.recomputed / eager.flops for p in mine]
         y = [p.peak / 1e6 for p in mine]
