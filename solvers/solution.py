@@ -123,17 +123,23 @@ class Incumbent:
 
     @property
     def cap(self) -> int:
-        """The cap on copies that `lower_bound` rests on; 0 if it holds for all plans.
-
-        A bound that the incumbent undercuts says nothing about it: it is not within that cap.
-        """
-        best = max(((b, cap) for cap, b in self.capped.items() if b <= self.duration), default=None)
-        return best[1] if best is not None and best[0] > self.any_copies else 0
+        """The cap on copies that `lower_bound` rests on; 0 if it holds for all plans."""
+        return self._best_bound()[1]
 
     @property
     def lower_bound(self) -> int:
         """No plan (none within `cap`, if there is one) is shorter."""
-        return self.capped[self.cap] if self.cap else self.any_copies
+        return self._best_bound()[0]
+
+    def _best_bound(self) -> tuple[int, int]:
+        """The highest bound and its cap.
+
+        A bound that the incumbent undercuts says nothing about it: it is not within that cap.
+        """
+        duration = self.duration  # other threads read while it changes
+        capped = [(b, cap) for cap, b in list(self.capped.items()) if b <= duration]
+        best = max(capped, default=(0, 0))
+        return best if best[0] > self.any_copies else (self.any_copies, 0)
 
     @property
     def optimal(self) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -78,7 +78,7 @@ class Case:
                 loss=self.context.loss, hold_outputs=self.hold_outputs,
             )  # fmt: skip
 
-    def situation(self, rewrites: Iterable[Rewrite] = ()) -> Situation:
+    def situation(self, rewrites: Sequence[Rewrite] = ()) -> Situation:
         """The joint graph of the example call, traced once and rewritten each time."""
         with torch.set_grad_enabled(self.training):
             return self._call.situation(rewrites)

@@ -161,7 +161,7 @@ class MemoryPlanner:
             differentiable=differentiable,
             hold_outputs=self.settings.hold_outputs,
         )
-        return call.situation(self.settings.rewrites)
+        return call.situation(self.settings.way.rewrites)
 
     def adopt(self, key: CallKey, situation: Situation, plan: Plan) -> CompiledStep:
         """Uses a plan for calls of one key."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
@@ -67,14 +67,30 @@ class Rewrite:
         raise NotImplementedError
 
 
-def dump_rewrites(rewrites: Sequence[Rewrite]) -> list[Any]:
-    """Rewrites as JSON-able data: their names and fields."""
-    return [(rule.name, asdict(rule)) for rule in rewrites]
+@dataclass(frozen=True)
+class Way:
+    """Rewrites that are applied together, and how far gradients are off with them.
 
+    Attributes:
+        rewrites: In the order in which they are applied.
+        gradient_error: Measured ``||g - g_exact|| / ||g_exact||`` over all that is trained.
+        gradient_cosine: Cosine of both.
+    """
 
-def read_rewrites(data: Sequence[Any]) -> tuple[Rewrite, ...]:
-    """Reads what `dump_rewrites` gave."""
-    return tuple(registry.rewrite(name)(**fields) for name, fields in data)
+    rewrites: tuple[Rewrite, ...] = ()
+    gradient_error: float = 0.0
+    gradient_cosine: float = 1.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able form; of a rewrite its name and fields."""
+        rules = [(rule.name, asdict(rule)) for rule in self.rewrites]
+        return {**vars(self), "rewrites": rules}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Way:
+        """Reads what `to_dict` wrote."""
+        rules = tuple(registry.rewrite(name)(**fields) for name, fields in data["rewrites"])
+        return cls(**{**data, "rewrites": rules})
 
 
 def insert(graph: fx.Graph, target: Any, *args: Any, **kwargs: Any) -> fx.Node:

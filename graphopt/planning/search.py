@@ -19,7 +19,7 @@ from graphopt.errors import BudgetInfeasible, user_line_of
 from graphopt.pipeline import Progress, silent
 from graphopt.planning.known import Known, known
 from graphopt.planning.problem import Problem, live_at_peak
-from graphopt.planning.rewrites import Rewrite, dump_rewrites, read_rewrites
+from graphopt.planning.rewrites import Way
 from graphopt.planning.situation import Situation
 from graphopt.planning.steps import StepNames
 from graphopt.solvers import Solution, TaskGraph
@@ -46,7 +46,7 @@ class PlanSettings:
         hold_outputs: Whether callers keep the outputs during backward.
         share: The budget as a share of the peak without recomputation, if it was asked for as
             one: after `.half()` a step has to fit the same share of what it takes then.
-        rewrites: Rules by which joint graphs are changed before they are planned.
+        way: How joint graphs are rewritten before they are planned.
     """
 
     budget: int | None
@@ -56,19 +56,19 @@ class PlanSettings:
     loss: Loss | None = field(default=None, compare=False)
     hold_outputs: bool = False
     share: float | None = None
-    rewrites: tuple[Rewrite, ...] = ()
+    way: Way = field(default_factory=Way)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form, without the loss."""
         plain = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         del plain["loss"]
-        plain["rewrites"] = dump_rewrites(self.rewrites)
+        plain["way"] = self.way.to_dict()
         return plain
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> PlanSettings:
         """Reads what `to_dict` wrote."""
-        return cls(**{**data, "rewrites": read_rewrites(data["rewrites"])})
+        return cls(**{**data, "way": Way.from_dict(data["way"])})
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "loss": None}

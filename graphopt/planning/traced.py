@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
+import logging
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -24,6 +25,8 @@ from graphopt.planning.prepare import prepare
 from graphopt.planning.rewrites import Refused, Rewrite, Site
 from graphopt.planning.situation import CallKey, Situation, fingerprint_of, symbols_of
 from graphopt.runtime.replay import Unplanned
+
+log = logging.getLogger("graphopt")
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,7 +55,7 @@ class TracedCall:
     sizes: Substitution
     key: CallKey
 
-    def situation(self, rewrites: Iterable[Rewrite] = ()) -> Situation:
+    def situation(self, rewrites: Sequence[Rewrite] = ()) -> Situation:
         """Makes a copy of the graph ready for planning.
 
         Args:
@@ -63,6 +66,11 @@ class TracedCall:
         committed = prepare(view)
         original = fingerprint_of(view.graph)
         fitting = [rule for rule in rewrites if self.key.grad and rule.graph in ("", original)]
+        if len(fitting) < len(rewrites) and self.key.grad:
+            log.warning(
+                "graphopt: what was approximated within a gradient error was fitted to another "
+                "kind of call; this one is exact, and keeps more for its backward pass"
+            )
         found = [site for rule in fitting for site in rule.apply(view)]
         return Situation(
             view=view,

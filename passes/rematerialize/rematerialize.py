@@ -17,8 +17,9 @@ from graphopt.measure import StepMeasurement
 from graphopt.pipeline import Pass, PassContext, PassResult, Position, Preserves
 from graphopt.planning.account import account, refusals
 from graphopt.planning.case import Case
-from graphopt.planning.draft import Draft, Way
+from graphopt.planning.draft import Draft
 from graphopt.planning.planner import MemoryPlanner
+from graphopt.planning.rewrites import Way
 from graphopt.planning.search import TOLERANCE, Plan, PlanSettings, Search, make_problem
 from graphopt.report import MemoryReport, PlanReport, ShareRefusal, ShareReport, ShareSite
 
@@ -162,7 +163,7 @@ class _Run:
 
     def frontier(self, budgets: int | Sequence[Any]) -> list[tuple[int, float, float]]:
         """Plans for falling budgets, each beginning with the one before."""
-        exact = next(way for way in self._ways() if way.gradient_error == 0)
+        exact, *_ = sorted(self._ways(), key=lambda way: way.gradient_error)
         search, _ = self._search(self._settings(_UNLIMITED, exact))
         return [
             (plan.peak, plan.overhead, plan.lower_bound)
@@ -182,7 +183,7 @@ class _Run:
         planner = self.case.program.planner
         if isinstance(planner, Draft):
             return planner.ways
-        return (Way(planner.settings.rewrites if isinstance(planner, MemoryPlanner) else ()),)
+        return (planner.settings.way if isinstance(planner, MemoryPlanner) else Way(),)
 
     def _best(self, ways: Sequence[Way], allowed: int, share: float | None) -> tuple[Way, _Found]:
         """The way and the plan that recompute least; a later way only if it is really shorter."""
@@ -215,12 +216,12 @@ class _Run:
             loss=context.loss,
             hold_outputs=options.hold_outputs,
             share=share,
-            rewrites=way.rewrites,
+            way=way,
         )
 
     def _search(self, settings: PlanSettings) -> tuple[Search, MemoryPlanner]:
         planner = MemoryPlanner(settings, self.case.training)
-        situation = self.case.situation(settings.rewrites)
+        situation = self.case.situation(settings.way.rewrites)
         with torch.set_grad_enabled(self.case.training):
             problem = make_problem(situation, settings, self.context.progress)
         return Search(situation, problem, settings, self.context.progress), planner

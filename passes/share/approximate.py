@@ -14,7 +14,7 @@ from graphopt.comparison import Observation
 from graphopt.cost.sizes import concrete
 from graphopt.passes.share.compressed import QuantisedOperand
 from graphopt.passes.share.fit import Steps, fit_steps
-from graphopt.passes.share.quantise import BITS, dequantise, packed_bytes, quantise
+from graphopt.passes.share.quantise import BITS, dequantise, memory_order, packed_bytes, quantise
 from graphopt.passes.share.steps import StepDerivative, candidates
 from graphopt.planning.evaluate import forward_values
 from graphopt.planning.rewrites import Rewrite
@@ -33,7 +33,8 @@ class Choice:
     Attributes:
         node: Name of the value's node.
         bytes: What is kept of it.
-        error: Predicted squared relative error of what backward computes with it.
+        error: Squared relative error of the value, or of the activation's derivative: a guide, by
+            which choices are ranked; what counts is measured.
         bits: Bits an element, if it is quantised.
         steps: The backward op of an activation and the step function in its derivative's place.
     """
@@ -63,9 +64,9 @@ def moves(
         inputs: Flat inputs.
         seed: Of random draws.
     """
-    large = _large(kept, situation)
-    activations = {_input_of(node): node for node in candidates(situation.view)}
-    wanted = [n for n in situation.view.graph.nodes if n in large or n in activations]
+    large, base = _large(kept, situation), situation.storage.base
+    activations = {base[_input_of(node)]: node for node in candidates(situation.view)}
+    wanted = [node for node in kept if node in large or node in activations]
     values = forward_values(situation, module, inputs, wanted, seed=seed)
     ranked = []
     for node in wanted:
@@ -94,16 +95,7 @@ def _large(kept: Collection[fx.Node], situation: Situation) -> set[fx.Node]:
         and node.meta["val"].is_floating_point()
     }
     least = _SMALL * sum(sizes.values())
-    return {node for node, size in sizes.items() if size > least and _is_dense(node.meta["val"])}
-
-
-def _is_dense(value: Tensor) -> bool:
-    formats = (torch.contiguous_format, torch.channels_last, torch.channels_last_3d)
-    return any(
-        value.is_contiguous(memory_format=each)
-        for each, dim in zip(formats, (None, 4, 5), strict=True)
-        if dim is None or value.dim() == dim
-    )
+    return {node for node, size in sizes.items() if size > least and memory_order(node.meta["val"])}
 
 
 def _choices(node: fx.Node, value: Tensor, act: fx.Node | None, large: bool) -> list[Choice]:
@@ -122,11 +114,10 @@ def _choices(node: fx.Node, value: Tensor, act: fx.Node | None, large: bool) -> 
 
 def _rounding(value: Tensor, bits: int) -> float:
     """Squared relative error of a quantised value."""
-    dense = value.contiguous()
-    packed = quantise(dense, bits)
-    again = dequantise(packed, bits, dense.shape, dense.stride(), dense.dtype)
-    norm = float(dense.double().norm()) or 1.0
-    return (float((again - dense).double().norm()) / norm) ** 2
+    order = memory_order(value) or list(range(value.dim()))
+    again = dequantise(quantise(value, bits, order), bits, order, value.shape, value.dtype)
+    norm = float(value.double().norm()) or 1.0
+    return (float((again - value).double().norm()) / norm) ** 2
 
 
 def _by_price(choices: Sequence[Choice], size: int) -> list[tuple[float, Choice]]:
@@ -144,13 +135,13 @@ def _by_price(choices: Sequence[Choice], size: int) -> list[tuple[float, Choice]
 def _fitted(node: fx.Node, u: Tensor) -> tuple[Steps, float]:
     flat = u.flatten()
     flat = flat[:: max(1, flat.numel() // _MOST_SAMPLES)].double()
-    slopes = derivative(node, flat)
+    slopes = _derivative(node, flat)
     x, y = flat.cpu().numpy(), slopes.cpu().numpy()
     steps = fit_steps(x, y)
     return steps, steps.error(x, y)
 
 
-def derivative(node: fx.Node, u: Tensor) -> Tensor:
+def _derivative(node: fx.Node, u: Tensor) -> Tensor:
     """What an activation's backward op multiplies gradients by, at u."""
     call: Any = node.target
     return call(torch.ones_like(u), u, *node.args[2:], **node.kwargs)
@@ -184,11 +175,13 @@ def as_rewrites(
     steps = tuple((name, s.thresholds, s.levels) for c in last if c.steps for name, s in [c.steps])
     quantised = tuple((choice.node, choice.bits) for choice in last if choice.bits)
     few = (QuantisedOperand(graph, quantised, tuple(kept)),) if quantised else ()
-    return (StepDerivative(graph, steps), *exact, *few)
+    return (*exact, StepDerivative(graph, steps), *few)
 
 
 def longest(count: int, allowed: float, measured: Callable[[int], float]) -> int:
     """How many of a row of moves may be made together.
+
+    It is a count that was measured to be allowed; the most, if errors grow along the row.
 
     Args:
         count: Moves in the row.

@@ -9,12 +9,12 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-from graphopt.ir.joint import JointView
-from graphopt.ir.ops import is_memory_bound, is_repeatable
+from graphopt.ir.joint import JointInput, JointView
+from graphopt.ir.ops import is_memory_bound, is_repeatable, recomputed_form
 from graphopt.ir.storage import Role, StorageMap, storage_map
-from graphopt.passes.share import quantise  # noqa: F401 - registers the ops
-from graphopt.planning.prepare import depends_on_tangents
-from graphopt.planning.rewrites import Rewrite, Site, insert, sizes_of, strides_of
+from graphopt.passes.share.quantise import memory_order
+from graphopt.planning.prepare import depends_on_tangents, reads_replaced_operand
+from graphopt.planning.rewrites import Rewrite, Site, insert, sizes_of
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,8 @@ class QuantisedOperand(Rewrite):
     """Backward reads a value, and all that it would make again from it, from a few bits.
 
     Before: x -> y -> backward, x -> backward.
-    After: x -> codes -> x' -> backward, x' -> y' -> backward. The forward pass is as it was.
+    After: x -> codes -> x' -> backward, x' -> y' -> backward. The forward pass is as it was, and
+    so are integers and masks. Values are floating and dense in memory.
 
     Attributes:
         sites: Name of the value's node and bits an element.
@@ -53,6 +54,9 @@ class _Rerouted:
         self.view, self.graph, self.kept, self.bits = view, view.graph, kept, bits
         self.late = depends_on_tangents(view)
         self.storage: StorageMap = storage_map(view.graph)
+        self.mutated = {
+            o.of.node for o in view.outputs_of("mutation") if isinstance(o.of, JointInput)
+        }
         self.rerouted: dict[fx.Node, bool] = dict.fromkeys(bits, True)
         self.again: dict[fx.Node, fx.Node] = {}
         self.packed: dict[fx.Node, fx.Node] = {}
@@ -82,28 +86,50 @@ class _Rerouted:
     def _is_made_again(self, node: fx.Node) -> bool:
         if node in self.late or node in self.kept or node.op != "call_function":
             return False
-        if isinstance(node.meta.get("val"), torch.SymInt):
+        if not _is_floating(node.meta.get("val")):
+            return False  # an index or a mask from rounded values would be another one
+        if self.storage.role[node] is Role.COMPUTE and not is_memory_bound(node):
             return False
-        cheap = self.storage.role[node] is not Role.COMPUTE or is_memory_bound(node)
-        return cheap and is_repeatable(node)
+        return is_repeatable(node) and not reads_replaced_operand(
+            node, self.mutated, self.storage.base
+        )
 
     def _again(self, node: fx.Node) -> fx.Node:
         if node not in self.again:
             if node in self.bits:
                 self.again[node] = self._dequantised(node)
             else:
-                changed = {a: self._again(a) for a in node.all_input_nodes if self._is_rerouted(a)}
-                self.again[node] = copy = self.graph.node_copy(node, lambda n: changed.get(n, n))
-                copy.meta = dict(node.meta)
+                self.again[node] = self._copied(node)
         return self.again[node]
+
+    def _copied(self, node: fx.Node) -> fx.Node:
+        """The same op on what is made again."""
+        form = recomputed_form(node)
+        call = (
+            (node.target, node.args, node.kwargs) if form is None else (form.target, form.args, {})
+        )
+        target, args, kwargs = call
+        changed = {a: self._again(a) for a in node.all_input_nodes if self._is_rerouted(a)}
+        args, kwargs = fx.map_arg((args, kwargs), lambda n: changed.get(n, n))
+        copy = self.graph.call_function(target, args, kwargs)  # type: ignore[arg-type]
+        copy.meta = dict(node.meta)
+        if form is not None:
+            copy.meta["val"] = tuple(node.meta["val"][: len(form.results)])
+        return copy
 
     def _dequantised(self, node: fx.Node) -> fx.Node:
         ops: Any = torch.ops.graphopt
-        bits = self.bits[node]
+        value, bits = node.meta["val"], self.bits[node]
+        order = memory_order(value)
+        assert order is not None, "only dense values are sites"
         with self.graph.inserting_after(node):
-            packed = insert(self.graph, ops.quantise.default, node, bits)
+            packed = insert(self.graph, ops.quantise.default, node, bits, order)
         packed.meta = {**node.meta, "val": packed.meta["val"]}
         self.packed[node] = packed
-        like = sizes_of(self.graph, node), strides_of(self.graph, node)
-        value = node.meta["val"]
-        return insert(self.graph, ops.dequantise.default, packed, bits, *like, value.dtype)
+        sizes = sizes_of(self.graph, node)
+        return insert(self.graph, ops.dequantise.default, packed, bits, order, sizes, value.dtype)
+
+
+def _is_floating(value: Any) -> bool:
+    parts = value if isinstance(value, (tuple, list)) else [value]
+    return all(isinstance(part, torch.Tensor) and part.is_floating_point() for part in parts)

@@ -1,9 +1,10 @@
 """Ops that keep a floating tensor in eight or four bits an element: custom ops of plain PyTorch.
 
-The elements, in the order of memory, are cut into groups of 256; each group has a header of eight
-bytes (its least value and the step between codes, as float32) and one code an element, rounded to
-the nearest. After Pan et al., "Mesa" (2021), and Chen et al., "ActNN" (ICML 2021), who round at
-random; for one fixed batch the nearest code is nearer.
+The elements, in an order of dimensions that is given, are cut into groups of 256; each group has a
+header of eight bytes (its least value and the step between codes, as float32) and one code an
+element, rounded to the nearest. A group with a value that is not finite comes back as NaN. After
+Pan et al., "Mesa" (2021), and Chen et al., "ActNN" (ICML 2021), who round at random; for one fixed
+batch the nearest code is nearer.
 """
 
 from __future__ import annotations
@@ -23,9 +24,8 @@ _TINY = torch.finfo(torch.float32).tiny
 
 _LIBRARY = torch.library.Library("graphopt", "FRAGMENT")
 for _schema in (
-    "quantise(Tensor x, int bits) -> Tensor",
-    "dequantise(Tensor packed, int bits, SymInt[] size, SymInt[] stride, ScalarType dtype)"
-    " -> Tensor",
+    "quantise(Tensor x, int bits, int[] order) -> Tensor",
+    "dequantise(Tensor packed, int bits, int[] order, SymInt[] size, ScalarType dtype) -> Tensor",
 ):
     _LIBRARY.define(_schema, tags=(torch.Tag.pointwise,))  # bound by memory: may run again
 
@@ -35,14 +35,15 @@ def packed_bytes(count: Any, bits: int) -> Any:
     return -(-count // GROUP) * (HEADER + GROUP * bits // 8)
 
 
-def quantise(x: Tensor, bits: int) -> Tensor:
-    """Packs a dense tensor into `packed_bytes` bytes, block by block.
+def quantise(x: Tensor, bits: int, order: Sequence[int]) -> Tensor:
+    """Packs a tensor into `packed_bytes` bytes, block by block.
 
     Args:
-        x: Of a floating dtype; no gaps in its memory.
+        x: Of a floating dtype; copied first if it is laid out in another order.
         bits: 8 or 4.
+        order: Dimensions, the outermost in memory first.
     """
-    flat = x.as_strided((x.numel(),), (1,))
+    flat = x.permute(list(order)).contiguous().view(-1)
     packed = x.new_empty((packed_bytes(x.numel(), bits),), dtype=torch.uint8)
     for rows, part in _blocks(packed, bits, flat):
         groups = _in_groups(part.float())
@@ -55,11 +56,14 @@ def quantise(x: Tensor, bits: int) -> Tensor:
 
 
 def dequantise(
-    packed: Tensor, bits: int, size: Sequence[int], stride: Sequence[int], dtype: torch.dtype
+    packed: Tensor, bits: int, order: Sequence[int], size: Sequence[int], dtype: torch.dtype
 ) -> Tensor:
-    """The tensor that `quantise` packed, each element within half a step of what it was."""
-    out = torch.empty_strided(list(size), list(stride), dtype=dtype, device=packed.device)
-    flat = out.as_strided((out.numel(),), (1,))
+    """The tensor that `quantise` packed, each element within half a step of what it was.
+
+    Its memory is laid out in the given order of dimensions.
+    """
+    out = _empty(packed, order, size, dtype)
+    flat = out.permute(list(order)).view(-1)
     for rows, part in _blocks(packed, bits, flat):
         header = rows[:, :HEADER].contiguous().view(torch.float32)
         codes = rows[:, HEADER:]
@@ -82,14 +86,31 @@ def _in_groups(flat: Tensor) -> Tensor:
     return (torch.cat([flat, flat[-1:].expand(missing)]) if missing else flat).view(-1, GROUP)
 
 
-def _fake_quantise(x: Tensor, bits: int) -> Tensor:
+def _empty(like: Tensor, order: Sequence[int], size: Sequence[int], dtype: torch.dtype) -> Tensor:
+    made = like.new_empty([size[dim] for dim in order], dtype=dtype)
+    return made.permute([list(order).index(dim) for dim in range(len(order))])
+
+
+def _fake_quantise(x: Tensor, bits: int, order: Sequence[int]) -> Tensor:
     return x.new_empty((packed_bytes(x.numel(), bits),), dtype=torch.uint8)
 
 
 def _fake_dequantise(
-    packed: Tensor, bits: int, size: Sequence[int], stride: Sequence[int], dtype: torch.dtype
+    packed: Tensor, bits: int, order: Sequence[int], size: Sequence[int], dtype: torch.dtype
 ) -> Tensor:
-    return packed.new_empty_strided(list(size), list(stride), dtype=dtype)
+    return _empty(packed, order, size, dtype)
+
+
+def memory_order(value: Tensor) -> list[int] | None:
+    """Dimensions of a dense tensor, the outermost in memory first; None: it has gaps."""
+    dims = list(range(value.dim()))
+    if value.is_contiguous():
+        return dims
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    known = formats.get(value.dim())
+    if known is not None and value.is_contiguous(memory_format=known):
+        return [0, *dims[2:], 1]
+    return None
 
 
 for _op, _fake in ((quantise, _fake_quantise), (dequantise, _fake_dequantise)):

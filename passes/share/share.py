@@ -21,10 +21,10 @@ from graphopt.passes.share.steps import StepDerivative
 from graphopt.pipeline import Pass, PassContext, PassResult, Position, Preserves
 from graphopt.planning.account import account, kept_values, refusals
 from graphopt.planning.case import Case
-from graphopt.planning.draft import Draft, Way
+from graphopt.planning.draft import Draft
 from graphopt.planning.planner import MemoryPlanner
 from graphopt.planning.problem import Problem
-from graphopt.planning.rewrites import Rewrite
+from graphopt.planning.rewrites import Rewrite, Way
 from graphopt.planning.saving import saving_plan
 from graphopt.planning.search import Plan, PlanSettings, make_problem
 from graphopt.planning.situation import Situation
@@ -46,14 +46,16 @@ class Share(Pass):
     Of what the backward pass reads, memory-bound ops (elementwise ones, copies, normalisations)
     are run again from what is kept, and what is kept is the least there is; masks take one bit an
     element, indices of max pooling one byte, and operands of which only sizes count nothing. The
-    gradients are those of the model. After Yang et al., "Reducing Fine-Tuning Memory Overhead by
-    Approximate and Memory-Sharing Backpropagation" (ICML 2024), whose shared norm outputs are
-    a case of it: a norm's output and the linear's input that it is are made again from one value.
+    gradients are those of the model unless an error is granted. After Yang et al., "Reducing
+    Fine-Tuning Memory Overhead by Approximate and Memory-Sharing Backpropagation" (ICML 2024),
+    whose shared norm outputs are a case of it: a norm's output and the linear's input that it is
+    are made again from one value.
 
     Attributes:
         gradient_error: How far gradients may be off, ``||g - g_exact|| / ||g_exact||`` over all
-            that is trained, measured on the example inputs. If granted, activations whose input
-            nothing else needs keep a code of two bits an element instead.
+            that is trained, measured on the example inputs. If granted, what backward reads is
+            kept in eight or four bits an element, or in two where a step function can stand for
+            an activation's derivative.
     """
 
     name: ClassVar[str] = "share"
@@ -106,9 +108,9 @@ class _Run:
         exact = tuple(rule() for rule in EXACT)
         if granted <= 0:
             return (Way(exact),)
-        asked = (StepDerivative(), *exact)  # without a site; says where it fits
+        asked = Way((*exact, StepDerivative()))  # without a site; says where it fits
         way = self._within(granted, self._planned(asked), exact)
-        return (Way(asked), way) if way is not None else (Way(asked),)
+        return (asked, way) if way is not None else (asked,)
 
     def _within(self, granted: float, planned: _Planned, exact: Sequence[Rewrite]) -> Way | None:
         """The way that saves most with a gradient error that is granted."""
@@ -123,7 +125,7 @@ class _Run:
         def measured(count: int) -> float:
             case.context.progress(f"measuring the gradient error of {count} approximations")
             rewrites = as_rewrites(found[:count], exact, names, planned.situation.original)
-            got = case.observe(self._planned(rewrites).program)
+            got = case.observe(self._planned(Way(rewrites)).program)
             ways[count] = Way(rewrites, *gradient_error(self._exact, got))
             return ways[count].gradient_error
 
@@ -135,7 +137,7 @@ class _Run:
         progress("measuring the source model")
         before = self.case.measure(self.case.source)
         *_, way = self.ways(granted)
-        planned = self._planned(way.rewrites)
+        planned = self._planned(way)
         progress("measuring the planned module")
         after = self.case.measure(self.case.emitted(planned.program))
         if after.saved >= before.saved:  # there is nothing to gain, not even what a plan needs
@@ -153,7 +155,7 @@ class _Run:
         claims = replace(Share.preserves, gradients=None) if way.gradient_error else None
         return PassResult(planned.program, True, {"share": report}, claims)
 
-    def _planned(self, rewrites: Sequence[Rewrite]) -> _Planned:
+    def _planned(self, way: Way) -> _Planned:
         case, context = self.case, self.case.context
         settings = PlanSettings(
             budget=None,
@@ -161,10 +163,10 @@ class _Run:
             seed=context.seed,
             cost_model=context.cost_model,
             loss=context.loss,
-            rewrites=tuple(rewrites),
+            way=way,
         )
         planner = MemoryPlanner(settings, training=True)
-        situation = case.situation(rewrites)
+        situation = case.situation(way.rewrites)
         problem = make_problem(situation, settings, context.progress)
         plan = saving_plan(situation, problem)
         planner.adopt(case.key, situation, plan)

@@ -34,7 +34,6 @@ _ACTIVATIONS = {
     aten.softplus_backward.default,
     aten.hardswish_backward.default,
     aten.hardtanh_backward.default,
-    aten.log_sigmoid_backward.default,
 }
 
 
@@ -69,7 +68,7 @@ for _op, _fake in ((pack_steps, _fake_pack), (unpack_steps, _fake_unpack)):
 
 
 def candidates(view: JointView) -> list[fx.Node]:
-    """Activation backwards whose input nothing else in backward reads or is made again from.
+    """Activation backwards whose input, and what the next ops make of it, no other one reads.
 
     Where the activation's output is needed as well (a trainable linear layer follows), keeping
     the input alone is less than keeping code and output.
@@ -133,7 +132,7 @@ class StepDerivative(Rewrite):
             if against is None and node.name in steps:
                 found.append(self._rewrite(view.graph, node, *steps[node.name]))
             else:
-                reason = against or "the gradient error would be more than is granted"
+                reason = against or "other choices save more within the error that is granted"
                 found.append(Refused(node.args[1].name, self.name, reason))  # type: ignore[union-attr]
         return found
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import graphopt
-from graphopt.passes.share.quantise import GROUP, dequantise, packed_bytes, quantise
+from graphopt.passes.share.quantise import GROUP, dequantise, memory_order, packed_bytes, quantise
 from tests.passes.rematerialize.test_planned_step import gradients
 from tests.passes.share.test_share import saved
 
@@ -26,9 +26,11 @@ def test_every_element_is_within_half_a_step(
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
     if x.dim() == 4:
         x = x.contiguous(memory_format=torch.channels_last)
-    packed = quantise(x, bits)
+    order = memory_order(x)
+    assert order is not None
+    packed = quantise(x, bits, order)
     assert packed.nbytes == packed_bytes(x.numel(), bits) == -(-x.numel() // 256) * (8 + 32 * bits)
-    back = dequantise(packed, bits, x.shape, x.stride(), dtype)
+    back = dequantise(packed, bits, order, x.shape, dtype)
     assert back.dtype == dtype
     assert back.stride() == x.stride()
     flat, again = (t.as_strided((t.numel(),), (1,)).double() for t in (x, back))
@@ -42,8 +44,8 @@ def test_every_element_is_within_half_a_step(
 def test_constants_are_exact() -> None:
     x = torch.full((1000,), 3.25)
     for bits in (8, 4):
-        torch.testing.assert_close(dequantise(quantise(x, bits), bits, (1000,), (1,), x.dtype), x,
-                                   rtol=0, atol=0)  # fmt: skip
+        back = dequantise(quantise(x, bits, [0]), bits, [0], x.shape, x.dtype)
+        assert torch.equal(back, x)
 
 
 class Block(nn.Module):
@@ -113,6 +115,120 @@ def test_calls_that_nothing_was_fitted_to_are_exact() -> None:
     for m in (model, module):
         m.get_parameter("1.up.weight").requires_grad_(False)
     assert error(module, model) == 0.0
+
+
+def test_statistics_are_updated_once() -> None:
+    """What is made again in backward from few bits leaves BatchNorm's buffers alone."""
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.Hardswish(), nn.Conv2d(16, 16, 3)]
+    model = nn.Sequential(*layers, nn.BatchNorm2d(16), nn.Tanh(), nn.Conv2d(16, 4, 3))
+    images = torch.randn(8, 3, 24, 24)
+    passes = "canonicalize,share{gradient_error=5%}"
+    module = graphopt.optimize(model, passes=passes, example_inputs=(images,))
+    section = module.report.to_dict()["share"]
+    assert 0 < section["gradient_error"] <= 0.05
+    assert section["saved_after"] < 0.4 * section["saved_before"]
+    for m in (model, module):
+        m(images).square().mean().backward()
+    for (name, got), (_, want) in zip(module.named_buffers(), model.named_buffers(), strict=True):
+        assert torch.equal(got, want), name
+
+
+def granted(model: nn.Module, *inputs: Tensor, error: str = "5%") -> graphopt.OptimizedModule:
+    passes = f"canonicalize,share{{gradient_error={error}}}"
+    return graphopt.optimize(model, passes=passes, example_inputs=inputs)
+
+
+def distance(module: nn.Module, model: nn.Module, *inputs: Tensor) -> float:
+    loss = lambda m: m(*inputs).square().mean()  # noqa: E731
+    got, want = (
+        torch.cat([g.flatten() for g in gradients(m, loss).values()]) for m in (module, model)
+    )
+    return float((got - want).norm() / want.norm())
+
+
+@pytest.mark.parametrize("of", ["input", "weights"])
+def test_another_memory_format_than_the_one_that_was_traced(of: str) -> None:
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 16, 3), nn.Tanh(), nn.Conv2d(16, 16, 3), nn.Tanh()]
+    model = nn.Sequential(*layers, nn.Conv2d(16, 4, 3))
+    images = torch.randn(8, 3, 24, 24)
+    module = granted(model, images)
+    if of == "input":
+        images = images.to(memory_format=torch.channels_last)
+    else:
+        module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    assert distance(module, model, images) < 0.06
+
+
+class Looked(nn.Module):
+    """Rows are looked up by what an activation rounds to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.rows = nn.Linear(64, 64), nn.Linear(64, 64), nn.Embedding(11, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        t = torch.tanh(self.a(x))
+        index = (t.detach() * 4.9 + 5).long()
+        return self.b(t + self.rows(index).sum(1))
+
+
+def test_indices_are_never_made_from_rounded_values() -> None:
+    torch.manual_seed(0)
+    model = Looked()
+    module = granted(model, x, error="15%")
+    loss = lambda m: m(x).square().mean()  # noqa: E731
+    got, want = (gradients(m, loss)["rows.weight"] for m in (module, model))
+    assert float((got - want).norm() / want.norm()) < 0.02
+
+
+def test_log_sigmoid_and_a_frozen_tail() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64), nn.LogSigmoid(), nn.Linear(64, 64))
+    for layer in model[1:]:
+        layer.requires_grad_(False)
+    assert distance(granted(model, x), model, x) < 0.06
+
+
+def test_an_error_is_told_by_a_later_plan_too() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Sequential(nn.Linear(64, 64), nn.Tanh()) for _ in range(6)))
+    first = granted(model, x)
+    found = first.report.to_dict()["share"]
+    assert found["gradient_error"] > 0
+    budget = f"memory={int(0.97 * found['peak_after'])}"
+    again = graphopt.optimize(first, budget, (x,), passes="rematerialize", time_limit=2.0)
+    assert again.report.to_dict()["share"]["gradient_error"] == found["gradient_error"]
+
+
+class MadeAgain(nn.Module):
+    """GELU's input is made again from what is kept in any case."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.t, self.f = nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 64)
+        self.f.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x)
+        return self.t(h) + self.f(F.gelu(h * 2))
+
+
+def test_no_steps_where_they_save_nothing() -> None:
+    torch.manual_seed(0)
+    section = granted(MadeAgain(), x, error="6%").report.to_dict()["share"]
+    assert "2-bit derivative" not in {site["rule"] for site in section["sites"]}
+
+
+def test_steps_before_a_frozen_convolution() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.GELU(), nn.Conv2d(16, 4, 3))
+    model[2].requires_grad_(False)
+    images = torch.randn(8, 3, 24, 24)
+    section = granted(model, images, error="30%").report.to_dict()["share"]
+    assert "2-bit derivative" in {site["rule"] for site in section["sites"]}
+    assert section["saved_after"] < 0.1 * section["saved_before"]
 
 
 def test_a_memory_budget_takes_bits_before_recomputation() -> None:
