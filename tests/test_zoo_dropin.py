@@ -102,7 +102,7 @@ def test_micro_batches_accumulate() -> None:
         torch.testing.assert_close(gradients[0][key], want, rtol=1e-4, atol=1e-6 * scale)
 
 
-@pytest.mark.parametrize("name", ["mlp", "vit"])
+@pytest.mark.parametrize("name", ["mlp", pytest.param("vit", marks=pytest.mark.slow)])
 def test_autocast_and_grad_scaler(name: str) -> None:
     """A mixed-precision loop gives the source's losses, and the scaler sees its gradients."""
     entry = ZOO[name]

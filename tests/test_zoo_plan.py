@@ -24,7 +24,7 @@ SWEPT = """cnn resnet unet groupnorm conv_transpose mlp lstm sdpa_dropout transf
 # A search of a few seconds on a shared core may miss a tight budget: the sweeps are all slow.
 QUICK: set[str] = set()
 # Small, and each awkward in its own way; all the others are marked slow.
-CONTRACT = ["mlp", "alias_outputs", "autocast", "frozen", "inplace_chain", "noise", "tied_weights"]
+CONTRACT = ["mlp", "alias_outputs", "frozen", "tied_weights"]
 
 
 def _swept() -> list[Any]:
