@@ -236,7 +236,7 @@ def test_a_memory_budget_takes_bits_before_recomputation() -> None:
 
     def planned(budget: str) -> dict:
         module = graphopt.optimize(
-            nn.Sequential(*(Block() for _ in range(4))), budget, (x,), time_limit=2.0, verify=False
+            nn.Sequential(*(Block() for _ in range(6))), budget, (x,), time_limit=2.0, verify=False
         )
         return module.report.to_dict()
 
