@@ -134,10 +134,10 @@ class Incumbent:
     def _best_bound(self) -> tuple[int, int]:
         """The highest bound and its cap.
 
-        A bound that the incumbent undercuts says nothing about it: it is not within that cap.
+        A plan that undercuts the bound for a cap is beyond that cap, and shorter than all within.
         """
         duration = self.duration  # other threads read while it changes
-        capped = [(b, cap) for cap, b in list(self.capped.items()) if b <= duration]
+        capped = [(min(bound, duration), cap) for cap, bound in list(self.capped.items())]
         best = max(capped, default=(0, 0))
         return best if best[0] > self.any_copies else (self.any_copies, 0)
 
