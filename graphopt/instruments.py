@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import re
 from collections.abc import Callable
@@ -224,8 +223,7 @@ def bisect(
         raise ValueError("the program is bad before any pass has run")
     states: list[Any] = [program]
     failure: GraphoptError | None = None
-    for index, pass_ in enumerate(pipeline.passes):
-        here = dataclasses.replace(context, ahead=(*pipeline.passes[index + 1 :], *context.ahead))
+    for pass_, here in pipeline.steps(context):
         try:
             states.append(pass_.run(states[-1], here).program)
         except GraphoptError as error:

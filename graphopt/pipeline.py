@@ -23,7 +23,7 @@ import enum
 import time
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
@@ -67,6 +67,10 @@ class Preserves:
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form."""
         return dataclasses.asdict(self)
+
+    def approximate(self) -> Preserves:
+        """The same without a claim on gradients, whose error the pass has measured itself."""
+        return dataclasses.replace(self, gradients=None)
 
 
 class Progress(Protocol):
@@ -310,14 +314,19 @@ class Pipeline:
         """
         for instrument in instruments:
             instrument.start(program, context)
-        for index, pass_ in enumerate(self.passes):
+        for index, (pass_, here) in enumerate(self.steps(context)):
             context.progress(f"pass {pass_}", index / len(self.passes))
-            here = dataclasses.replace(context, ahead=(*self.passes[index + 1 :], *context.ahead))
             program = _run_pass(pass_, program, here, instruments)
         for instrument in instruments:
             instrument.finish(program)
         context.progress("passes done", 1.0)
         return program
+
+    def steps(self, context: PassContext) -> Iterator[tuple[Pass, PassContext]]:
+        """The passes in order, each with the context that knows what is ahead of it."""
+        for index, pass_ in enumerate(self.passes):
+            ahead = (*self.passes[index + 1 :], *context.ahead)
+            yield pass_, dataclasses.replace(context, ahead=ahead)
 
     def __str__(self) -> str:
         return ",".join(map(str, self.passes))

@@ -88,6 +88,11 @@ class JointView:
         """The joint FX graph."""
         return self.module.graph
 
+    @property
+    def written(self) -> set[fx.Node]:
+        """The placeholders that the step gives a new value."""
+        return {o.of.node for o in self.outputs_of("mutation") if isinstance(o.of, JointInput)}
+
     def copy(self) -> JointView:
         """The same view over a graph of its own, with the same names."""
         graph, nodes = fx.Graph(), dict[fx.Node, fx.Node]()

@@ -8,9 +8,41 @@ import torch
 from torch import fx
 
 from graphopt.cost.sizes import Substitution, concrete
+from graphopt.measure import StepMeasurement
 from graphopt.planning.problem import Problem
+from graphopt.planning.rewrites import Way
 from graphopt.planning.situation import Situation
-from graphopt.report import ShareRefusal, ShareSite
+from graphopt.report import ShareReport, ShareSite
+
+
+def share_report(
+    before: StepMeasurement,
+    after: StepMeasurement,
+    way: Way,
+    situation: Situation,
+    problem: Problem,
+    sequence: Sequence[int],
+) -> ShareReport:
+    """The section `share` of a planned step.
+
+    Args:
+        before: The source model's step.
+        after: The planned one.
+        way: How the joint graph was rewritten.
+        situation: The joint graph.
+        problem: Its tasks.
+        sequence: The plan.
+    """
+    return ShareReport(
+        saved_before=before.saved,
+        saved_after=after.saved,
+        peak_before=before.peak,
+        peak_after=after.peak,
+        gradient_error=way.gradient_error,
+        gradient_cosine=way.gradient_cosine,
+        sites=account(situation, problem, sequence),
+        refused=situation.refused,
+    )
 
 
 def account(
@@ -48,11 +80,6 @@ def account(
         rule, after = ("keep", values[v].bytes) if v in kept else ("recompute", 0)
         sites.append(ShareSite(node.name, rule, before, after))
     return tuple(sites)
-
-
-def refusals(situation: Situation) -> tuple[ShareRefusal, ...]:
-    """Where rewrites fit and were not applied."""
-    return tuple(ShareRefusal(r.node, r.rule, r.reason) for r in situation.refused)
 
 
 def kept_values(problem: Problem, sequence: Sequence[int]) -> frozenset[int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,7 +16,8 @@ from graphopt.ir.module import OptimizedModule
 from graphopt.ir.program import Program
 from graphopt.measure import StepMeasurement, measure_step
 from graphopt.pipeline import PassContext
-from graphopt.planning.rewrites import Rewrite
+from graphopt.planning.rewrites import Rewrite, Way
+from graphopt.planning.search import PlanSettings
 from graphopt.planning.situation import CallKey, Situation
 from graphopt.planning.traced import TracedCall, trace_call
 
@@ -59,6 +61,23 @@ class Case:
     def is_trainable(self) -> bool:
         """Whether anything requires a gradient."""
         return any(t.requires_grad for t in (*self.module.parameters(), *self.inputs))
+
+    def settings(self, way: Way, budget: int | None = None, **options: Any) -> PlanSettings:
+        """How to plan: by the context, but for the options that are given and not None."""
+        context = self.context
+        chosen = {name: value for name, value in options.items() if value is not None}
+        common = {
+            "time_limit": context.time_limit,
+            "seed": context.seed,
+            "cost_model": context.cost_model,
+        }
+        return PlanSettings(
+            budget=budget,
+            loss=context.loss,
+            hold_outputs=self.hold_outputs,
+            way=way,
+            **{**common, **chosen},
+        )
 
     def emitted(self, program: Program) -> OptimizedModule:
         """A module in the modes of the source."""

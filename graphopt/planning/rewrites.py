@@ -11,6 +11,7 @@ from torch import fx
 
 from graphopt import registry
 from graphopt.ir.joint import JointView
+from graphopt.report import ShareRefusal
 
 
 @dataclass(frozen=True)
@@ -29,21 +30,6 @@ class Site:
 
 
 @dataclass(frozen=True)
-class Refused:
-    """A place where a rewrite fits and doesn't pay, or isn't allowed.
-
-    Attributes:
-        node: The node concerned.
-        rule: The rewrite's name.
-        reason: Why not.
-    """
-
-    node: str
-    rule: str
-    reason: str
-
-
-@dataclass(frozen=True)
 class Rewrite:
     """A rule that changes a prepared joint graph in place; its fields are JSON-able.
 
@@ -58,7 +44,7 @@ class Rewrite:
 
     graph: str = ""
 
-    def apply(self, view: JointView) -> Sequence[Site | Refused]:
+    def apply(self, view: JointView) -> Sequence[Site | ShareRefusal]:
         """Rewrites the graph wherever the rule fits and pays.
 
         Returns:

@@ -20,7 +20,8 @@ from graphopt.ir.output_views import OutputViews
 from graphopt.ir.storage import Role, StorageMap
 from graphopt.planning.prepare import depends_on_tangents
 from graphopt.planning.problem import Problem, TurnCosts, build_problem
-from graphopt.planning.rewrites import Refused, Site
+from graphopt.planning.rewrites import Site
+from graphopt.report import ShareRefusal
 from graphopt.runtime.replay import Unplanned
 
 # Gradients wait for others until they have this share of all gradient bytes.
@@ -109,7 +110,7 @@ class Situation:
     sizes: Substitution
     stepping: bool
     sites: tuple[Site, ...] = ()
-    refused: tuple[Refused, ...] = ()
+    refused: tuple[ShareRefusal, ...] = ()
     original: str = ""
 
     @cached_property

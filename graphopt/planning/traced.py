@@ -22,8 +22,9 @@ from graphopt.ir.program import Program
 from graphopt.ir.signature import Signature
 from graphopt.ir.storage import storage_map
 from graphopt.planning.prepare import prepare
-from graphopt.planning.rewrites import Refused, Rewrite, Site
+from graphopt.planning.rewrites import Rewrite, Site
 from graphopt.planning.situation import CallKey, Situation, fingerprint_of, symbols_of
+from graphopt.report import ShareRefusal
 from graphopt.runtime.replay import Unplanned
 
 log = logging.getLogger("graphopt")
@@ -85,7 +86,7 @@ class TracedCall:
             sizes=self.sizes,
             stepping=self.key.stepping,
             sites=tuple(site for site in found if isinstance(site, Site)),
-            refused=tuple(site for site in found if isinstance(site, Refused)),
+            refused=tuple(site for site in found if isinstance(site, ShareRefusal)),
             original=original,
         )
 

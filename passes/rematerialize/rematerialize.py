@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -15,13 +15,13 @@ from graphopt.errors import BudgetError, BudgetInfeasible, NothingToTrainError
 from graphopt.ir.program import Program
 from graphopt.measure import StepMeasurement
 from graphopt.pipeline import Pass, PassContext, PassResult, Position, Preserves
-from graphopt.planning.account import account, refusals
+from graphopt.planning.account import share_report
 from graphopt.planning.case import Case
 from graphopt.planning.draft import Draft
 from graphopt.planning.planner import MemoryPlanner
 from graphopt.planning.rewrites import Way
 from graphopt.planning.search import TOLERANCE, Plan, PlanSettings, Search, make_problem
-from graphopt.report import MemoryReport, PlanReport, ShareRefusal, ShareReport, ShareSite
+from graphopt.report import MemoryReport, PlanReport, ShareReport
 
 _ATTEMPTS = 4
 _UNLIMITED = 2**60
@@ -96,8 +96,14 @@ class _Found:
     plan: Plan
     program: Program
     measured: StepMeasurement
-    sites: tuple[ShareSite, ...] = ()
-    refused: tuple[ShareRefusal, ...] = ()
+    search: Search
+
+    def share(self, before: StepMeasurement, way: Way) -> ShareReport:
+        """What is saved between forward and backward, against the source model's step."""
+        search = self.search
+        return share_report(
+            before, self.measured, way, search.situation, search.problem, self.plan.sequence
+        )
 
 
 class _Run:
@@ -148,17 +154,8 @@ class _Run:
             ),
         }
         if way.rewrites and self.case.training:
-            report["share"] = ShareReport(
-                saved_before=eager.saved,
-                saved_after=found.measured.saved,
-                peak_before=eager.peak,
-                peak_after=found.measured.peak,
-                gradient_error=way.gradient_error,
-                gradient_cosine=way.gradient_cosine,
-                sites=found.sites,
-                refused=found.refused,
-            )
-        claims = replace(self.options.preserves, gradients=None) if way.gradient_error else None
+            report["share"] = found.share(eager, way)
+        claims = self.options.preserves.approximate() if way.gradient_error else None
         return PassResult(found.program, changed=True, report=report, preserves=claims)
 
     def frontier(self, budgets: int | Sequence[Any]) -> list[tuple[int, float, float]]:
@@ -207,16 +204,14 @@ class _Run:
     def _settings(
         self, budget: int, way: Way, share: float | None = None, parts: int = 1
     ) -> PlanSettings:
-        options, context = self.options, self.context
-        return PlanSettings(
-            budget=budget,
-            time_limit=(options.time_limit or context.time_limit) / parts,
-            seed=context.seed if options.seed is None else options.seed,
-            cost_model=options.cost_model or context.cost_model,
-            loss=context.loss,
-            hold_outputs=options.hold_outputs,
+        options = self.options
+        return self.case.settings(
+            way,
+            budget,
+            time_limit=(options.time_limit or self.context.time_limit) / parts,
+            seed=options.seed,
+            cost_model=options.cost_model,
             share=share,
-            way=way,
         )
 
     def _search(self, settings: PlanSettings) -> tuple[Search, MemoryPlanner]:
@@ -240,20 +235,19 @@ class _Run:
             self.context.progress("measuring the planned module")
             measured = self.case.measure(self.case.emitted(program))
             if measured.peak <= asked:
-                sites = account(search.situation, search.problem, plan.sequence)
-                return _Found(plan, program, measured, sites, refusals(search.situation))
+                return _Found(plan, program, measured, search)
             if not plan.keeps_budget or attempts == _ATTEMPTS:
-                return self._unplanned(plan, asked, smallest=max(measured.peak, plan.peak))
+                return self._unplanned(plan, search, asked, max(measured.peak, plan.peak))
             allowed = max(0, allowed - (measured.peak - asked))
             start = plan.sequence
 
-    def _unplanned(self, plan: Plan, asked: int, smallest: int) -> _Found:
+    def _unplanned(self, plan: Plan, search: Search, asked: int, smallest: int) -> _Found:
         """Without a plan, if that keeps the budget: autograd frees some things earlier."""
         program = self.case.program.replace(planner=None)
         measured = self.case.measure(self.case.emitted(program))
         if measured.peak > asked:
             raise plan.infeasible(asked, smallest)
-        return _Found(plan.without_recomputation(measured.peak), program, measured)
+        return _Found(plan.without_recomputation(measured.peak), program, measured, search)
 
     @staticmethod
     def _with_fixed(error: BudgetInfeasible, asked: int, fixed: int) -> BudgetInfeasible:

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-from graphopt.ir.joint import JointInput, JointView
+from graphopt.ir.joint import JointView
 from graphopt.ir.ops import is_memory_bound, is_repeatable, recomputed_form
 from graphopt.ir.storage import Role, StorageMap, storage_map
 from graphopt.passes.share.quantise import memory_order
@@ -54,9 +54,7 @@ class _Rerouted:
         self.view, self.graph, self.kept, self.bits = view, view.graph, kept, bits
         self.late = depends_on_tangents(view)
         self.storage: StorageMap = storage_map(view.graph)
-        self.mutated = {
-            o.of.node for o in view.outputs_of("mutation") if isinstance(o.of, JointInput)
-        }
+        self.written = view.written
         self.rerouted: dict[fx.Node, bool] = dict.fromkeys(bits, True)
         self.again: dict[fx.Node, fx.Node] = {}
         self.packed: dict[fx.Node, fx.Node] = {}
@@ -91,7 +89,7 @@ class _Rerouted:
         if self.storage.role[node] is Role.COMPUTE and not is_memory_bound(node):
             return False
         return is_repeatable(node) and not reads_replaced_operand(
-            node, self.mutated, self.storage.base
+            node, self.written, self.storage.base
         )
 
     def _again(self, node: fx.Node) -> fx.Node:
@@ -105,10 +103,9 @@ class _Rerouted:
     def _copied(self, node: fx.Node) -> fx.Node:
         """The same op on what is made again."""
         form = recomputed_form(node)
-        call = (
-            (node.target, node.args, node.kwargs) if form is None else (form.target, form.args, {})
-        )
-        target, args, kwargs = call
+        target, args, kwargs = node.target, node.args, node.kwargs
+        if form is not None:
+            target, args, kwargs = form.target, form.args, {}
         changed = {a: self._again(a) for a in node.all_input_nodes if self._is_rerouted(a)}
         args, kwargs = fx.map_arg((args, kwargs), lambda n: changed.get(n, n))
         copy = self.graph.call_function(target, args, kwargs)  # type: ignore[arg-type]

@@ -28,7 +28,7 @@ class Duplicates(Rewrite):
     def apply(self, view: JointView) -> Sequence[Site]:
         """Merges every such op into the first of its kind."""
         late = depends_on_tangents(view)
-        written = {o.of.node for o in view.outputs_of("mutation") if hasattr(o.of, "node")}  # type: ignore[union-attr]
+        written = view.written
         returned = set(view.graph.output_node().all_input_nodes)
         first: dict[Any, fx.Node] = {}
         merged: Counter[str] = Counter()

@@ -14,7 +14,8 @@ from graphopt.ir.ops import is_random
 from graphopt.ir.storage import Role, storage_map
 from graphopt.passes.share import packing  # noqa: F401 - registers the ops
 from graphopt.planning.prepare import depending_on, depends_on_tangents
-from graphopt.planning.rewrites import Refused, Rewrite, Site, insert, sizes_of
+from graphopt.planning.rewrites import Rewrite, Site, insert, sizes_of
+from graphopt.report import ShareRefusal
 
 aten = torch.ops.aten
 
@@ -57,11 +58,11 @@ class ReluSign(Rewrite):
 
     name: ClassVar[str] = "relu sign"
 
-    def apply(self, view: JointView) -> Sequence[Site | Refused]:
+    def apply(self, view: JointView) -> Sequence[Site | ShareRefusal]:
         """Rewrites every ReLU whose output no other node of the backward pass reads."""
         graph, late = view.graph, depends_on_tangents(view)
         storage = storage_map(graph)
-        sites: list[Site | Refused] = []
+        sites: list[Site | ShareRefusal] = []
         for node in graph.find_nodes(op="call_function", target=aten.threshold_backward.default):
             gradient, output, threshold = node.args
             y = storage.base[output]
@@ -70,7 +71,7 @@ class ReluSign(Rewrite):
             if y in late or y.op == "placeholder" or not whole:
                 continue
             if others:
-                sites.append(Refused(y.name, self.name, f"{others[0].name} needs it as it is"))
+                sites.append(ShareRefusal(y.name, self.name, f"{others[0].name} needs it as it is"))
                 continue
             with graph.inserting_after(y):  # in forward, where the argument may not be
                 dead = insert(graph, aten.le.Scalar, y, threshold)

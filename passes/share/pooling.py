@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, fx
 
 from graphopt.ir.joint import JointView
-from graphopt.planning.rewrites import Refused, Rewrite, Site, insert, sizes_of
+from graphopt.planning.rewrites import Rewrite, Site, insert, sizes_of
+from graphopt.report import ShareRefusal
 
 aten = torch.ops.aten
 
@@ -35,17 +36,17 @@ class PackedIndices(Rewrite):
 
     name: ClassVar[str] = "byte index"
 
-    def apply(self, view: JointView) -> Sequence[Site | Refused]:
+    def apply(self, view: JointView) -> Sequence[Site | ShareRefusal]:
         """Rewrites every two-dimensional max pooling with a window of at most 256 places."""
         graph = view.graph
-        sites: list[Site | Refused] = []
+        sites: list[Site | ShareRefusal] = []
         target = aten.max_pool2d_with_indices_backward.default
         for node in graph.find_nodes(op="call_function", target=target):
             _, _, kernel, stride, padding, dilation, _, indices = node.args
             kernel = _pair(kernel)
             if kernel[0] * kernel[1] > _MOST:
                 reason = f"a byte can't number the {kernel[0] * kernel[1]} places of its window"
-                sites.append(Refused(indices.name, self.name, reason))
+                sites.append(ShareRefusal(indices.name, self.name, reason))
                 continue
             if _is_packed(indices):
                 continue

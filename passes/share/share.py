@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import ClassVar
 
@@ -19,14 +19,14 @@ from graphopt.passes.share.masks import PackedMasks, ReluSign
 from graphopt.passes.share.pooling import PackedIndices
 from graphopt.passes.share.steps import StepDerivative
 from graphopt.pipeline import Pass, PassContext, PassResult, Position, Preserves
-from graphopt.planning.account import account, kept_values, refusals
+from graphopt.planning.account import kept_values, share_report
 from graphopt.planning.case import Case
 from graphopt.planning.draft import Draft
 from graphopt.planning.planner import MemoryPlanner
 from graphopt.planning.problem import Problem
 from graphopt.planning.rewrites import Rewrite, Way
 from graphopt.planning.saving import saving_plan
-from graphopt.planning.search import Plan, PlanSettings, make_problem
+from graphopt.planning.search import Plan, make_problem
 from graphopt.planning.situation import Situation
 from graphopt.report import ShareReport
 
@@ -142,32 +142,18 @@ class _Run:
         after = self.case.measure(self.case.emitted(planned.program))
         if after.saved >= before.saved:  # there is nothing to gain, not even what a plan needs
             return PassResult(self.case.program, False, {"share": _unchanged(before)})
-        report = ShareReport(
-            saved_before=before.saved,
-            saved_after=after.saved,
-            peak_before=before.peak,
-            peak_after=after.peak,
-            gradient_error=way.gradient_error,
-            gradient_cosine=way.gradient_cosine,
-            sites=account(planned.situation, planned.problem, planned.plan.sequence),
-            refused=refusals(planned.situation),
+        report = share_report(
+            before, after, way, planned.situation, planned.problem, planned.plan.sequence
         )
-        claims = replace(Share.preserves, gradients=None) if way.gradient_error else None
+        claims = Share.preserves.approximate() if way.gradient_error else None
         return PassResult(planned.program, True, {"share": report}, claims)
 
     def _planned(self, way: Way) -> _Planned:
-        case, context = self.case, self.case.context
-        settings = PlanSettings(
-            budget=None,
-            time_limit=context.time_limit,
-            seed=context.seed,
-            cost_model=context.cost_model,
-            loss=context.loss,
-            way=way,
-        )
+        case = self.case
+        settings = case.settings(way)
         planner = MemoryPlanner(settings, training=True)
         situation = case.situation(way.rewrites)
-        problem = make_problem(situation, settings, context.progress)
+        problem = make_problem(situation, settings, case.context.progress)
         plan = saving_plan(situation, problem)
         planner.adopt(case.key, situation, plan)
         return _Planned(case.program.replace(planner=planner), situation, problem, plan)

@@ -15,7 +15,8 @@ from graphopt.ir.storage import StorageMap, storage_map
 from graphopt.passes.share.masks import readers_of
 from graphopt.passes.share.packing import pack_codes, unpack_levels
 from graphopt.planning.prepare import depends_on_tangents
-from graphopt.planning.rewrites import Refused, Rewrite, Site, insert, sizes_of
+from graphopt.planning.rewrites import Rewrite, Site, insert, sizes_of
+from graphopt.report import ShareRefusal
 
 aten = torch.ops.aten
 
@@ -124,16 +125,16 @@ class StepDerivative(Rewrite):
         sites = tuple((name, tuple(t), tuple(s)) for name, t, s in self.sites)
         object.__setattr__(self, "sites", sites)
 
-    def apply(self, view: JointView) -> Sequence[Site | Refused]:
+    def apply(self, view: JointView) -> Sequence[Site | ShareRefusal]:
         """Rewrites its sites."""
         steps = {name: (thresholds, levels) for name, thresholds, levels in self.sites}
-        found: list[Site | Refused] = []
+        found: list[Site | ShareRefusal] = []
         for node, against in _activations(view):
             if against is None and node.name in steps:
                 found.append(self._rewrite(view.graph, node, *steps[node.name]))
             else:
                 reason = against or "other choices save more within the error that is granted"
-                found.append(Refused(node.args[1].name, self.name, reason))  # type: ignore[union-attr]
+                found.append(ShareRefusal(node.args[1].name, self.name, reason))  # type: ignore[union-attr]
         return found
 
     def _rewrite(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import graphopt
 from graphopt.passes.share.quantise import GROUP, dequantise, memory_order, packed_bytes, quantise
 from tests.passes.rematerialize.test_planned_step import gradients
-from tests.passes.share.test_share import saved
+from tests.passes.share.test_share import distance, saved
 
 SHAPES = [(0, 3), (1,), (7, 5), (GROUP,), (3, 4, 5, 6), (300, 1000)]
 
@@ -73,16 +73,8 @@ def compressed(granted: str, **options: object) -> graphopt.OptimizedModule:
     return graphopt.optimize(blocks(), passes=passes, example_inputs=(x,), **options)  # type: ignore[arg-type]
 
 
-def mean_square(module: nn.Module) -> Tensor:
-    return module(x).square().mean()
-
-
 def error(module: nn.Module, model: nn.Module) -> float:
-    got, want = (
-        torch.cat([g.flatten() for g in gradients(m, mean_square).values()])
-        for m in (module, model)
-    )
-    return float((got - want).norm() / want.norm())
+    return distance(module, model, x)
 
 
 @pytest.mark.parametrize(("granted", "most"), [("2%", 0.3), ("15%", 0.16)])
@@ -137,14 +129,6 @@ def test_statistics_are_updated_once() -> None:
 def granted(model: nn.Module, *inputs: Tensor, error: str = "5%") -> graphopt.OptimizedModule:
     passes = f"canonicalize,share{{gradient_error={error}}}"
     return graphopt.optimize(model, passes=passes, example_inputs=inputs, verify=False)
-
-
-def distance(module: nn.Module, model: nn.Module, *inputs: Tensor) -> float:
-    loss = lambda m: m(*inputs).square().mean()  # noqa: E731
-    got, want = (
-        torch.cat([g.flatten() for g in gradients(m, loss).values()]) for m in (module, model)
-    )
-    return float((got - want).norm() / want.norm())
 
 
 @pytest.mark.parametrize("of", ["input", "weights"])

@@ -23,6 +23,15 @@ def saved(module: nn.Module, *inputs: Tensor) -> int:
     return measure_step(module, inputs).saved
 
 
+def distance(module: nn.Module, model: nn.Module, *inputs: Tensor) -> float:
+    """Of all gradients together from those of a model, relative to these."""
+    loss = lambda m: m(*inputs).square().mean()  # noqa: E731
+    got, want = (
+        torch.cat([g.flatten() for g in gradients(m, loss).values()]) for m in (module, model)
+    )
+    return float((got - want).norm() / want.norm())
+
+
 def rules(module: Any) -> set[str]:
     return {site["rule"] for site in module.report.to_dict()["share"]["sites"]}
 

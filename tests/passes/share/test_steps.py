@@ -14,8 +14,7 @@ from torch import Tensor, nn
 import graphopt
 from graphopt.passes.share.fit import REGELU2, RESILU2, Steps, fit_steps
 from graphopt.passes.share.steps import pack_steps, unpack_steps
-from tests.passes.rematerialize.test_planned_step import gradients
-from tests.passes.share.test_share import saved
+from tests.passes.share.test_share import distance, saved
 
 
 def normal() -> np.ndarray:
@@ -107,11 +106,7 @@ def approximate(granted: str) -> tuple[nn.Module, graphopt.OptimizedModule]:
 
 
 def error(module: nn.Module, model: nn.Module) -> float:
-    loss = lambda m: m(x).square().mean()  # noqa: E731
-    got, want = (
-        torch.cat([g.flatten() for g in gradients(m, loss).values()]) for m in (module, model)
-    )
-    return float((got - want).norm() / want.norm())
+    return distance(module, model, x)
 
 
 def test_what_is_granted_is_used_and_kept() -> None:
