@@ -1,0 +1,139 @@
+"""A program without the units that are removed, and its masked twin."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import fx, nn
+
+from graphopt.ir.graphs import bind_graph, copy_graph, lookup
+from graphopt.ir.metadata import refreshed
+from graphopt.ir.program import Program
+from graphopt.ir.skeleton import copy_tree
+from graphopt.passes.prune.analysis import Analysis, Slot
+from graphopt.passes.prune.rule import Edit, Value, adaptation_of
+
+
+def pruned(program: Program, analysis: Analysis, removed: frozenset[int]) -> Program:
+    """The program without some units.
+
+    Args:
+        program: The program; it is not changed.
+        analysis: Its analysis.
+        removed: Units to remove.
+
+    Returns:
+        A program over smaller parameters, with the same names and the same signature.
+    """
+    new = with_tensors(program, analysis, lambda slot: _sliced(analysis, slot, removed))
+    for before, after in _graphs(program, new):
+        _adapt(before, after, analysis, removed)
+    return refreshed(new)
+
+
+def masked(program: Program, analysis: Analysis, removed: frozenset[int]) -> Program:
+    """The program with all parameters of some units zero."""
+    return with_tensors(program, analysis, lambda slot: _zeroed(analysis, slot, removed))
+
+
+def with_tensors(
+    program: Program, analysis: Analysis, change: Callable[[Slot], torch.Tensor]
+) -> Program:
+    """The program with other parameters, buffers and constants in place of its own."""
+    replaced: Mapping[int, Any] = {key: change(slot) for key, slot in analysis.slots.items()}
+    root = copy_tree(program.skeleton.root, type(program.skeleton.root), replaced)
+
+    def rebound(module: fx.GraphModule | None) -> fx.GraphModule | None:
+        return None if module is None else _rebound(module, root, replaced)
+
+    module = rebound(program.module)
+    assert module is not None
+    return program.replace(
+        module=module,
+        eval_module=rebound(program.eval_module),
+        skeleton=program.skeleton.rebuilt(root),
+    )
+
+
+def _rebound(
+    module: fx.GraphModule, root: Any, replaced: Mapping[int, Any]
+) -> fx.GraphModule:
+    copied = copy_graph(module)
+    for node in copied.graph.find_nodes(op="get_attr"):
+        value = lookup(copied, str(node.target))
+        if isinstance(value, fx.GraphModule):
+            continue
+        *parents, name = str(node.target).split(".")
+        owner = lookup(copied, ".".join(parents)) if parents else copied
+        _put(owner, name, replaced.get(id(value), value))
+    return bind_graph(copied, root)
+
+
+def _put(owner: nn.Module, name: str, tensor: torch.Tensor) -> None:
+    owner._parameters.pop(name, None)
+    owner._buffers.pop(name, None)
+    owner.__dict__[name] = tensor
+
+
+def _graphs(old: Program, new: Program) -> list[tuple[fx.GraphModule, fx.GraphModule]]:
+    pairs = [(old.module, new.module)]
+    if old.eval_module is not None and new.eval_module is not None:
+        pairs.append((old.eval_module, new.eval_module))
+    return pairs
+
+
+def _sliced(analysis: Analysis, slot: Slot, removed: frozenset[int]) -> torch.Tensor:
+    tensor = slot.tensor.detach()
+    for axis, labels in enumerate(slot.value.axes):
+        kept = analysis.units.kept(labels, removed)
+        if not kept.all():
+            places = torch.from_numpy(np.flatnonzero(kept)).to(tensor.device)
+            tensor = tensor.index_select(axis, places)
+    return slot.tensor if tensor.shape == slot.tensor.shape else _like(slot.tensor, tensor)
+
+
+def _zeroed(analysis: Analysis, slot: Slot, removed: frozenset[int]) -> torch.Tensor:
+    if not slot.is_trained:
+        return slot.tensor
+    tensor = slot.tensor.detach().clone()
+    for axis, labels in enumerate(slot.value.axes):
+        gone = np.flatnonzero(~analysis.units.kept(labels, removed))
+        tensor.index_fill_(axis, torch.from_numpy(gone).to(tensor.device), 0)
+    return _like(slot.tensor, tensor)
+
+
+def _like(old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+    """A tensor of the same kind as another."""
+    if isinstance(old, nn.Parameter):
+        return nn.Parameter(new.contiguous(), requires_grad=old.requires_grad)
+    return new.contiguous()
+
+
+def _adapt(
+    before: fx.GraphModule, after: fx.GraphModule, analysis: Analysis, removed: frozenset[int]
+) -> None:
+    """Let every call of the new graph fit its smaller inputs and outputs."""
+    for original, node in zip(list(before.graph.nodes), list(after.graph.nodes), strict=True):
+        if node.op == "get_attr":
+            inner = lookup(before, str(node.target))
+            if isinstance(inner, fx.GraphModule):
+                _adapt(inner, lookup(after, str(node.target)), analysis, removed)
+        change = adaptation_of(node.target) if node.op == "call_function" else None
+        if change is not None and _changes(original, analysis, removed):
+            change(Edit(node, original, analysis.units, analysis.values, removed))
+    after.graph.lint()
+    after.recompile()
+
+
+def _changes(node: fx.Node, analysis: Analysis, removed: frozenset[int]) -> bool:
+    """Whether any axis of a call's inputs or outputs becomes smaller."""
+
+    def smaller(value: Any) -> bool:
+        if isinstance(value, Value):
+            return any(not analysis.units.kept(labels, removed).all() for labels in value.axes)
+        return isinstance(value, (tuple, list)) and any(map(smaller, value))
+
+    return any(smaller(analysis.values.get(n)) for n in (node, *node.all_input_nodes))

@@ -1,0 +1,12 @@
+"""Rules of the operators, one file a family; importing this package registers them."""
+
+from graphopt.passes.prune.rules import (  # noqa: F401
+    norms,
+    pointwise,
+    products,
+    recurrent,
+    reductions,
+    selection,
+    shapes,
+    spatial,
+)
