@@ -41,7 +41,7 @@ def share_report(
         gradient_error=way.gradient_error,
         gradient_cosine=way.gradient_cosine,
         sites=account(situation, problem, sequence),
-        refused=situation.refused,
+        refused=(*situation.refused, *way.refused),
     )
 
 

@@ -61,22 +61,25 @@ class Way:
         rewrites: In the order in which they are applied.
         gradient_error: Measured ``||g - g_exact|| / ||g_exact||`` over all that is trained.
         gradient_cosine: Cosine of both.
+        refused: Approximations that were tried and are no part of it.
     """
 
     rewrites: tuple[Rewrite, ...] = ()
     gradient_error: float = 0.0
     gradient_cosine: float = 1.0
+    refused: tuple[ShareRefusal, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form; of a rewrite its name and fields."""
         rules = [(rule.name, asdict(rule)) for rule in self.rewrites]
-        return {**vars(self), "rewrites": rules}
+        return {**vars(self), "rewrites": rules, "refused": [asdict(r) for r in self.refused]}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Way:
         """Reads what `to_dict` wrote."""
         rules = tuple(registry.rewrite(name)(**fields) for name, fields in data["rewrites"])
-        return cls(**{**data, "rewrites": rules})
+        refused = tuple(ShareRefusal(**each) for each in data.get("refused", ()))
+        return cls(**{**data, "rewrites": rules, "refused": refused})
 
 
 def insert(graph: fx.Graph, target: Any, *args: Any, **kwargs: Any) -> fx.Node:

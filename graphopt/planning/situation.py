@@ -223,9 +223,21 @@ class Situation:
 
 
 def fingerprint_of(graph: fx.Graph) -> str:
-    """Equal exactly for graphs of the same nodes."""
-    text = "\n".join(f"{n.name} {n.target} {n.args} {n.kwargs}" for n in graph.nodes)
-    return hashlib.sha256(text.encode()).hexdigest()
+    """Equal exactly for graphs of the same nodes, however those that read sizes are called.
+
+    How many sizes a trace reads, and so their numbers, differs after saving and loading.
+    """
+    names = {node: _steady_name(node, place) for place, node in enumerate(graph.nodes)}
+    calls = (
+        (names[n], n.target, *fx.map_arg((n.args, n.kwargs), lambda m: names[m]))
+        for n in graph.nodes
+    )
+    return hashlib.sha256("\n".join(map(str, calls)).encode()).hexdigest()
+
+
+def _steady_name(node: fx.Node, place: int) -> str:
+    is_size = isinstance(node.meta.get("val"), torch.SymInt)
+    return f"size {place}" if is_size else node.name
 
 
 def _expand_tangents(view: JointView, found: LossMeasurement) -> None:

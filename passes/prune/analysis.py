@@ -195,10 +195,6 @@ def _fits(result: Result, output: Any) -> bool:
     return True
 
 
-def masks(
-    analysis: Analysis, slot: Slot, removed: frozenset[int]
-) -> list[Any]:
+def masks(analysis: Analysis, slot: Slot, removed: frozenset[int]) -> list[Any]:
     """For each axis of a slot, which positions stay."""
     return [analysis.units.kept(labels, removed) for labels in slot.value.axes]
-
-

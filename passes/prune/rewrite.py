@@ -58,9 +58,7 @@ def with_tensors(
     )
 
 
-def _rebound(
-    module: fx.GraphModule, root: Any, replaced: Mapping[int, Any]
-) -> fx.GraphModule:
+def _rebound(module: fx.GraphModule, root: Any, replaced: Mapping[int, Any]) -> fx.GraphModule:
     copied = copy_graph(module)
     for node in copied.graph.find_nodes(op="get_attr"):
         value = lookup(copied, str(node.target))

@@ -97,7 +97,9 @@ def parameters_of(target: Any) -> tuple[tuple[str, Any], ...]:
     schema = getattr(target, "_schema", None)
     if schema is None:
         return ()
-    return tuple((a.name, a.default_value if a.has_default_value() else None) for a in schema.arguments)
+    return tuple(
+        (a.name, a.default_value if a.has_default_value() else None) for a in schema.arguments
+    )
 
 
 def shape_of(value: Any) -> Sizes:

@@ -120,9 +120,7 @@ class Units:
         """Labels of two axes flattened into one."""
         return self.both(outer[:, None], inner[None, :]).ravel()
 
-    def split(
-        self, labels: Labels, outer: int, inner: int, why: Reason
-    ) -> tuple[Labels, Labels]:
+    def split(self, labels: Labels, outer: int, inner: int, why: Reason) -> tuple[Labels, Labels]:
         """Labels of the two axes into which one is taken apart.
 
         The positions that stay must form a rectangle.  Units of the axis that stand for a place in

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from functools import cached_property
 from typing import ClassVar
@@ -11,7 +11,13 @@ from graphopt.budget import Quantity
 from graphopt.comparison import Observation
 from graphopt.ir.program import Program
 from graphopt.measure import StepMeasurement
-from graphopt.passes.share.approximate import as_rewrites, gradient_error, longest, moves
+from graphopt.passes.share.approximate import (
+    Choice,
+    as_rewrites,
+    gradient_error,
+    longest,
+    moves,
+)
 from graphopt.passes.share.compressed import QuantisedOperand
 from graphopt.passes.share.dead import UnreadOperand
 from graphopt.passes.share.duplicates import Duplicates
@@ -19,7 +25,7 @@ from graphopt.passes.share.masks import PackedMasks, ReluSign
 from graphopt.passes.share.pooling import PackedIndices
 from graphopt.passes.share.steps import StepDerivative
 from graphopt.pipeline import Pass, PassContext, PassResult, Position, Preserves
-from graphopt.planning.account import kept_values, share_report
+from graphopt.planning.account import account, kept_values, share_report
 from graphopt.planning.case import Case
 from graphopt.planning.draft import Draft
 from graphopt.planning.planner import MemoryPlanner
@@ -28,7 +34,7 @@ from graphopt.planning.rewrites import Rewrite, Way
 from graphopt.planning.saving import saving_plan
 from graphopt.planning.search import Plan, make_problem
 from graphopt.planning.situation import Situation
-from graphopt.report import ShareReport
+from graphopt.report import ShareRefusal, ShareReport
 
 EXACT: tuple[type[Rewrite], ...] = (
     Duplicates,
@@ -37,6 +43,7 @@ EXACT: tuple[type[Rewrite], ...] = (
     PackedMasks,
     PackedIndices,
 )
+_IDLE = "it saves nothing: something reads the value as it is"
 
 
 @dataclass(frozen=True)
@@ -98,6 +105,22 @@ class _Planned:
     problem: Problem
     plan: Plan
 
+    def idle(self, nodes: Set[str]) -> frozenset[str]:
+        """Those of some values of which as much is kept as without a plan."""
+        sites = account(self.situation, self.problem, self.plan.sequence)
+        return frozenset(
+            s.node for s in sites if s.node in nodes and s.bytes_after >= s.bytes_before
+        )
+
+
+@dataclass(frozen=True)
+class _Tried:
+    """Approximate rewrites, their error and cosine, and the values for which they save nothing."""
+
+    rewrites: tuple[Rewrite, ...]
+    error: tuple[float, float]
+    idle: frozenset[str]
+
 
 @dataclass
 class _Run:
@@ -120,16 +143,36 @@ class _Run:
         kept = [owners[v] for v in sorted(values) if v in owners]
         names = [node.name for node in kept]
         found = moves(planned.situation, kept, case.module, case.inputs, case.context.seed)
-        ways: dict[int, Way] = {}
+        refused: list[ShareRefusal] = []
+        while found:
+            tried = self._longest(found, granted, exact, names, planned.situation.original)
+            if tried is None or not tried.idle:
+                return tried and Way(tried.rewrites, *tried.error, tuple(refused))
+            refused += [ShareRefusal(node, "few bits", _IDLE) for node in sorted(tried.idle)]
+            found = [choice for choice in found if choice.node not in tried.idle]
+        return Way(exact, refused=tuple(refused)) if refused else None
 
-        def measured(count: int) -> float:
-            case.context.progress(f"measuring the gradient error of {count} approximations")
-            rewrites = as_rewrites(found[:count], exact, names, planned.situation.original)
-            got = case.observe(self._planned(Way(rewrites)).program)
-            ways[count] = Way(rewrites, *gradient_error(self._exact, got))
-            return ways[count].gradient_error
+    def _longest(
+        self,
+        found: Sequence[Choice],
+        granted: float,
+        exact: Sequence[Rewrite],
+        names: Sequence[str],
+        graph: str,
+    ) -> _Tried | None:
+        """As many of a row of choices as the error that is granted allows."""
+        tried: dict[int, _Tried] = {}
 
-        return ways.get(longest(len(found), granted, measured))
+        def error(count: int) -> float:
+            self.case.context.progress(f"measuring the gradient error of {count} approximations")
+            rewrites = as_rewrites(found[:count], exact, names, graph)
+            planned = self._planned(Way(rewrites))
+            measured = gradient_error(self._exact, self.case.observe(planned.program))
+            idle = planned.idle({choice.node for choice in found[:count]})
+            tried[count] = _Tried(rewrites, measured, idle)
+            return measured[0]
+
+        return tried.get(longest(len(found), granted, error))
 
     def result(self, granted: float) -> PassResult:
         """Measures, plans, emits and measures again."""

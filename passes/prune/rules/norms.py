@@ -93,9 +93,7 @@ def _epsilon(edit: Edit) -> float:
 class _Normalised:
     """Writes a normalisation out, with the number of places of the full model."""
 
-    def __init__(
-        self, edit: Edit, axes: Sequence[Labels], dims: list[int], centred: bool
-    ) -> None:
+    def __init__(self, edit: Edit, axes: Sequence[Labels], dims: list[int], centred: bool) -> None:
         self.edit, self.dims, self.centred = edit, dims, centred
         self.total = math.prod(map(len, axes))
         self.left = math.prod(map(edit.count, axes))
@@ -177,5 +175,3 @@ def _weight_norm(call: Call) -> Result:
     call.freeze(direction.axes[dim], "its norm would be zero")
     made = Value(direction.axes, direction.zero)
     return (made, size) if isinstance(call.output, (tuple, list)) else made
-
-

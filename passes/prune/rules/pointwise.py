@@ -117,5 +117,3 @@ def _prelu(call: Call) -> Result:
 @rule(*known(aten, "scalar_tensor", "_assert_tensor_metadata"))
 def _scalar(call: Call) -> Result:
     return call.opaque("its sizes are fixed")
-
-

@@ -220,9 +220,7 @@ def _attention(call: Call) -> Result:
             call.unify(query.axes[axis], other.axes[axis], _MEETS)
     # A row of weights sums to one whatever the query, so that only the values make zeros.
     lead = [value.zero[i] and not grouped for i in range(len(value.axes) - 2)]
-    return Value(
-        (*query.axes[:-1], value.axes[-1]), (*lead, False, value.zero[-1])
-    )
+    return Value((*query.axes[:-1], value.axes[-1]), (*lead, False, value.zero[-1]))
 
 
 def _group_heads(call: Call, query: Value, key: Value, value: Value) -> None:
@@ -250,5 +248,3 @@ def _bilinear(call: Call) -> Result:
         call.unify(a, b, _MEETS)
     zero = _biased(call, weight.axes[0], weight.zero[0], bias)
     return Value((*one.axes[:-1], weight.axes[0]), (*(False for _ in one.axes[:-1]), zero))
-
-

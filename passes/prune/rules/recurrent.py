@@ -79,5 +79,3 @@ def _layers(call: Call) -> Result:
         features = Value((*x.axes[:-1], joined), (False, False, True))
     last = Value((states[0].axes[0], *states[0].axes[1:-1], hidden), (True, False, True))
     return (features, *(last for _ in states))
-
-

@@ -331,5 +331,3 @@ def _adapt_made(edit: Edit) -> None:
 @rule(aten.arange, *known(aten, "linspace", "eye"))
 def _counted(call: Call) -> Result:
     return call.opaque("its elements are numbered")
-
-

@@ -237,9 +237,7 @@ def _im2col(call: Call) -> Result:
     for labels in x.axes[-2:]:
         call.freeze(labels, "it is an axis of an image")
     places = np.zeros(call.shape[-1], dtype=np.int64)
-    return Value(
-        (*x.axes[:-3], np.repeat(x.axes[-3], window), places), (*x.zero[:-2], True)
-    )
+    return Value((*x.axes[:-3], np.repeat(x.axes[-3], window), places), (*x.zero[:-2], True))
 
 
 @rule(*known(aten, "sym_size", "sym_numel", "sym_stride", "sym_storage_offset"))

@@ -46,7 +46,9 @@ def _image(call: Call) -> Result:
         image = [np.zeros(int(n), dtype=np.int64) for n in output.shape[lead:]]
         zero = output.dtype == x_dtype(call)
         made.append(
-            Value((*x.axes[:lead], *image), (*(z and zero for z in x.zero[:lead]), *[True] * spatial))
+            Value(
+                (*x.axes[:lead], *image), (*(z and zero for z in x.zero[:lead]), *[True] * spatial)
+            )
         )
     return tuple(made) if several else made[0]
 

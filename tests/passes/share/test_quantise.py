@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -228,3 +229,47 @@ def test_a_memory_budget_takes_bits_before_recomputation() -> None:
     assert granted["plan"]["recomputed_flops"] < exact["plan"]["recomputed_flops"]
     assert 0 < granted["share"]["gradient_error"] <= 0.02
     assert granted["memory"]["measured_peak"] <= granted["memory"]["budget"]
+
+
+class Masked(nn.Module):
+    """Reads a second input, broadcast by a new last axis."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(32, 32), nn.Linear(32, 32)
+
+    def forward(self, a: Tensor, mask: Tensor) -> Tensor:
+        h = self.first(a).exp() * mask[..., None]
+        return self.second(h.softmax(-1)).square()
+
+
+def test_a_file_of_a_model_with_two_inputs_keeps_what_was_fitted(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, inputs = Masked(), (torch.randn(4, 10, 32), torch.rand(4, 10) > 0.3)
+    small = granted(model, *inputs)
+    small.save(tmp_path / "small.gopt")
+    loaded = graphopt.load(tmp_path / "small.gopt")
+    assert saved(loaded, *inputs) == saved(small, *inputs)
+    assert distance(loaded, model, *inputs) == distance(small, model, *inputs) > 0
+
+
+class Clamped(nn.Module):
+    """Backward reads where the clamp cut, which needs the value as it is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(32, 32)
+
+    def forward(self, a: Tensor) -> Tensor:
+        z = self.linear(a).clamp(min=-0.5)
+        return (z @ z.transpose(1, 2)).tanh() @ z
+
+
+def test_what_saves_nothing_is_not_approximated() -> None:
+    torch.manual_seed(0)
+    small = granted(Clamped(), torch.randn(4, 10, 32))
+    share = small.report.to_dict()["share"]
+    few = [site for site in share["sites"] if site["rule"].endswith("bits")]
+    assert few, "something is approximated"
+    assert all(site["bytes_after"] < site["bytes_before"] for site in few)
+    assert "saves nothing" in " ".join(refusal["reason"] for refusal in share["refused"])
