@@ -126,6 +126,58 @@ class ShareReport:
 
 
 @dataclass(frozen=True)
+class FrozenAxis:
+    """An axis of a parameter of which nothing can be removed.
+
+    Attributes:
+        parameter: The parameter's name.
+        axis: The axis.
+        reason: Why, by node and operator.
+    """
+
+    parameter: str
+    axis: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class PruneReport:
+    """Section ``prune``: what was removed.  FLOPs are those of one forward on the example inputs.
+
+    Attributes:
+        flops_before: The source's FLOPs.
+        flops_after: FLOPs of the module that is returned, counted on its graph.
+        params_before: The source's parameters; a tied one counts once.
+        params_after: Parameters of the module that is returned.
+        bytes_before: Their bytes.
+        bytes_after: The same afterwards.
+        criterion: How units were ranked.
+        allocation: How widths were chosen.
+        value: The criterion's sum over what is kept, as a share of the whole.
+        bound: Proven upper bound on ``value`` for this budget; None where nothing was proven.
+        dimensions: Name, full width and width of each prunable dimension.
+        frozen: Axes that can't be pruned, and why.
+        kept: Parameter -> axis -> places that are kept.
+        compensated: Norms and means that are written out so that they equal the masked network's.
+    """
+
+    flops_before: int
+    flops_after: int
+    params_before: int
+    params_after: int
+    bytes_before: int
+    bytes_after: int
+    criterion: str
+    allocation: str
+    value: float
+    bound: float | None
+    dimensions: tuple[tuple[str, int, int], ...] = ()
+    frozen: tuple[FrozenAxis, ...] = ()
+    kept: Mapping[str, Mapping[str, tuple[int, ...]]] = field(default_factory=dict)
+    compensated: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Report:
     """What was done to a model.
 
@@ -134,6 +186,7 @@ class Report:
         passes: One record per pass that ran, in order.
         predictor: ``predictor(args, kwargs)`` gives the plan's peak bytes for other inputs; not
             part of the JSON form.
+        module: The pruned module that the report is of, or None; likewise.
     """
 
     budget: Mapping[str, str] = field(default_factory=dict)
@@ -141,6 +194,7 @@ class Report:
     predictor: Callable[[tuple[Any, ...], Mapping[str, Any]], int] | None = field(
         default=None, repr=False, compare=False
     )
+    module: Any = field(default=None, repr=False, compare=False)
 
     @classmethod
     def of(cls, program: Program, budget: Mapping[str, str] | None = None) -> Report:
@@ -189,6 +243,21 @@ class Report:
                 hint="optimize with a memory budget first",
             )
         return self.predictor(args, kwargs)
+
+    def masked_module(self) -> Any:
+        """The full-size twin of a pruned module: the same weights, and zeros for what was removed.
+
+        Returns:
+            An `OptimizedModule` of the source's sizes that shares nothing with the pruned one.
+
+        Raises:
+            UnsupportedError: Nothing was pruned, or the module comes from a file.
+        """
+        from graphopt.ir.slices import masked_twin
+
+        if self.module is None:
+            raise UnsupportedError("nothing was pruned", hint="ask for fewer flops or params")
+        return masked_twin(self.module)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form; the keys of sections are stable within a ``schema_version``."""

@@ -17,6 +17,7 @@ from graphopt.ir.guards import compile_arithmetic
 from graphopt.ir.literals import Literals
 from graphopt.ir.program import PassRecord, Program
 from graphopt.ir.signature import Guard, Leaf, Signature
+from graphopt.ir.slices import Slices
 from graphopt.ir.skeleton import (
     Container,
     ExtraStateContainer,
@@ -76,6 +77,7 @@ def encode_program(program: Program, table: TensorTable) -> dict[str, Json]:
         if program.literals is None
         else [program.literals.dtype, program.literals.device],
         "branches": list(program.branches),
+        "slices": None if program.slices is None else program.slices.to_dict(),
     }
 
 
@@ -212,7 +214,7 @@ def _decode_program(
         for part in (data["module"], data["eval_module"])
     ]
     signature = _decode_signature(data["signature"], decoder)
-    second = data["eval_signature"]
+    second, slices = data["eval_signature"], data.get("slices")
     if len(modules[0].graph.find_nodes(op="placeholder")) != len(signature.inputs):  # type: ignore[union-attr]
         raise FileFormatError("the graph's inputs don't fit the signature")
     return Program(
@@ -224,6 +226,7 @@ def _decode_program(
         literals=None if data["literals"] is None else Literals(*data["literals"]),
         branches=tuple(data["branches"]),
         eval_signature=None if second is None else _decode_signature(second, decoder),
+        slices=None if slices is None else Slices.from_dict(slices),
     )
 
 

@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import inspect
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -114,6 +114,14 @@ class OptimizedModule(Container):
             self.__dict__["_program"] = refreshed(self._program)
         return self._program
 
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """Load a state of this module, or one of the source model, of which it takes its slices."""
+        slices = self._program.slices
+        state = state_dict if slices is None else slices.narrow(state_dict)
+        return super().load_state_dict(state, strict=strict, assign=assign)
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write this module to a file, without pickle; `graphopt.load` reads it.
 
@@ -159,7 +167,10 @@ class OptimizedModule(Container):
     @property
     def report(self) -> Any:
         """What was done and what it cost, or None for a module that was only captured."""
-        return self._program.report
+        report = self._program.report
+        if self._program.slices is None or not dataclasses.is_dataclass(report):
+            return report
+        return dataclasses.replace(report, module=self)  # type: ignore[type-var]
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -197,6 +208,7 @@ def _objects(module: OptimizedModule) -> dict[str, Any]:
         "history": program.history,
         "attributes": skeleton.attributes,
         "source": skeleton.source,
+        "slices": program.slices,
     }
 
 
@@ -218,6 +230,7 @@ def _restored(
         history=objects["history"],
         signature=objects["signatures"][0],
         eval_signature=objects["signatures"][1],
+        slices=objects["slices"],
     )
     module = program.emit()
     module.__dict__.update(own)

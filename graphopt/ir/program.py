@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from graphopt.ir.literals import Literals
     from graphopt.ir.module import OptimizedModule
     from graphopt.ir.skeleton import Skeleton
+    from graphopt.ir.slices import Slices
 
 Runner = Callable[[list[torch.Tensor]], Sequence[Any]]
 
@@ -77,6 +78,7 @@ class Program:
         branches: Where there are two graphs: paths of the modules whose mode chooses.
         eval_signature: Where there are two graphs: the signature of the second (its outputs may
             differ), else None.
+        slices: Which places of the source's tensors are left, if something was pruned.
     """
 
     module: fx.GraphModule
@@ -89,6 +91,7 @@ class Program:
     report: Any = None
     branches: tuple[str, ...] = ()
     eval_signature: Signature | None = None
+    slices: Slices | None = None
 
     def replace(self, **changes: Any) -> Program:
         """A copy with some fields changed."""

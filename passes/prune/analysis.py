@@ -52,11 +52,15 @@ class Analysis:
         units: The store of units.
         slots: Parameters, buffers and constants by the identity of their tensors.
         values: What is known of each node of all graphs.
+        consumed: Identities of the label arrays that a product sums over.
+        compensates: Whether norms may lose places of the axes that they normalise.
     """
 
     units: Units = field(default_factory=Units)
     slots: dict[int, Slot] = field(default_factory=dict)
     values: dict[fx.Node, Result] = field(default_factory=dict)
+    consumed: set[int] = field(default_factory=set)
+    compensates: bool = True
 
     def slot(self, path: str, tensor: torch.Tensor) -> Slot:
         """The slot of a tensor; a tied one has one."""
@@ -79,9 +83,14 @@ class Analysis:
                     yield slot.path, axis, reason or Reason("nothing else keeps its size")
 
 
-def analyse(program: Program) -> Analysis:
-    """Follow all axes through a program's graphs."""
-    analysis = Analysis()
+def analyse(program: Program, *, compensates: bool = True) -> Analysis:
+    """Follow all axes through a program's graphs.
+
+    Args:
+        program: The program.
+        compensates: Whether norms may lose places of the axes that they normalise.
+    """
+    analysis = Analysis(compensates=compensates)
     for module in (program.module, program.eval_module):
         if module is not None:
             _Walk(analysis, module).run()
@@ -133,7 +142,13 @@ class _Walk:
         return self.analysis.slot(str(node.target), tensor).value
 
     def _called(self, node: fx.Node) -> Result:
-        call = Call(node, self.units, self.values)
+        call = Call(
+            node,
+            self.units,
+            self.values,
+            consumed=self.analysis.consumed,
+            compensates=self.analysis.compensates,
+        )
         if getattr(node.target, "_name", "") in _REGIONS:
             return self._region(node)
         if not call.inputs and _is_number(node):
@@ -193,8 +208,3 @@ def _fits(result: Result, output: Any) -> bool:
     if isinstance(output, (tuple, list)):
         return isinstance(result, tuple) and all(map(_fits, result, output))
     return True
-
-
-def masks(analysis: Analysis, slot: Slot, removed: frozenset[int]) -> list[Any]:
-    """For each axis of a slot, which positions stay."""
-    return [analysis.units.kept(labels, removed) for labels in slot.value.axes]

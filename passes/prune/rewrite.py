@@ -17,20 +17,26 @@ from graphopt.passes.prune.analysis import Analysis, Slot
 from graphopt.passes.prune.rule import Edit, Value, adaptation_of
 
 
-def pruned(program: Program, analysis: Analysis, removed: frozenset[int]) -> Program:
+def pruned(
+    program: Program,
+    analysis: Analysis,
+    removed: frozenset[int],
+    compensated: list[str] | None = None,
+) -> Program:
     """The program without some units.
 
     Args:
         program: The program; it is not changed.
         analysis: Its analysis.
         removed: Units to remove.
+        compensated: The names of norms and means that had to be written out are added to it.
 
     Returns:
         A program over smaller parameters, with the same names and the same signature.
     """
     new = with_tensors(program, analysis, lambda slot: _sliced(analysis, slot, removed))
     for before, after in _graphs(program, new):
-        _adapt(before, after, analysis, removed)
+        _adapt(before, after, analysis, removed, compensated)
     return refreshed(new)
 
 
@@ -111,17 +117,22 @@ def _like(old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
 
 
 def _adapt(
-    before: fx.GraphModule, after: fx.GraphModule, analysis: Analysis, removed: frozenset[int]
+    before: fx.GraphModule,
+    after: fx.GraphModule,
+    analysis: Analysis,
+    removed: frozenset[int],
+    compensated: list[str] | None,
 ) -> None:
     """Let every call of the new graph fit its smaller inputs and outputs."""
     for original, node in zip(list(before.graph.nodes), list(after.graph.nodes), strict=True):
         if node.op == "get_attr":
             inner = lookup(before, str(node.target))
             if isinstance(inner, fx.GraphModule):
-                _adapt(inner, lookup(after, str(node.target)), analysis, removed)
+                _adapt(inner, lookup(after, str(node.target)), analysis, removed, compensated)
         change = adaptation_of(node.target) if node.op == "call_function" else None
         if change is not None and _changes(original, analysis, removed):
-            change(Edit(node, original, analysis.units, analysis.values, removed))
+            values = analysis.values
+            change(Edit(node, original, analysis.units, values, removed, compensated))
     after.graph.lint()
     after.recompile()
 

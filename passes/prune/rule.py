@@ -139,12 +139,24 @@ class Call(Arguments):
         node: The node.
         units: The store.
         values: What is known of the nodes before it.
+        consumed: Identities of the label arrays that a product sums over.
+        compensates: Whether norms may lose places of the axes that they normalise.
     """
 
-    def __init__(self, node: fx.Node, units: Units, values: Mapping[fx.Node, Result]) -> None:
+    def __init__(
+        self,
+        node: fx.Node,
+        units: Units,
+        values: Mapping[fx.Node, Result],
+        *,
+        consumed: set[int] | None = None,
+        compensates: bool = True,
+    ) -> None:
         super().__init__(node)
         self.units = units
         self.values = values
+        self.consumed = set() if consumed is None else consumed
+        self.compensates = compensates
 
     def __getitem__(self, name: str) -> Any:
         """An argument by name; nodes are replaced by their values."""
@@ -243,6 +255,11 @@ def axes_of(indices: int | Sequence[int] | None, rank: int) -> list[int]:
     return [axis_of(i, rank) for i in indices] if indices else list(range(rank))
 
 
+def provenance(node: fx.Node) -> dict[str, Any]:
+    """What a new node has of the one for which it stands: where it came from."""
+    return {k: node.meta[k] for k in ("nn_module_stack", "stack_trace") if k in node.meta}
+
+
 class Edit(Arguments):
     """A node of the new graph that is adapted to what is kept.
 
@@ -252,6 +269,7 @@ class Edit(Arguments):
         units: The store.
         values: What is known of the original nodes.
         removed: The units that are removed.
+        compensated: Norms that are written out, by their weights' names or their own; grows.
     """
 
     def __init__(
@@ -261,12 +279,14 @@ class Edit(Arguments):
         units: Units,
         values: Mapping[fx.Node, Result],
         removed: frozenset[int],
+        compensated: list[str] | None = None,
     ) -> None:
         super().__init__(node)
         self.original = original
         self.units = units
         self.values = values
         self.removed = removed
+        self.compensated = [] if compensated is None else compensated
 
     @property
     def graph(self) -> fx.Graph:
@@ -320,7 +340,7 @@ class Edit(Arguments):
         """A new node before the present one."""
         with self.graph.inserting_before(self.node):
             node = self.graph.call_function(target, args, kwargs)
-        node.meta = {k: v for k, v in self.node.meta.items() if k != "val"}
+        node.meta = provenance(self.node)
         return node
 
     def replace(self, node: fx.Node) -> None:

@@ -65,7 +65,9 @@ def _layer_norm(call: Call) -> Result:
 
 
 def _statistic(call: Call, x: Value, axis: int) -> None:
-    if call.units.is_free(x.axes[axis]):
+    if not call.compensates:
+        call.freeze(x.axes[axis], "a statistic is taken over it")
+    elif call.units.is_free(x.axes[axis]):
         call.must_be_zero(x, axis, _STATISTIC)
 
 
@@ -98,6 +100,8 @@ class _Normalised:
         self.total = math.prod(map(len, axes))
         self.left = math.prod(map(edit.count, axes))
         self.dtype = edit.original.all_input_nodes[0].meta["val"].dtype
+        weight = edit.raw("weight")
+        edit.compensated.append(str(weight.target if weight is not None else edit.original.name))
 
     def of(self, x: fx.Node, eps: float) -> fx.Node:
         """(x - mean) / sqrt(variance + eps), in single precision at least."""
@@ -136,8 +140,7 @@ def _group_norm(call: Call) -> Result:
         value = call[name]
         if isinstance(value, Value):
             call.unify(x.axes[1], value.axes[0], _MEETS)
-    if call.units.is_free(inner):
-        call.must_be_zero(Value((inner,), (x.zero[1],)), 0, _STATISTIC)
+    _statistic(call, Value((inner,), (x.zero[1],)), 0)
     for labels in x.axes[2:]:
         call.freeze(labels, "a statistic is taken over it")
     return Value(x.axes, _affine_zero(call, x, 1))

@@ -17,6 +17,7 @@ from graphopt.passes.prune.rule import (
     axis_of,
     fixed,
     known,
+    provenance,
     rule,
 )
 
@@ -60,8 +61,11 @@ def _sum(call: Call) -> Result:
     dims = _dims(call, len(x.axes))
     order = call.first("ord", "p")
     power = order is None or (isinstance(order, (int, float)) and 0 < order < math.inf)
+    mean = call.node.target.overloadpacket is aten.mean  # type: ignore[union-attr]
     for axis in dims:
-        if power:
+        if mean and not call.compensates:
+            call.freeze(x.axes[axis], "a mean is taken over it")
+        elif power:
             call.must_be_zero(x, axis, "it is summed over, and what is removed from it is not zero")
         else:
             call.freeze(x.axes[axis], "a norm is taken over it")
@@ -78,7 +82,8 @@ def _adapt_mean(edit: Edit) -> None:
         return
     with edit.graph.inserting_after(edit.node):
         scaled = edit.graph.call_function(aten.mul.Tensor, (edit.node, left / total))
-    scaled.meta = {k: v for k, v in edit.node.meta.items() if k != "val"}
+    scaled.meta = provenance(edit.node)
+    edit.compensated.append(edit.original.name)
     edit.node.replace_all_uses_with(scaled, delete_user_cb=lambda user: user is not scaled)
 
 

@@ -1,0 +1,139 @@
+"""FLOPs and parameters of a program as polynomials in the widths of its dimensions."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+
+from graphopt.cost.flops import flops, flops_for_shapes
+from graphopt.ir.graphs import lookup
+from graphopt.ir.program import Program
+from graphopt.passes.prune.dimensions import Dimensions, Monomial
+from graphopt.passes.prune.rule import Value
+from graphopt.solvers.widths import Cost, Term
+
+Polynomial = dict[Monomial, float]
+
+
+def flops_cost(program: Program, dimensions: Dimensions, limit: float) -> Cost:
+    """FLOPs of one forward of the train-mode graph at the example sizes."""
+    return _cost("flops", _Flops(dimensions).of(program.module), limit)
+
+
+def params_cost(dimensions: Dimensions, limit: float, *, in_bytes: bool = False) -> Cost:
+    """Parameters, or their bytes; tied ones count once."""
+    total: Polynomial = defaultdict(float)
+    for slot in dimensions.analysis.slots.values():
+        if slot.is_trained:
+            scale = slot.tensor.element_size() if in_bytes else 1
+            for monomial, count in _product(dimensions, slot.value).items():
+                total[monomial] += scale * count
+    return _cost("bytes" if in_bytes else "params", total, limit)
+
+
+def _cost(name: str, polynomial: Polynomial, limit: float) -> Cost:
+    terms = [
+        Term(float(count), tuple((d, monomial.count(d)) for d in sorted(set(monomial))))
+        for monomial, count in sorted(polynomial.items())
+        if count
+    ]
+    return Cost(name, tuple(terms), limit)
+
+
+def _product(dimensions: Dimensions, value: Value) -> Polynomial:
+    result: Polynomial = {(): 1.0}
+    for labels in value.axes:
+        factor = dimensions.size(labels)
+        product: Polynomial = defaultdict(float)
+        for a, x in result.items():
+            for b, y in factor.items():
+                product[tuple(sorted((*a, *b)))] += x * y
+        result = product
+    return result
+
+
+class _Flops:
+    """Sums the FLOPs of a graph's nodes, those of regions included."""
+
+    def __init__(self, dimensions: Dimensions) -> None:
+        self.dimensions = dimensions
+        self.values = dimensions.analysis.values
+        self.symbols = [
+            sympy.Symbol(f"k{i}", positive=True) for i in range(len(dimensions.all))
+        ]
+        self.place = {symbol: i for i, symbol in enumerate(self.symbols)}
+
+    def of(self, module: fx.GraphModule) -> Polynomial:
+        """FLOPs of a graph module."""
+        total: Polynomial = defaultdict(float)
+        for node in module.graph.nodes:
+            for monomial, count in self._node(module, node).items():
+                total[monomial] += count
+        return total
+
+    def _node(self, module: fx.GraphModule, node: fx.Node) -> Polynomial:
+        inner = _region(module, node)
+        if inner is not None and inner.graph.output_node() in self._walked(inner):
+            return self.of(inner)
+        count = flops(node)
+        if not count:
+            return {}
+        exact = flops_for_shapes(node, self._shape)
+        return self._scaled(node, count) if exact is None else self._monomials(exact)
+
+    def _walked(self, inner: fx.GraphModule) -> set[fx.Node]:
+        known = any(node in self.values for node in inner.graph.nodes)
+        return {inner.graph.output_node()} if known else set()
+
+    def _shape(self, node: fx.Node) -> Any:
+        def sizes(value: Any) -> Any:
+            if isinstance(value, Value):
+                return tuple(self._size(labels) for labels in value.axes)
+            return type(value)(map(sizes, value)) if isinstance(value, (tuple, list)) else value
+
+        return sizes(self.values.get(node))
+
+    def _size(self, labels: Any) -> Any:
+        polynomial = self.dimensions.size(labels)
+        return sympy.Add(
+            *(
+                sympy.nsimplify(count) * sympy.Mul(*(self.symbols[d] for d in monomial))
+                for monomial, count in polynomial.items()
+            )
+        )
+
+    def _monomials(self, expression: Any) -> Polynomial:
+        result: Polynomial = {}
+        for product, count in sympy.expand(expression).as_coefficients_dict().items():
+            powers = product.as_powers_dict()
+            monomial = [
+                self.place[s] for s, power in powers.items() if s in self.place
+                for _ in range(int(power))
+            ]  # fmt: skip
+            result[tuple(sorted(monomial))] = float(count)
+        return result
+
+    def _scaled(self, node: fx.Node, count: int) -> Polynomial:
+        """For ops without a formula: in proportion to every dimension that they meet."""
+        values = [self.values.get(n) for n in (node, *node.all_input_nodes)]
+        axes = [labels for value in values if isinstance(value, Value) for labels in value.axes]
+        inside = tuple(sorted(self.dimensions.of(axes)))
+        full = math.prod(self.dimensions.all[d].width for d in inside)
+        return {inside: count / full}
+
+
+def _region(module: fx.GraphModule, node: fx.Node) -> fx.GraphModule | None:
+    """The sub-graph that a node runs once."""
+    if not isinstance(node.target, torch._ops.HigherOrderOperator):
+        return None
+    for source in node.all_input_nodes:
+        if source.op == "get_attr":
+            inner = lookup(module, str(source.target))
+            if isinstance(inner, fx.GraphModule):
+                return inner
+    return None
