@@ -18,9 +18,9 @@ import numpy as np
 
 from graphopt.solvers.width_table import Choice, Floats, WidthTable
 
-_WIDEST = 8  # dimensions that a message may depend on
+_WIDEST = 4  # dimensions that a message may depend on
 # Grid points a dimension, by the most dimensions that a message with it depends on.
-_POINTS = {0: 33, 1: 33, 2: 17, 3: 9, 4: 6, 5: 4, 6: 3, 7: 3, 8: 2}
+_POINTS = {0: 33, 1: 33, 2: 17, 3: 9, 4: 6}
 
 
 @dataclass(frozen=True)

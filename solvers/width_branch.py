@@ -16,10 +16,11 @@ import numpy as np
 from ortools.linear_solver import pywraplp
 
 from graphopt.solvers.width_bound import Relaxation
+from graphopt.solvers.width_geometric import LogRelaxation
 from graphopt.solvers.width_search import fill, shrink
 from graphopt.solvers.width_table import Choice, Floats, WidthTable
 
-_ROUNDING = 1e-10  # added to bounds, relative to the value of everything
+_ROUNDING = 1e-13  # added to bounds, relative to what was added up for them
 _ROUNDS = (40, 12)  # prices tried for the root and for any other box
 _DEAREST = 1e6
 
@@ -57,6 +58,7 @@ class Branching:
         """Begins with no boxes."""
         self.table, self.offer, self.over, self.tolerance = table, offer, over, tolerance
         self.relaxation = Relaxation(table)
+        self.in_logs = False  # which relaxation bounds further boxes
         self.boxes: list[Box] = []
         self.worth = 0.0
         self.closed = 0.0  # the highest bound of the boxes dropped
@@ -94,7 +96,7 @@ class Branching:
         return bool(self.boxes)
 
     def _hopeless(self, bound: float) -> bool:
-        return bound * (1 - self.tolerance) <= self.worth + _ROUNDING
+        return bound * (1 - self.tolerance) <= self.worth
 
     def _push(self, low: Choice, high: Choice, prices: Floats, near: Choice, bound: float) -> float:
         """Narrows, bounds and keeps a box; returns its bound if it is dropped."""
@@ -107,7 +109,7 @@ class Branching:
             return 0.0
         self.count += 1
         box = Box((0.0, self.count), low, high, prices, np.clip(near, low, high), bound)
-        self._bound(box, _ROUNDS[self.count > 1])
+        self._bound_both(box)
         if self._hopeless(box.bound):
             return box.bound
         box.order = (-box.bound, self.count)
@@ -142,18 +144,32 @@ class Branching:
             high[d] = low[d] + int(allowed.sum()) - 1
         return low, high
 
+    def _bound_both(self, box: Box) -> None:
+        """By both relaxations for the first box, by the better of them for all others."""
+        rounds = _ROUNDS[self.count > 1]
+        if not self.in_logs:
+            self._bound(box, rounds)
+        if self.in_logs or (self.count == 1 and not self._hopeless(box.bound)):
+            logs = LogRelaxation(self.table, box.low, box.high)
+            logs.solve(box.near, rounds, lambda bound: self._hopeless(bound) or self.over())
+            self._repair(logs.choice)
+            if self.in_logs or logs.bound < box.bound:
+                self.in_logs, box.near, box.split = True, logs.choice, logs.split
+            box.bound = min(box.bound, logs.bound)
+
     def _bound(self, box: Box, rounds: int) -> None:
         """Kelley's cutting planes for the best prices; every choice met is repaired and offered."""
         table = self.table
         dual = _Dual(table, box)
         for corner in (box.low, box.high):
             dual.add(corner)
+        dearest = table.used(box.high)
         prices, best, stale = box.prices, math.inf, 0
         for _ in range(rounds):
             total, choice = self.relaxation.evaluate(box.low, box.high, box.near, prices)
-            total += _ROUNDING
+            total += _ROUNDING * (1 + float(prices @ dearest))
             dual.add(choice)
-            self._repair(choice, box)
+            self._repair(choice)
             if total < best - 1e-9:
                 stale = 0 if total < best - 0.02 * abs(best - dual.least) else stale + 1
                 best, box.prices, box.near = total, prices, choice
@@ -167,7 +183,7 @@ class Branching:
                 break
         box.split = dual.split(box.prices, box.near)
 
-    def _repair(self, choice: Choice, box: Box) -> None:
+    def _repair(self, choice: Choice) -> None:
         fitting = shrink(self.table, choice)
         if fitting is not None:
             self.worth = self.offer(fill(self.table, fitting))

@@ -49,6 +49,7 @@ class WidthTable:
     Attributes:
         last: position of the largest allowed width, by dimension.
         width: allowed widths.
+        log: logarithms of the allowed widths.
         value: value kept, by dimension and position, divided by `total`.
         total: value of everything that may be kept (1 if that is 0).
         exponents: by distinct monomial and dimension.
@@ -71,7 +72,7 @@ class WidthTable:
             self.width[d, : len(widths)], self.value[d, : len(widths)] = widths, kept
         self.total = float(self.value[self.rows, self.last].sum()) or 1.0
         self.value /= self.total
-        self._log = np.log(self.width)
+        self.log = np.log(self.width)
         self.exact = [ExactCost(cost) for cost in problem.costs]
         self._tabulate_costs()
 
@@ -109,11 +110,11 @@ class WidthTable:
 
     def used(self, choice: Choice) -> Floats:
         """The limiting costs as shares of their limits."""
-        return self.shares @ np.exp(self._powers @ self._log[self.rows, choice])
+        return self.shares @ np.exp(self._powers @ self.log[self.rows, choice])
 
     def changes(self, choice: Choice, to: Choice) -> Floats:
         """How `used` would change, by cost and dimension, if only that dimension went to `to`."""
-        parts = self.shares * np.exp(self._powers @ self._log[self.rows, choice])
+        parts = self.shares * np.exp(self._powers @ self.log[self.rows, choice])
         ratio = self.width[self.rows, to] / self.width[self.rows, choice]
         found = np.zeros((len(self.shares), len(self.rows)))
         for exponent, has in self._classes:
@@ -122,7 +123,7 @@ class WidthTable:
 
     def slopes(self, choice: Choice, d: int, prices: Floats) -> list[tuple[int, float]]:
         """(exponent, price per width ** exponent) of dimension d, the others being as chosen."""
-        parts = prices @ self.shares * np.exp(self._powers @ self._log[self.rows, choice])
+        parts = prices @ self.shares * np.exp(self._powers @ self.log[self.rows, choice])
         width = float(self.width[d, choice[d]])
         return [(e, float(parts @ has[:, d]) / width**e) for e, has in self._classes]
 

@@ -30,10 +30,11 @@ from graphopt.solvers.width_search import above_threshold, fill, greedy, polish,
 from graphopt.solvers.width_table import Choice, WidthTable
 
 _EXACT = 1e-9  # a gap below this is rounding
-_FEW_BOXES = 60  # before CP-SAT is tried on a small problem
+_FEW_BOXES = 400  # before CP-SAT is tried on a small problem
 _SMALL = 600  # allowed widths of all dimensions together up to which it is
 _MOST_BOXES = 20_000
-_STEPS = 20.0  # deterministic time of CP-SAT
+_STEPS = 2.0  # deterministic time of CP-SAT
+_PROOF = 0.25  # share of the time left that CP-SAT may take
 
 
 def allocate(
@@ -67,6 +68,7 @@ def allocate(
     run = _Run(problem, time_limit, seed, progress, tolerance)
     with contextlib.suppress(KeyboardInterrupt):
         run.all()
+        run.widen()
     return run.allocation()
 
 
@@ -161,10 +163,19 @@ class _Run:
         if found is not None:
             self.offer(found)
 
+    def widen(self) -> None:
+        """Spends what is left on units that are worth nothing too."""
+        if self.feasible:
+            self.offer(fill(self.table, self.best))
+
     def offer(self, choice: Choice) -> float:
-        """Takes a choice if it is better and within the limits; returns the best worth."""
+        """Takes a choice within the limits if it is better; returns the best worth.
+
+        Of equal worth, the one with more units is better: units without a gain do no harm.
+        """
         worth = self.table.worth(choice)
-        if worth > self.worth and self.table.fits(choice):
+        known = (self.worth, int(self.best.sum()))
+        if (worth, int(choice.sum())) > known and self.table.fits(choice):
             self.best, self.worth = choice.copy(), worth
             self._report()
         return self.worth
@@ -198,7 +209,7 @@ class _Run:
 
     def _prove(self) -> None:
         assert self.branching is not None
-        left = self.time_limit - (time.perf_counter() - self.began)
+        left = _PROOF * (self.time_limit - (time.perf_counter() - self.began))
         found: list[Choice] = []
         try:
             bound = prove(
