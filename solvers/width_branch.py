@@ -121,7 +121,6 @@ class Branching:
         table, low, high = self.table, low.copy(), high.copy()
         if not table.fits(low):
             return None
-        left = 1 - table.used(low) + 1e-9
         spare = table.worth(high) - self.worth
         if spare < 0:
             return None
