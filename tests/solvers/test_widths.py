@@ -167,20 +167,73 @@ def test_each_bound_alone_is_valid(problem: WidthProblem, seed: int) -> None:
         assert proven * table.total == pytest.approx(best, rel=1e-9, abs=1e-9 * table.total)
 
 
-@given(problems(most=6, widest=5))
-@settings(SMALL, max_examples=15)
-def test_dropped_couplings_keep_the_bound(problem: WidthProblem) -> None:
-    best, table = best_value(problem), WidthTable(problem)
-    if best is None or table.fits(table.last):
+def choices(table: WidthTable) -> list[np.ndarray]:
+    return [np.array(c) for c in product(*(range(last + 1) for last in table.last.tolist()))]
+
+
+def assert_relaxed(table: WidthTable, relaxation: Relaxation, prices: np.ndarray) -> None:
+    """The elimination is never below the best of the priced problem, by trying everything."""
+    low = np.zeros_like(table.last)
+    total, _ = relaxation.evaluate(low, table.last, low, prices)
+    best = max(table.worth(c) + float(prices @ (1 - table.used(c))) for c in choices(table))
+    assert total >= best - 1e-9 * (1 + prices.sum())
+    if relaxation.points == [33] * len(low) and not any(s.dropped for s in relaxation.steps):
+        assert total <= best + 1e-9 * (1 + prices.sum())
+
+
+@given(problems(widest=7), st.floats(0.001, 3), st.floats(0.001, 3))
+@settings(SMALL, max_examples=80)
+def test_elimination_is_exact_on_full_grids_and_above_on_coarse_ones(
+    problem: WidthProblem, first: float, second: float
+) -> None:
+    table = WidthTable(problem)
+    if not table.fits(np.zeros_like(table.last)):
         return
+    prices = np.array([first, second])[: len(table.shares)]
+    relaxation = Relaxation(table)
+    for points in (33, 3, 2):
+        relaxation.points = [points] * len(table.last)
+        assert_relaxed(table, relaxation, prices)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("graphopt.solvers.width_bound._WIDEST", 1)
-        relaxation = Relaxation(table)
-    for price in (0.01, 0.1, 0.5, 2.0):
-        prices = np.full(len(table.shares), price)
-        near = np.zeros_like(table.last)
-        total, _ = relaxation.evaluate(near, table.last, near, prices)
-        assert total * table.total >= best - 1e-9 * table.total
+        assert_relaxed(table, Relaxation(table), prices)
+
+
+def test_elimination_with_a_width_in_two_powers() -> None:
+    """Where interpolation would be too low: the message is concave in part of its range."""
+    hub = Dimension("hub", (1.0,) * 12)
+    inner = Dimension("inner", tuple(float(12 - i) for i in range(12)))
+    terms = (Term(1.0, ((0, 2), (1, 1))), Term(0.1, ((0, 1), (1, 1))))
+    table = WidthTable(WidthProblem((hub, inner), (Cost("c", terms, 300.0),)))
+    relaxation = Relaxation(table)
+    assert relaxation.power[0] == 0
+    for points in (2, 3, 4):
+        relaxation.points = [points] * 2
+        for price in np.geomspace(0.001, 3, 40).tolist():
+            assert_relaxed(table, relaxation, np.array([price]))
+
+
+@given(problems())
+@SMALL
+def test_planes_and_narrowing_cut_off_no_allocation(problem: WidthProblem) -> None:
+    table = WidthTable(problem)
+    fitting = [choice for choice in choices(table) if table.fits(choice)]
+    low = np.zeros_like(table.last)
+    if not fitting or table.fits(table.last):
+        return
+    logs = LogRelaxation(table, low, table.last)
+    for choice in fitting[-8:]:
+        logs._add_planes(table.log[table.rows, choice])
+    branching = Branching(table, table.worth, lambda: False, 1e-9)
+    branching.worth = float(np.median([table.worth(choice) for choice in fitting]))
+    narrowed = branching._narrow(low, table.last)
+    for choice in fitting:
+        at = table.log[table.rows, choice]
+        assert all(slope @ at <= most + 1e-9 for _, slope, most in logs._planes)
+        if table.worth(choice) > branching.worth + 1e-9:
+            assert narrowed is not None
+            assert (narrowed[0] <= choice).all()
+            assert (choice <= narrowed[1]).all()
 
 
 @pytest.mark.parametrize("in_logs", [False, True])
