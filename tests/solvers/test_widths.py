@@ -203,51 +203,69 @@ def test_elimination_with_a_width_in_two_powers() -> None:
     """Where interpolation would be too low: the message is concave in part of its range."""
     hub = Dimension("hub", (1.0,) * 12)
     inner = Dimension("inner", tuple(float(12 - i) for i in range(12)))
-    terms = (Term(1.0, ((0, 2), (1, 1))), Term(0.1, ((0, 1), (1, 1))))
-    table = WidthTable(WidthProblem((hub, inner), (Cost("c", terms, 300.0),)))
+    terms = (Term(1.0, ((1, 2), (0, 1))), Term(0.1, ((1, 1), (0, 1))))
+    table = WidthTable(WidthProblem((inner, hub), (Cost("c", terms, 300.0),)))
     relaxation = Relaxation(table)
-    assert relaxation.power[0] == 0
+    assert relaxation.steps[0].scope == (1,)
+    assert relaxation.power[1] == 0
     for points in (2, 3, 4):
         relaxation.points = [points] * 2
         for price in np.geomspace(0.001, 3, 40).tolist():
             assert_relaxed(table, relaxation, np.array([price]))
 
 
-@given(problems())
-@SMALL
-def test_planes_and_narrowing_cut_off_no_allocation(problem: WidthProblem) -> None:
-    table = WidthTable(problem)
+def dense(seed: int, count: int, full: int) -> WidthProblem:
+    """Every two dimensions are multiplied."""
+    rng = random.Random(seed)
+    dimensions = tuple(
+        Dimension(str(d), tuple(sorted((rng.random() for _ in range(full)), reverse=True)))
+        for d in range(count)
+    )
+    terms = tuple(Term(rng.random(), ((a, 1), (b, 1))) for a in range(count) for b in range(a))
+    limit = rng.uniform(0.2, 0.5) * float(exact(terms, [full] * count))
+    return WidthProblem(dimensions, (Cost("flops", terms, limit),))
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_dropped_couplings_keep_the_elimination_above(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = WidthTable(dense(seed, 5, 4))
+    monkeypatch.setattr("graphopt.solvers.width_bound._WIDEST", 2)
+    relaxation = Relaxation(table)
+    assert any(step.dropped for step in relaxation.steps)
+    for price in np.geomspace(0.01, 3, 12).tolist():
+        assert_relaxed(table, relaxation, np.array([price]))
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_planes_and_narrowing_cut_off_no_allocation(seed: int) -> None:
+    table = WidthTable(dense(seed, 3, 9))
     fitting = [choice for choice in choices(table) if table.fits(choice)]
     low = np.zeros_like(table.last)
-    if not fitting or table.fits(table.last):
-        return
     logs = LogRelaxation(table, low, table.last)
-    for choice in fitting[-8:]:
+    touched = sorted(fitting, key=lambda choice: float(table.used(choice)[0]))[-20:]
+    for choice in touched:
         logs._add_planes(table.log[table.rows, choice])
     branching = Branching(table, table.worth, lambda: False, 1e-9)
-    branching.worth = float(np.median([table.worth(choice) for choice in fitting]))
-    narrowed = branching._narrow(low, table.last)
+    for worth in (0.0, 0.3, 0.6, table.worth(touched[-1])):
+        branching.worth = worth
+        narrowed = branching._narrow(low, table.last)
+        for choice in fitting:
+            if table.worth(choice) > worth + 1e-9:
+                assert narrowed is not None
+                assert (narrowed[0] <= choice).all()
+                assert (choice <= narrowed[1]).all()
     for choice in fitting:
         at = table.log[table.rows, choice]
         assert all(slope @ at <= most + 1e-9 for _, slope, most in logs._planes)
-        if table.worth(choice) > branching.worth + 1e-9:
-            assert narrowed is not None
-            assert (narrowed[0] <= choice).all()
-            assert (choice <= narrowed[1]).all()
 
 
 @pytest.mark.parametrize("in_logs", [False, True])
 @pytest.mark.parametrize("seed", range(6))
 def test_branching_ends_at_the_best(seed: int, in_logs: bool) -> None:
     """Without greedy rules, polish and CP-SAT, from the least widths."""
-    rng = random.Random(seed)
-    dimensions = tuple(
-        Dimension(str(d), tuple(sorted((rng.random() for _ in range(7)), reverse=True)))
-        for d in range(4)
-    )
-    terms = tuple(Term(rng.random(), ((a, 1), (b, 1))) for a in range(4) for b in range(a))
-    limit = 0.4 * float(exact(terms, [7] * 4))
-    problem = WidthProblem(dimensions, (Cost("flops", terms, limit),))
+    problem = dense(seed, 4, 7)
     table, best = WidthTable(problem), [0.0]
 
     def offer(choice: np.ndarray) -> float:
