@@ -214,7 +214,7 @@ def test_elimination_with_a_width_in_two_powers() -> None:
             assert_relaxed(table, relaxation, np.array([price]))
 
 
-def dense(seed: int, count: int, full: int) -> WidthProblem:
+def dense(seed: int, count: int, full: int, share: float = 0.3) -> WidthProblem:
     """Every two dimensions are multiplied."""
     rng = random.Random(seed)
     dimensions = tuple(
@@ -222,7 +222,7 @@ def dense(seed: int, count: int, full: int) -> WidthProblem:
         for d in range(count)
     )
     terms = tuple(Term(rng.random(), ((a, 1), (b, 1))) for a in range(count) for b in range(a))
-    limit = rng.uniform(0.2, 0.5) * float(exact(terms, [full] * count))
+    limit = share * float(exact(terms, [full] * count))
     return WidthProblem(dimensions, (Cost("flops", terms, limit),))
 
 
@@ -238,9 +238,32 @@ def test_dropped_couplings_keep_the_elimination_above(
         assert_relaxed(table, relaxation, np.array([price]))
 
 
+def test_messages_of_dropped_dimensions_keep_the_elimination_above(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """0 tells 1 what 2 costs it; 1 has heavier couplings, and drops 2."""
+    gains = [(1.0, 0.0, 0.0) if d == 2 else (1.0, 1.0, 1.0) for d in range(6)]
+    dimensions = tuple(Dimension(str(d), gain) for d, gain in enumerate(gains))
+    strong = ((0, 1), (0, 2), (1, 3), (1, 4), (1, 5), (3, 4), (3, 5), (4, 5))
+    weak = ((2, 3), (2, 4), (2, 5))
+    terms = tuple(
+        Term(1.0 if pair in strong else 1e-6, ((pair[0], 1), (pair[1], 1)))
+        for pair in (*strong, *weak)
+    )
+    table = WidthTable(WidthProblem(dimensions, (Cost("c", terms, 20.0),)))
+    monkeypatch.setattr("graphopt.solvers.width_bound._WIDEST", 2)
+    relaxation = Relaxation(table)
+    dropping = [step for step in relaxation.steps if step.dropped]
+    assert any(
+        set(relaxation.steps[i].scope) & step.dropped for step in dropping for i in step.inputs
+    )
+    for price in np.geomspace(0.01, 3, 12).tolist():
+        assert_relaxed(table, relaxation, np.array([price]))
+
+
 @pytest.mark.parametrize("seed", range(8))
 def test_planes_and_narrowing_cut_off_no_allocation(seed: int) -> None:
-    table = WidthTable(dense(seed, 3, 9))
+    table = WidthTable(dense(seed, 3, 9, 0.06 + 0.04 * seed))
     fitting = [choice for choice in choices(table) if table.fits(choice)]
     low = np.zeros_like(table.last)
     logs = LogRelaxation(table, low, table.last)
@@ -265,7 +288,7 @@ def test_planes_and_narrowing_cut_off_no_allocation(seed: int) -> None:
 @pytest.mark.parametrize("seed", range(6))
 def test_branching_ends_at_the_best(seed: int, in_logs: bool) -> None:
     """Without greedy rules, polish and CP-SAT, from the least widths."""
-    problem = dense(seed, 4, 7)
+    problem = dense(seed, 4, 7, 0.4)
     table, best = WidthTable(problem), [0.0]
 
     def offer(choice: np.ndarray) -> float:
