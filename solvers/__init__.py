@@ -1,5 +1,6 @@
 """Optimisation problems on plain data: rematerialization under a peak-memory budget.
 
+Widths of prunable dimensions under cost budgets are in `graphopt.solvers.widths`.
 Nothing here imports torch or any other part of graphopt.
 """
 
