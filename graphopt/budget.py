@@ -91,6 +91,7 @@ _RULES: Final[Mapping[str, _Rule]] = {
     "pi_latency": _Rule("s", "latency of private inference"),
     "flops": _Rule("", "FLOPs of one forward"),
     "params": _Rule("", "parameters"),
+    "bytes": _Rule("B", "bytes of the parameters"),
     "latency": _Rule("s", "latency of one forward"),
     "gradient_error": _Rule("", "relative gradient error", zero=True),
 }
@@ -125,6 +126,7 @@ class Budget:
     pi_latency: Quantity | None = None
     flops: Quantity | None = None
     params: Quantity | None = None
+    bytes: Quantity | None = None
     latency: Quantity | None = None
     gradient_error: Quantity | None = None
 

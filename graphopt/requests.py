@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -13,6 +12,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from graphopt import registry
+from graphopt.batches import takes_targets
 from graphopt.budget import Budget
 from graphopt.cost.models import COST_MODELS
 from graphopt.errors import BudgetError, ModelError, NonFiniteError, UsageError
@@ -63,7 +63,7 @@ def read_loss(
     Returns:
         That loss, and the data with its first batch still in it.
     """
-    if loss is None or not _takes_targets(loss):
+    if loss is None or not takes_targets(loss):
         return loss, data
     iterator = iter(data if data is not None else ())
     first = next(iterator, None)
@@ -87,18 +87,6 @@ class _WithTargets:
 
     def __call__(self, outputs: Any) -> Any:
         return self.loss(outputs, self.targets)
-
-
-def _takes_targets(loss: Callable[..., Any]) -> bool:
-    """Whether a loss needs two positional arguments."""
-    try:
-        function = loss.forward if isinstance(loss, nn.Module) else loss
-        parameters = inspect.signature(function).parameters.values()
-    except (TypeError, ValueError):
-        return False
-    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    needed = [p for p in parameters if p.kind in positional and p.default is p.empty]
-    return len(needed) == 2
 
 
 def option_names(cls: type[Pass]) -> set[str]:

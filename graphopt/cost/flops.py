@@ -70,6 +70,37 @@ def symbolic_flops(node: fx.Node) -> sympy.Expr:
         return sympy.Integer(flops(node))
 
 
+def flops_for_shapes(node: fx.Node, shape_of: Callable[[fx.Node], Any]) -> Any:
+    """FLOPs of a node whose tensors have other shapes than those that were traced.
+
+    Args:
+        node: A ``call_function`` node.
+        shape_of: The shape of a node's output, a tuple of numbers or sympy expressions; a tuple of
+            shapes for several outputs.
+
+    Returns:
+        The count, of the kind of the sizes; None for ops without a closed form.
+    """
+    formula = _formula_of(node.target) if node.op == "call_function" else None
+    if formula is None:
+        return None
+
+    def shape(value: Any) -> Any:
+        if isinstance(value, fx.Node):
+            return shaped(shape_of(value))
+        return type(value)(map(shape, value)) if isinstance(value, (list, tuple)) else value
+
+    def shaped(value: Any) -> Any:
+        several = isinstance(value, tuple) and any(isinstance(part, tuple) for part in value)
+        return tuple(map(shaped, value)) if several else _Shape(value or ())
+
+    try:
+        args, kwargs = map(shape, node.args), {k: shape(v) for k, v in node.kwargs.items()}
+        return formula(*args, **kwargs, out_val=shape(node))
+    except (_OtherShape, AssertionError, TypeError, ValueError):
+        return None
+
+
 def graph_flops(graph: fx.Graph, symbols: Substitution | None = None) -> int:
     """FLOPs of all nodes of a graph."""
     return sum(flops(node, symbols) for node in graph.nodes)

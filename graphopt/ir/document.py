@@ -17,13 +17,13 @@ from graphopt.ir.guards import compile_arithmetic
 from graphopt.ir.literals import Literals
 from graphopt.ir.program import PassRecord, Program
 from graphopt.ir.signature import Guard, Leaf, Signature
-from graphopt.ir.slices import Slices
 from graphopt.ir.skeleton import (
     Container,
     ExtraStateContainer,
     SequenceContainer,
     Skeleton,
 )
+from graphopt.ir.slices import Slices
 from graphopt.ir.targets import class_name
 from graphopt.ir.trees import Tree, is_registered
 

@@ -139,9 +139,7 @@ def masked_twin(module: OptimizedModule) -> OptimizedModule:
     return twin
 
 
-def _grown(
-    slices: Slices, name: str, small: torch.Tensor, full: torch.Tensor
-) -> torch.Tensor:
+def _grown(slices: Slices, name: str, small: torch.Tensor, full: torch.Tensor) -> torch.Tensor:
     value = small.detach().clone()
     if name in slices.kept:
         room = full.detach() if full.device == small.device else small.new_zeros(full.shape)
@@ -176,5 +174,3 @@ def blank(program_module: OptimizedModule) -> OptimizedModule:
     }
     memo: dict[int, Any] = dict(empty)
     return copy.deepcopy(program_module, memo)
-
-

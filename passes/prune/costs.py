@@ -63,9 +63,7 @@ class _Flops:
     def __init__(self, dimensions: Dimensions) -> None:
         self.dimensions = dimensions
         self.values = dimensions.analysis.values
-        self.symbols = [
-            sympy.Symbol(f"k{i}", positive=True) for i in range(len(dimensions.all))
-        ]
+        self.symbols = [sympy.Symbol(f"k{i}", positive=True) for i in range(len(dimensions.all))]
         self.place = {symbol: i for i, symbol in enumerate(self.symbols)}
 
     def of(self, module: fx.GraphModule) -> Polynomial:
@@ -78,17 +76,13 @@ class _Flops:
 
     def _node(self, module: fx.GraphModule, node: fx.Node) -> Polynomial:
         inner = _region(module, node)
-        if inner is not None and inner.graph.output_node() in self._walked(inner):
+        if inner is not None and any(each in self.values for each in inner.graph.nodes):
             return self.of(inner)
         count = flops(node)
         if not count:
             return {}
         exact = flops_for_shapes(node, self._shape)
         return self._scaled(node, count) if exact is None else self._monomials(exact)
-
-    def _walked(self, inner: fx.GraphModule) -> set[fx.Node]:
-        known = any(node in self.values for node in inner.graph.nodes)
-        return {inner.graph.output_node()} if known else set()
 
     def _shape(self, node: fx.Node) -> Any:
         def sizes(value: Any) -> Any:

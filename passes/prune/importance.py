@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from graphopt.batches import Batch
+from graphopt.comparison import probe_loss
 from graphopt.errors import NonFiniteError, UnsupportedError
 from graphopt.ir.program import Program
 from graphopt.passes.prune.analysis import Slot
@@ -27,12 +29,13 @@ class Calibration:
 
     Attributes:
         program: The program.
-        batches: ``(args, kwargs, loss of the outputs)`` for each batch.
+        batches: Batches; those without a loss are given `graphopt.comparison.probe_loss`, a fixed
+            projection of the outputs: what is then estimated is how far the outputs move.
         seed: Of random scores, and of random draws in training mode.
     """
 
     program: Program
-    batches: Iterable[tuple[tuple[Any, ...], dict[str, Any], Callable[[Any], Tensor]]]
+    batches: Sequence[Batch]
     seed: int
 
 
@@ -156,11 +159,7 @@ def _readers(dimensions: Dimensions) -> list[tuple[Slot, int]]:
     consumed = dimensions.analysis.consumed
     reading = [(s, a) for s, a in everywhere if id(s.value.axes[a]) in consumed]
     read = {u for s, a in reading for u in dimensions.units.units_of(s.value.axes[a])}
-    rest = [
-        (s, a)
-        for s, a in everywhere
-        if not dimensions.units.units_of(s.value.axes[a]) <= read
-    ]
+    rest = [(s, a) for s, a in everywhere if not dimensions.units.units_of(s.value.axes[a]) <= read]
     return [*reading, *rest]
 
 
@@ -169,9 +168,10 @@ def _gradients(calibration: Calibration) -> Iterator[dict[str, Tensor]]:
     module = calibration.program.emit().eval()
     names = {name: p for name, p in module.named_parameters() if p.is_floating_point()}
     wanted = {name: p for name, p in names.items() if p.requires_grad} or names
-    for args, kwargs, loss in calibration.batches:
+    for batch in calibration.batches:
+        loss = batch.loss or probe_loss
         with torch.random.fork_rng(devices=[]), torch.enable_grad():
             torch.manual_seed(calibration.seed)
-            value = loss(module(*args, **kwargs))
+            value = loss(module(*batch.args, **batch.kwargs))
             found = torch.autograd.grad(value, list(wanted.values()), allow_unused=True)
         yield {n: g for n, g in zip(wanted, found, strict=True) if g is not None}

@@ -1,8 +1,8 @@
 """Rules: how the labels of an operator's outputs follow from those of its inputs.
 
-A rule says which axes are the same axis, which are taken apart or put together, and which must keep
-their size; a second function, where one is registered, adapts the literals of the call (sizes, split
-points, group counts) to what is kept.  The operators of one family stand in one file of
+A rule says which axes are the same axis, which are taken apart or put together, and which must
+keep their size; a second function, where one is registered, adapts the literals of the call (sizes,
+split points, group counts) to what is kept.  The operators of one family stand in one file of
 `graphopt.passes.prune.rules`.
 """
 

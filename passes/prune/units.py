@@ -1,8 +1,8 @@
 """Units: what is kept or removed as one, and which positions of which axes it stands for.
 
-Every position of an axis carries a *label*: the set of units that must all be kept for the position
-to be kept.  The empty set is a position that stays whatever happens.  Axes are coupled by saying that
-the labels of two are equal (`Units.unify`), flattened axes by the union of labels
+Every position of an axis carries a *label*: the set of units that must all be kept for the
+position to be kept.  The empty set is a position that stays whatever happens.  Axes are coupled by
+saying that the labels of two are equal (`Units.unify`), flattened axes by the union of labels
 (`Units.merge`), and taken apart again by finding, or making, units for the two factors
 (`Units.split`).  Everything else that happens to an axis (a slice, a concatenation, a shuffle) is
 indexing of its array of labels.
@@ -44,8 +44,8 @@ class Reason:
 class Units:
     """A store of units and labels.
 
-    A unit may turn out to stand for several others (a channel for a head and a place within it), for
-    another one, or for none (it is frozen); labels made before follow.
+    A unit may turn out to stand for several others (a channel for a head and a place within it),
+    for another one, or for none (it is frozen); labels made before follow.
     """
 
     def __init__(self) -> None:

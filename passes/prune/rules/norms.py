@@ -1,8 +1,8 @@
 """Normalisations.
 
-Statistics that are taken over a removed axis would change.  The masked model has zeros there, so they
-can be had from what is left: the sum over what is left is the sum over all, and the number of places
-is known.  A norm that loses places is written out with the full number.
+Statistics that are taken over a removed axis would change.  The masked model has zeros there, so
+that they can be had from what is left: the sum over what is left is the sum over all, and the number
+of places is known.  A norm that loses places is written out with the full number.
 
     y = layer_norm(x, (D,))  ->  m = sum(x) / D;  v = (sum((x - m)^2) + removed * m^2) / D
                                  y = (x - m) * rsqrt(v + eps) * weight + bias
@@ -108,12 +108,15 @@ class _Normalised:
         call = self.edit.call
         if self.dtype in (torch.float16, torch.bfloat16):
             x = call(aten.to.dtype, x, torch.float32)
-        if self.centred:
+        if not self.centred:
+            moment = self._mean(call(aten.square.default, x))
+        else:
             mean = self._mean(x)
             x = call(aten.sub.Tensor, x, mean)
-        moment = self._mean(call(aten.square.default, x))
-        if self.centred and self.left != self.total:  # every removed place adds the mean's square
-            rest = (self.total - self.left) / self.total
+            moment = self._mean(call(aten.square.default, x))
+            rest = (
+                self.total - self.left
+            ) / self.total  # each removed place adds the mean's square
             squared = call(aten.mul.Tensor, call(aten.square.default, mean), rest)
             moment = call(aten.add.Tensor, moment, squared)
         scale = call(aten.rsqrt.default, call(aten.add.Tensor, moment, eps))
@@ -135,7 +138,7 @@ class _Normalised:
 def _group_norm(call: Call) -> Result:
     """Whole groups go freely; places within groups as in a layer norm."""
     x, groups = call["input"], call.raw("num_groups")
-    outer, inner = call.split(x.axes[1], groups, len(x.axes[1]) // groups)
+    _, inner = call.split(x.axes[1], groups, len(x.axes[1]) // groups)
     for name in ("weight", "bias"):
         value = call[name]
         if isinstance(value, Value):
@@ -168,7 +171,7 @@ def _adapt_group_norm(edit: Edit) -> None:
 
 @rule(aten._weight_norm, *known(aten, "_weight_norm_interface"))
 def _weight_norm(call: Call) -> Result:
-    """g * v / |v|, with norms over all axes but one; places that are zero add nothing."""
+    """G * v / |v|, with norms over all axes but one; places that are zero add nothing."""
     direction, size, dim = call["v"], call["g"], call.raw("dim")
     for axis, labels in enumerate(direction.axes):
         if axis != dim:

@@ -1,0 +1,5 @@
+"""Structured pruning: smaller operators that compute what the masked network computes."""
+
+from graphopt.passes.prune.prune import Prune
+
+__all__ = ["Prune"]

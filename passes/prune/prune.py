@@ -1,0 +1,351 @@
+"""The pass `prune`: smaller operators that compute what the masked network computes."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+from torch import nn
+
+from graphopt.batches import Batch, read_batch
+from graphopt.budget import Quantity
+from graphopt.comparison import Observation, observe, unequal
+from graphopt.cost.flops import graph_flops
+from graphopt.errors import (
+    BudgetError,
+    BudgetInfeasible,
+    InputMismatch,
+    UnsupportedError,
+    VerificationError,
+    first_line,
+)
+from graphopt.ir.program import Program
+from graphopt.ir.slices import Slices, blank
+from graphopt.passes.prune.analysis import Analysis, analyse
+from graphopt.passes.prune.costs import flops_cost, params_cost
+from graphopt.passes.prune.dimensions import Dimensions
+from graphopt.passes.prune.importance import Calibration, Criterion, score
+from graphopt.passes.prune.rewrite import masked, pruned
+from graphopt.passes.prune.units import Reason
+from graphopt.pipeline import Pass, PassContext, PassResult, Position, Preserves
+from graphopt.report import FrozenAxis, PruneReport
+from graphopt.solvers.widths import (
+    Allocation,
+    Cost,
+    Dimension,
+    WidthProblem,
+    allocate,
+    by_threshold,
+    uniform,
+)
+
+Scheme = Literal["uniform", "global", "solver"]
+
+# The solver stops when it has proven that no allocation is worth this much more.
+_TOLERANCE = 1e-4
+# Differences between the pruned and the masked network that rounding explains.
+_ROUNDING = 1e-5
+# How often widths are chosen again where the polynomial and the count differ.
+_ATTEMPTS = 4
+_BATCHES = 64
+
+
+@dataclass(frozen=True)
+class Prune(Pass):
+    """Removes channels, heads, hidden units until a budget of FLOPs or parameters is kept.
+
+    What comes back computes exactly what the source computes with all parameters of the removed
+    units set to zero. Norms over a pruned axis are written out with the full number of places.
+
+    Attributes:
+        flops: FLOPs of one forward on the example inputs.
+        params: Parameters.
+        bytes: Bytes of the parameters, read like a count or as a percentage.
+        criterion: What a unit is worth, see `graphopt.passes.prune.importance.score`; ``auto``:
+            ``taylor2`` with data, else ``l2``.
+        allocation: ``uniform``: the same share of every dimension; ``global``: one threshold;
+            ``solver``: the largest sum of the criterion, with a bound; ``auto``: ``solver`` with
+            a criterion of gradients, else ``uniform``, since magnitudes of different layers
+            don't compare.
+        round_to: Widths are multiples of it, or whole.
+        min_keep: The least share of each dimension that is kept.
+        freeze: Parameters that keep their sizes: names or globs, separated by blanks.
+        norm: ``exact``: norms and means over a pruned axis are written out; ``freeze``: their axes
+            are not pruned.
+    """
+
+    name: ClassVar[str] = "prune"
+    serves: ClassVar[tuple[str, ...]] = ("flops", "params", "bytes")
+    position: ClassVar[int] = Position.FORWARD
+    preserves: ClassVar[Preserves] = Preserves(outputs=None, gradients=None, buffers=None)
+
+    flops: Quantity | None = None
+    params: Quantity | None = None
+    bytes: Quantity | None = None
+    criterion: Literal["auto", "l2", "bn_scale", "taylor", "taylor2", "random"] = "auto"
+    allocation: Literal["auto", "uniform", "global", "solver"] = "auto"
+    round_to: int = 1
+    min_keep: float = 0.0
+    freeze: str = ""
+    norm: Literal["exact", "freeze"] = "exact"
+
+    def run(self, program: Program, context: PassContext) -> PassResult:
+        """Chooses what to remove, removes it, counts, and compares with the masked network.
+
+        Raises:
+            BudgetInfeasible: What is frozen takes more; carries the smallest budget.
+            BudgetError: There is no budget.
+            InputMismatch: The model doesn't take the data.
+        """
+        if program.planner is not None:
+            raise UnsupportedError(
+                "pruning a program that carries a memory plan",
+                hint="prune first: optimize(model, 'flops=50%,memory=50%') does",
+            )
+        if not (self.flops or self.params or self.bytes):
+            raise BudgetError(
+                "prune without a budget", hint="prune{flops=50%} or prune{params=50%}"
+            )
+        return _Run(self, program, context).result()
+
+
+class _Run:
+    """One run of the pass."""
+
+    def __init__(self, options: Prune, program: Program, context: PassContext) -> None:
+        self.options, self.program, self.context = options, program, context
+        context.progress("finding what can be pruned")
+        self.analysis = analyse(program, compensates=options.norm == "exact")
+        self._freeze()
+        self.dimensions = Dimensions(self.analysis)
+        with_data = context.data is not None
+        automatic: Criterion = "taylor2" if with_data else "l2"
+        self.criterion: Criterion = automatic if options.criterion == "auto" else options.criterion
+        best: Scheme = "solver" if self.criterion.startswith("taylor") else "uniform"
+        self.scheme: Scheme = best if options.allocation == "auto" else options.allocation
+
+    def result(self) -> PassResult:
+        """Choose, rewrite, check, report."""
+        limits = self._limits()
+        scores = self._scores()
+        problem = self._problem(limits, scores)
+        compensated: list[str] = []
+        left = _ATTEMPTS
+        while True:
+            allocation = self._allocated(problem)
+            removed = self._removed(allocation, scores)
+            compensated.clear()
+            small = pruned(self.program, self.analysis, removed, compensated)
+            over = _over(_counted(small), limits)
+            if not over:
+                break
+            left -= 1
+            if not left:
+                raise self._infeasible(allocation, limits)
+            problem = _tightened(problem, over)
+        self._check(small, removed)
+        small = small.replace(slices=self._slices(removed))
+        report = self._report(small, allocation, removed, problem, compensated)
+        return PassResult(small, changed=bool(removed), report={"prune": report})
+
+    def _freeze(self) -> None:
+        patterns = self.options.freeze.split()
+        for slot in self.analysis.slots.values():
+            for pattern in patterns:
+                if fnmatchcase(slot.path, pattern):
+                    for labels in slot.value.axes:
+                        self.analysis.units.freeze(labels, Reason(f"freeze={pattern}"))
+
+    def _limits(self) -> dict[str, float]:
+        have = _counted(self.program)
+        asked = {name: getattr(self.options, name) for name in have}
+        return {name: q.of(have[name]) for name, q in asked.items() if q is not None}
+
+    def _scores(self) -> dict[int, float]:
+        self.context.progress(f"ranking units by {self.criterion}")
+        batches = self._batches() if self.criterion.startswith("taylor") else []
+        calibration = Calibration(self.program, batches, self.context.seed)
+        try:
+            return score(self.criterion, self.dimensions, calibration)
+        except (RuntimeError, TypeError, ValueError) as error:
+            if not batches:
+                raise
+            raise InputMismatch(
+                f"the model fails on the calibration data: {first_line(error)}",
+                hint="a batch is what the model takes, or a pair (inputs, targets)",
+            ) from error
+
+    def _batches(self) -> list[Batch]:
+        """The data; without any the example inputs."""
+        context = self.context
+        if context.data is None:
+            return [Batch(context.args, dict(context.kwargs), context.loss)]
+        some = itertools.islice(context.data, _BATCHES)
+        return [read_batch(batch, context.data_loss, len(context.args)) for batch in some]
+
+    def _problem(self, limits: Mapping[str, float], scores: Mapping[int, float]) -> WidthProblem:
+        options = self.options
+        dimensions = []
+        for dim in self.dimensions.all:
+            gains = sorted((scores[u] for u in dim.units), reverse=True)
+            least = max(1, int(np.ceil(options.min_keep * dim.width)))
+            dimensions.append(Dimension(dim.name, tuple(gains), least, step=options.round_to))
+        return WidthProblem(tuple(dimensions), tuple(self._cost(n, v) for n, v in limits.items()))
+
+    def _cost(self, name: str, limit: float) -> Cost:
+        if name == "flops":
+            return flops_cost(self.program, self.dimensions, limit)
+        return params_cost(self.dimensions, limit, in_bytes=name == "bytes")
+
+    def _allocated(self, problem: WidthProblem) -> Allocation:
+        self.context.progress(f"choosing widths ({self.scheme})")
+        if self.scheme == "uniform":
+            found = uniform(problem)
+        elif self.scheme == "global":
+            found = by_threshold(problem)
+        else:
+            limit, seed = self.context.time_limit, self.context.seed
+            found = allocate(problem, time_limit=limit, seed=seed, tolerance=_TOLERANCE)
+        if found.status == "infeasible":
+            raise self._infeasible(found, {c.name: c.limit for c in problem.costs})
+        return found
+
+    def _infeasible(self, found: Allocation, limits: Mapping[str, float]) -> BudgetInfeasible:
+        name, smallest = next(
+            (name, cost)
+            for (name, limit), cost in zip(limits.items(), found.costs, strict=True)
+            if cost > limit
+        )
+        frozen = [f"{axis.parameter} axis {axis.axis}, {axis.reason}" for axis in self._frozen()]
+        return BudgetInfeasible(
+            f"no pruning keeps {name} at {limits[name]:,.0f}",
+            field=name,
+            requested=limits[name],
+            smallest=smallest,
+            obstacle="; ".join(frozen[:5]) or "every dimension keeps a unit",
+            proven=found.status == "infeasible",
+        )
+
+    def _removed(self, allocation: Allocation, scores: Mapping[int, float]) -> frozenset[int]:
+        """All but the best units of each dimension; of equal ones the first stay."""
+        kept = []
+        for dim, width in zip(self.dimensions.all, allocation.widths, strict=True):
+            ranked = sorted(dim.units, key=lambda unit: -scores[unit])
+            kept.append(ranked[:width])
+        return self.dimensions.removed(kept)
+
+    def _check(self, small: Program, removed: frozenset[int]) -> None:
+        """Compare with the masked network on the example inputs, in eval mode."""
+        self.context.progress("comparing with the masked network")
+        twin = masked(self.program, self.analysis, removed)
+        expected = self._observe(twin)
+        worst = unequal(
+            expected,
+            self._observe(small),
+            {"outputs": _ROUNDING, "gradients": None, "buffers": None},
+            lambda: self._observe(twin),
+        )
+        if worst is not None:
+            raise VerificationError(
+                f"the pruned network differs from the masked one: {worst.name} by "
+                f"{worst.error:.3g} (relative)",
+                claim="outputs",
+                pass_name=Prune.name,
+                hint="this is a defect of a pruning rule; please report it",
+            )
+
+    def _observe(self, program: Program) -> Observation:
+        context = self.context
+        module = copy.deepcopy(program.emit())
+        return observe(
+            module, context.args, context.kwargs, training=False, loss=context.loss,
+            seed=context.seed,
+        )  # fmt: skip
+
+    def _slices(self, removed: frozenset[int]) -> Slices:
+        kept, shapes = {}, {}
+        names = _names(self.program)
+        for key, slot in self.analysis.slots.items():
+            places = _kept_places(self.analysis, slot.value.axes, removed)
+            for name in names.get(key, [slot.path]) if places else ():
+                kept[name], shapes[name] = places, tuple(slot.tensor.shape)
+        earlier = self.program.slices
+        full = None if earlier is not None else blank(self.program.emit())
+        return Slices(kept, shapes, full).after(earlier)
+
+    def _frozen(self) -> list[FrozenAxis]:
+        return [FrozenAxis(path, axis, str(why)) for path, axis, why in self.analysis.frozen()]
+
+    def _report(
+        self,
+        small: Program,
+        allocation: Allocation,
+        removed: frozenset[int],
+        problem: WidthProblem,
+        compensated: Sequence[str],
+    ) -> PruneReport:
+        before, after = _counted(self.program), _counted(small)
+        whole = sum(sum(d.gains) for d in problem.dimensions) or 1.0
+        slots = [slot for slot in self.analysis.slots.values() if slot.is_trained]
+        kept = {s.path: _kept_places(self.analysis, s.value.axes, removed) for s in slots}
+        return PruneReport(
+            **{f"{name}_before": count for name, count in before.items()},
+            **{f"{name}_after": count for name, count in after.items()},
+            criterion=self.criterion,
+            allocation=self.scheme,
+            value=allocation.value / whole,
+            bound=allocation.bound / whole if self.scheme == "solver" else None,
+            dimensions=tuple(
+                (d.name, d.width, w)
+                for d, w in zip(self.dimensions.all, allocation.widths, strict=True)
+            ),
+            frozen=tuple(self._frozen()),
+            kept={n: {str(a): p for a, p in axes.items()} for n, axes in kept.items() if axes},
+            compensated=tuple(dict.fromkeys(compensated)),
+        )
+
+
+def _counted(program: Program) -> dict[str, int]:
+    """FLOPs of one forward, parameters and their bytes."""
+    parameters = {id(p): p for p in program.skeleton.root.parameters()}.values()
+    return {
+        "flops": graph_flops(program.module.graph),
+        "params": sum(p.numel() for p in parameters),
+        "bytes": sum(p.numel() * p.element_size() for p in parameters),
+    }
+
+
+def _over(have: Mapping[str, int], limits: Mapping[str, float]) -> dict[str, float]:
+    """For each limit that is passed, by how much."""
+    return {name: have[name] / limit for name, limit in limits.items() if have[name] > limit}
+
+
+def _tightened(problem: WidthProblem, over: Mapping[str, float]) -> WidthProblem:
+    costs = [Cost(c.name, c.terms, c.limit / over.get(c.name, 1.0)) for c in problem.costs]
+    return WidthProblem(problem.dimensions, tuple(costs))
+
+
+def _names(program: Program) -> dict[int, list[str]]:
+    """All names of each parameter and buffer."""
+    names: dict[int, list[str]] = {}
+    root: nn.Module = program.skeleton.root
+    for name, tensor in itertools.chain(
+        root.named_parameters(remove_duplicate=False), root.named_buffers(remove_duplicate=False)
+    ):
+        names.setdefault(id(tensor), []).append(name)
+    return names
+
+
+def _kept_places(
+    analysis: Analysis, axes: Sequence[Any], removed: frozenset[int]
+) -> dict[int, tuple[int, ...]]:
+    """Axis -> places that stay, for axes that lose any."""
+    masks = {axis: analysis.units.kept(labels, removed) for axis, labels in enumerate(axes)}
+    return {
+        axis: tuple(np.flatnonzero(mask).tolist()) for axis, mask in masks.items() if not mask.all()
+    }
