@@ -1,7 +1,7 @@
 """Normalisations.
 
 Statistics that are taken over a removed axis would change.  The masked model has zeros there, so
-that they can be had from what is left: the sum over what is left is the sum over all, and the number
+that they can be had from what is left: the sum over what is left is that over all, and the number
 of places is known.  A norm that loses places is written out with the full number.
 
     y = layer_norm(x, (D,))  ->  m = sum(x) / D;  v = (sum((x - m)^2) + removed * m^2) / D
