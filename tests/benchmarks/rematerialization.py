@@ -7,7 +7,7 @@ Methods: eager; ``torch.utils.checkpoint`` around each block; the min-cut partit
 ``torch.compile`` (backend ``aot_eager_decomp_partition``) over a sweep of
 ``activation_memory_budget``; ``graphopt.optimize`` over a sweep of ``memory``, and the same with
 ``rematerialize`` alone, without the rewrites of ``share`` (method ``alone``), and with a gradient
-error of 1 % granted (method ``granted``). Bytes are the
+error granted (method ``granted``, ``--granted``). Bytes are the
 allocator's, above the start of a warmed-up step with gradients allocated. FLOPs are those of
 ``torch.utils.flop_counter``. Times are medians of paired ratios to eager; the min-cut backend
 decomposes normalisations and softmax into small ops, so its times say nothing about Inductor.
@@ -222,20 +222,24 @@ def _min_cut_flops(bench: Bench) -> int:
 
 
 def run_graphopt(
-    bench: Bench, budgets: Sequence[str], time_limit: float, method: str = "graphopt"
+    bench: Bench,
+    budgets: Sequence[str],
+    time_limit: float,
+    method: str = "graphopt",
+    granted: str = "1%",
 ) -> Iterator[Point]:
     """``graphopt.optimize`` over a sweep of memory budgets."""
     import graphopt
 
     passes = "canonicalize,rematerialize" if method == "alone" else None
-    granted = ",gradient_error=1%" if method == "granted" else ""
+    further = f",gradient_error={granted}" if method == "granted" else ""
 
     for budget in budgets:
         start = time.perf_counter()
         try:
             module = graphopt.optimize(
                 bench.fresh(),
-                f"memory={budget}{granted}",
+                f"memory={budget}{further}",
                 bench.args,
                 example_kwargs=bench.kwargs,
                 time_limit=time_limit,
@@ -317,7 +321,11 @@ def run(options: argparse.Namespace, say: Callable[[str], None]) -> list[Point]:
         }
         for ours in OURS:
             sources[ours] = lambda bench=bench, ours=ours: run_graphopt(
-                bench, _our_budgets(points, bench, options), options.time_limit, ours
+                bench,
+                _our_budgets(points, bench, options),
+                options.time_limit,
+                ours,
+                options.granted,
             )
         for method in options.methods:
             for point in sources[method]():
@@ -348,6 +356,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         choices=["checkpoint", "min-cut", *OURS],
     )
     parser.add_argument("--budgets", nargs="+", type=float, default=OUR_BUDGETS, help="per cent")
+    parser.add_argument("--granted", default="1%", help="gradient error of method granted")
     parser.add_argument("--min-cut", nargs="+", type=float, default=MIN_CUT_BUDGETS)
     parser.add_argument("--time-limit", type=float, default=30.0, help="seconds for each plan")
     parser.add_argument("--repeats", type=int, default=7, help="timed pairs of steps; 0: none")
