@@ -96,7 +96,7 @@ class _Flops:
         polynomial = self.dimensions.size(labels)
         return sympy.Add(
             *(
-                sympy.nsimplify(count) * sympy.Mul(*(self.symbols[d] for d in monomial))
+                _number(count) * sympy.Mul(*(self.symbols[d] for d in monomial))
                 for monomial, count in polynomial.items()
             )
         )
@@ -119,6 +119,11 @@ class _Flops:
         inside = tuple(sorted(self.dimensions.of(axes)))
         full = math.prod(self.dimensions.all[d].width for d in inside)
         return {inside: count / full}
+
+
+def _number(count: float) -> Any:
+    """A whole number where it is one."""
+    return sympy.Integer(round(count)) if abs(count - round(count)) < 1e-9 else sympy.Float(count)
 
 
 def _region(module: fx.GraphModule, node: fx.Node) -> fx.GraphModule | None:
