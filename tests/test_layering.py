@@ -20,6 +20,7 @@ FLOORS = {
     "cost": COST,
     "runtime": RUNTIME,
     "arguments": CORE,
+    "batches": CORE,
     "budget": CORE,
     "comparison": CORE,
     "graphcheck": CORE,
