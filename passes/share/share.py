@@ -150,7 +150,7 @@ class _Run:
                 return tried and Way(tried.rewrites, *tried.error, tuple(refused))
             refused += [ShareRefusal(node, "few bits", _IDLE) for node in sorted(tried.idle)]
             found = [choice for choice in found if choice.node not in tried.idle]
-        return Way(exact, refused=tuple(refused)) if refused else None
+        return Way(tuple(exact), refused=tuple(refused)) if refused else None
 
     def _longest(
         self,
