@@ -25,6 +25,7 @@ QUICK_DOUBLE = "super_resolution slices tied_autoencoder glu_conv group_channel_
 WIDE = """resnet18 resnext convnext efficientnet vgg vit_own attention_fused attention_rotary
     decoder_layer hf_bert hf_gpt2 hf_llama_gqa hf_llama_tied hf_t5 hf_whisper hf_mamba
     hf_swin""".split()
+SINGLE = "hf_llama_gqa hf_llama_tied hf_t5 hf_mamba".split()  # their norms cast to float32
 RECURRENT = "lstm gru lstm_bidirectional".split()  # the counter of PyTorch doesn't know them
 
 
@@ -163,14 +164,19 @@ def test_it_can_be_exported(case: Case) -> None:
 
 @pytest.mark.parametrize("name", marked(list(MODELS), QUICK_DOUBLE))
 def test_outputs_and_gradients_in_double_precision(name: str) -> None:
-    case = pruned(name, torch.float64)
-    assert distance(case.module, case.twin, case.args) <= 1e-10
-    _, args = converted(name, torch.float64, 3)
-    assert distance(case.module, case.twin, args) <= 1e-10
-    want, kept = gradients(case.twin, case.args), case.report["kept"]
-    for path, gradient in gradients(case.module, case.args).items():
-        expected = want[path]
-        for axis, places in kept.get(path, {}).items():
-            expected = expected.index_select(int(axis), torch.tensor(places))
-        scale = max(float(expected.abs().max()), 1e-6)
-        assert float((gradient - expected).abs().max()) <= 1e-8 * scale, path
+    case, exact = pruned(name, torch.float64), name not in SINGLE
+    for batch in (2, 3):
+        _, args = converted(name, torch.float64, batch)
+        assert distance(case.module, case.twin, args) <= (1e-10 if exact else 1e-5)
+    want, got = gradients(case.twin, case.args), gradients(case.module, case.args)
+    kept = case.report["kept"]
+    for names in aliases(case.model):
+        places = next((kept[name] for name in names if name in kept), {})
+        for path in set(names) & set(want):
+            expected = want[path]
+            for axis, at in places.items():
+                expected = expected.index_select(int(axis), torch.tensor(at))
+            scale = max(float(expected.abs().max()), 1e-6)
+            assert float((got[path] - expected).abs().max()) <= (1e-8 if exact else 1e-3) * scale, (
+                path
+            )
