@@ -1,0 +1,196 @@
+"""`prune` on awkward forms: what works, and what is known not to (strictly expected to fail)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import graphopt
+from graphopt.errors import VerificationError
+from tests.passes.prune.models import GatedMLP, TiedAutoencoder, mlp, randomise
+
+
+class Net(nn.Module):
+    """Some layers, and a function of them and the inputs."""
+
+    def __init__(self, function: Callable[..., Any], **layers: Any) -> None:
+        super().__init__()
+        self.function = function
+        for name, layer in layers.items():
+            setattr(self, name, layer)
+
+    def forward(self, *args: Tensor) -> Any:
+        return self.function(self, *args)
+
+
+def pruned(model: nn.Module, *args: Tensor, budget: str = "params=60%") -> Any:
+    torch.manual_seed(0)
+    randomise(model)
+    return graphopt.optimize(model.eval(), budget, example_inputs=args).eval()
+
+
+def assert_exact(module: Any, *args: Tensor, tolerance: float = 1e-5) -> None:
+    twin = module.report.masked_module().eval()
+    with torch.no_grad():
+        got, want = module(*args), twin(*args)
+    assert float((got - want).abs().max()) <= tolerance * float(want.abs().max())
+
+
+def free(module: Any, parameter: str, axis: int) -> bool:
+    frozen = module.report.to_dict()["prune"]["frozen"]
+    return not any(f["parameter"] == parameter and f["axis"] == axis for f in frozen)
+
+
+vectors, sequences = torch.randn(2, 16), torch.randn(2, 6, 16)
+
+
+def gram() -> Net:
+    """The products of all pairs of channels, as one long vector."""
+    pairs = lambda y: (y[:, :, None] * y[:, None, :]).flatten(1)  # noqa: E731
+    return Net(lambda s, x: s.o(pairs(s.a(x))), a=nn.Linear(16, 12), o=nn.Linear(144, 4))
+
+
+def overlapping() -> Net:
+    return Net(
+        lambda s, x: s.o((lambda y: y[:, :20] * y[:, 4:])(s.a(x))),
+        a=nn.Linear(16, 24), o=nn.Linear(20, 3),
+    )  # fmt: skip
+
+
+def hypernetwork() -> Net:
+    def forward(s: Any, x: Tensor) -> Tensor:
+        weights = s.g(x).view(-1, 24, 12)
+        return s.o(torch.bmm(weights, s.a(x)[:, :, None])[:, :, 0].relu())
+
+    return Net(forward, a=nn.Linear(16, 12), g=nn.Linear(16, 24 * 12), o=nn.Linear(24, 3))
+
+
+def groups_in_the_batch() -> Net:
+    """Heads are folded into the batch and come out again."""
+
+    def forward(s: Any, x: Tensor) -> Tensor:
+        b, t, _ = x.shape
+        y = s.a(x).view(b, t, 4, 8).transpose(1, 2).reshape(b * 4, t, 8)
+        y = torch.bmm((y @ y.transpose(1, 2)).softmax(-1), y)
+        return s.o(y.view(b, 4, t, 8).transpose(1, 2).reshape(b, t, 32))
+
+    return Net(forward, a=nn.Linear(16, 32), o=nn.Linear(32, 3))
+
+
+def stacked_weights() -> Net:
+    def forward(s: Any, x: Tensor) -> Tensor:
+        both = torch.stack([s.a.weight, s.b.weight])
+        return s.o(torch.einsum("bi,koi->bko", x, both).tanh().sum(1))
+
+    layers = {name: nn.Linear(16, 20, bias=False) for name in "ab"}
+    return Net(forward, **layers, o=nn.Linear(20, 3))
+
+
+@pytest.mark.parametrize(
+    ("make", "x"),
+    [(gram, vectors), (overlapping, vectors), (hypernetwork, vectors),
+     (groups_in_the_batch, sequences), (stacked_weights, vectors)],
+)  # fmt: skip
+def test_awkward_forms(make: Callable[[], Net], x: Tensor) -> None:
+    module = pruned(make().double(), x.double())
+    report = module.report.to_dict()["prune"]
+    assert report["params_after"] < 0.6 * report["params_before"]
+    assert_exact(module, x.double(), tolerance=1e-10)
+    assert_exact(module, torch.cat([x, x + 1, x * 2])[:5].double(), tolerance=1e-10)
+
+
+@pytest.mark.xfail(strict=True, reason="no cost has what no graph reads", raises=StopIteration)
+@pytest.mark.parametrize("allocation", ["uniform", "solver"])
+def test_parameters_that_nothing_reads_count_too(allocation: str) -> None:
+    model = Net(
+        lambda s, x: s.b(s.a(x).relu()),
+        a=nn.Linear(16, 64), b=nn.Linear(64, 4), unused=nn.Linear(8, 8),
+    )  # fmt: skip
+    randomise(model)
+    passes = f"prune{{params=60%,allocation={allocation}}}"
+    module = graphopt.optimize(model, passes=passes, example_inputs=(vectors,))
+    have, had = (sum(p.numel() for p in m.parameters()) for m in (module, model))
+    assert have <= 0.6 * had
+
+
+@pytest.mark.xfail(
+    strict=True, reason="verified to 1e-5 whatever the type", raises=VerificationError
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_norms_written_out_in_half_precision(dtype: torch.dtype) -> None:
+    x = torch.randn(4, 6, 8).to(dtype)
+    assert_exact(pruned(GatedMLP().to(dtype), x, budget="flops=50%"), x, tolerance=0.05)
+
+
+def ratio(s: Any, x: Tensor) -> Tensor:
+    return s.o(s.a(x) / s.b(x))
+
+
+def logarithm(s: Any, x: Tensor) -> Tensor:
+    return s.o(s.a(x).abs().log() + s.b(x))
+
+
+def standardised(s: Any, x: Tensor) -> Tensor:
+    y = s.a(x) + s.b(x)
+    return s.o((y - y.mean(1, keepdim=True)) / y.std(1, keepdim=True))
+
+
+@pytest.mark.xfail(strict=True, reason="zeros that are removed give NaN", raises=VerificationError)
+@pytest.mark.parametrize("function", [ratio, logarithm, standardised])
+def test_what_is_not_finite_for_zeros_is_kept(function: Callable[..., Tensor]) -> None:
+    wide = {"a": mlp(16, 48, 32), "b": mlp(16, 48, 32)}
+    model = Net(function, **wide, o=nn.Linear(32, 3)).double()
+    module = pruned(model, sequences.double(), budget="params=80%")
+    assert_exact(module, sequences.double(), tolerance=1e-8)
+
+
+@pytest.mark.xfail(strict=True, reason="of a tied parameter another name is reported")
+def test_tied_parameters_are_reported_as_pytorch_names_them() -> None:
+    model = Net(lambda s, i: s.b(s.a(i)), a=nn.Embedding(16, 32), b=nn.Linear(32, 16, bias=False))
+    model.b.weight = model.a.weight
+    report = pruned(model, torch.randint(0, 16, (2, 5))).report.to_dict()["prune"]
+    assert {f["parameter"] for f in report["frozen"]} | set(report["kept"]) == {"a.weight"}
+
+
+def test_transposed_weights_stay_tied() -> None:
+    module = pruned(TiedAutoencoder(), torch.randn(3, 20), budget="flops=50%")
+    assert len(list(module.parameters())) == len(list(TiedAutoencoder().parameters()))
+
+
+def ellipsis(s: Any, x: Tensor) -> Tensor:
+    return s.o(torch.einsum("...i,oi->...o", x, s.a[0].weight) + s.a[0].bias)
+
+
+def spectrum(s: Any, x: Tensor) -> Tensor:
+    y = s.a(x)
+    return s.o(y + torch.fft.fft(y, dim=1).real)
+
+
+def permuted(s: Any, x: Tensor) -> Tensor:
+    return s.o(s.a(x)[..., torch.arange(31, -1, -1)])
+
+
+def rolled(s: Any, x: Tensor) -> Tensor:
+    return s.o(s.a(x).roll(4, -1))
+
+
+@pytest.mark.slow
+@pytest.mark.xfail(strict=True, reason="no rule for this form", raises=AssertionError)
+@pytest.mark.parametrize("function", [ellipsis, spectrum, permuted, rolled])
+def test_axes_that_could_go(function: Callable[..., Tensor]) -> None:
+    model = Net(function, a=mlp(16, 32), o=nn.Linear(32, 3), c=mlp(16, 48, 3))
+    body = Net(lambda s, x: s.net(x) + s.net.c(x), net=model)
+    module = pruned(body, sequences, budget="params=85%")
+    assert_exact(module, sequences)
+    assert free(module, "net.a.0.weight", 0)
+
+
+@pytest.mark.slow
+@pytest.mark.xfail(strict=True, reason="no rule for embedding_bag", raises=AssertionError)
+def test_the_width_of_an_embedding_bag_could_go() -> None:
+    model = Net(lambda s, i: s.o(s.e(i)), e=nn.EmbeddingBag(20, 24), o=mlp(24, 32, 3))
+    assert free(pruned(model, torch.randint(0, 20, (2, 6))), "e.weight", 1)
