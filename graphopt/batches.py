@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -18,12 +17,21 @@ class Batch:
     Attributes:
         args: Positional inputs of the model.
         kwargs: Keyword inputs.
-        loss: The loss of the outputs on this batch, its targets filled in, or None.
+        criterion: The loss, of outputs and targets where there are targets, or None.
+        targets: The targets, or None.
     """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    loss: Callable[[Any], Any] | None
+    criterion: Callable[..., Any] | None = None
+    targets: Any = None
+
+    def loss(self, outputs: Any, default: Callable[[Any], Any]) -> Any:
+        """The loss of the outputs; the default's where none was given."""
+        if self.criterion is None:
+            return default(outputs)
+        given = () if self.targets is None else (self.targets,)
+        return self.criterion(outputs, *given)
 
 
 def read_batch(batch: Any, loss: Callable[..., Any] | None, arguments: int) -> Batch:
@@ -36,20 +44,16 @@ def read_batch(batch: Any, loss: Callable[..., Any] | None, arguments: int) -> B
         loss: ``loss(outputs)``, ``loss(outputs, targets)`` or None.
         arguments: How many positional inputs the model takes.
     """
+    targets = None
     pair = isinstance(batch, (tuple, list)) and len(batch) == 2
     if loss is not None and takes_targets(loss):
         batch, targets = batch
-        loss = functools.partial(_of_targets, loss, targets)
     elif loss is None and pair and arguments != 2:
         batch, _ = batch
     if isinstance(batch, Mapping):
-        return Batch((), dict(batch), loss)
+        return Batch((), dict(batch), loss, targets)
     args = tuple(batch) if isinstance(batch, (tuple, list)) else (batch,)
-    return Batch(args, {}, loss)
-
-
-def _of_targets(loss: Callable[..., Any], targets: Any, outputs: Any) -> Any:
-    return loss(outputs, targets)
+    return Batch(args, {}, loss, targets)
 
 
 def takes_targets(loss: Callable[..., Any]) -> bool:

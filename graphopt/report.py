@@ -153,7 +153,8 @@ class PruneReport:
         bytes_after: The same afterwards.
         criterion: How units were ranked.
         allocation: How widths were chosen.
-        value: The criterion's sum over what is kept, as a share of the whole.
+        value: The criterion's sum over what is kept, as a share of what there was; with several
+            rounds of the last one.
         bound: Proven upper bound on ``value`` for this budget; None where nothing was proven.
         dimensions: Name, full width and width of each prunable dimension.
         frozen: Axes that can't be pruned, and why.

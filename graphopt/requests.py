@@ -86,7 +86,21 @@ class _WithTargets:
     targets: Any
 
     def __call__(self, outputs: Any) -> Any:
-        return self.loss(outputs, self.targets)
+        return self.loss(outputs, _first(self.targets, outputs))
+
+
+def _first(targets: Any, outputs: Any) -> Any:
+    """As many targets as there are outputs, where the batch that they are of is larger."""
+    sizes = [
+        t.shape[0] for t in pytree.tree_leaves(outputs) if isinstance(t, torch.Tensor) and t.dim()
+    ]
+    size = sizes[0] if sizes else 0
+
+    def fewer(value: Any) -> Any:
+        longer = isinstance(value, torch.Tensor) and value.dim() and value.shape[0] > size > 0
+        return value[:size] if longer else value
+
+    return pytree.tree_map(fewer, targets)
 
 
 def option_names(cls: type[Pass]) -> set[str]:

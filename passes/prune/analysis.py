@@ -54,6 +54,7 @@ class Analysis:
         values: What is known of each node of all graphs.
         consumed: Identities of the label arrays that a product sums over.
         compensates: Whether norms may lose places of the axes that they normalise.
+        names: The first name of each parameter, by its identity.
     """
 
     units: Units = field(default_factory=Units)
@@ -61,6 +62,7 @@ class Analysis:
     values: dict[fx.Node, Result] = field(default_factory=dict)
     consumed: set[int] = field(default_factory=set)
     compensates: bool = True
+    names: dict[int, str] = field(default_factory=dict)
 
     def slot(self, path: str, tensor: torch.Tensor) -> Slot:
         """The slot of a tensor; a tied one has one."""
@@ -70,7 +72,8 @@ class Analysis:
                 self.units.fresh(n) if n > 1 else np.zeros(n, dtype=np.int64) for n in tensor.shape
             )
             trained = isinstance(tensor, nn.Parameter)
-            found = Slot(path, tensor, Value(axes, (trained,) * len(axes)))
+            name = self.names.get(id(tensor), path)
+            found = Slot(name, tensor, Value(axes, (trained,) * len(axes)))
             self.slots[id(tensor)] = found
         return found
 
@@ -90,7 +93,8 @@ def analyse(program: Program, *, compensates: bool = True) -> Analysis:
         program: The program.
         compensates: Whether norms may lose places of the axes that they normalise.
     """
-    analysis = Analysis(compensates=compensates)
+    names = {id(p): name for name, p in program.skeleton.root.named_parameters()}
+    analysis = Analysis(compensates=compensates, names=names)
     for module in (program.module, program.eval_module):
         if module is not None:
             _Walk(analysis, module).run()

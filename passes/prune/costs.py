@@ -25,9 +25,14 @@ def flops_cost(program: Program, dimensions: Dimensions, limit: float) -> Cost:
     return _cost("flops", _Flops(dimensions).of(program.module), limit)
 
 
-def params_cost(dimensions: Dimensions, limit: float, *, in_bytes: bool = False) -> Cost:
-    """Parameters, or their bytes; tied ones count once."""
+def params_cost(
+    program: Program, dimensions: Dimensions, limit: float, *, in_bytes: bool = False
+) -> Cost:
+    """Parameters, or their bytes; tied ones count once, and those that nothing reads as well."""
     total: Polynomial = defaultdict(float)
+    for parameter in program.skeleton.root.parameters():
+        if id(parameter) not in dimensions.analysis.slots:
+            total[()] += parameter.numel() * (parameter.element_size() if in_bytes else 1)
     for slot in dimensions.analysis.slots.values():
         if slot.is_trained:
             scale = slot.tensor.element_size() if in_bytes else 1

@@ -18,7 +18,7 @@ from graphopt.ir.program import Program
 from graphopt.passes.prune.analysis import Slot
 from graphopt.passes.prune.dimensions import Dimensions
 
-Criterion = Literal["l2", "bn_scale", "taylor", "taylor2", "random"]
+Criterion = Literal["l2", "bn_scale", "taylor", "taylor2", "distortion", "random"]
 Scores = dict[int, float]
 Elementwise = Callable[[Slot], Tensor]
 
@@ -47,7 +47,10 @@ def score(criterion: Criterion, dimensions: Dimensions, calibration: Calibration
             dimension. ``bn_scale``: the same of its normalisations' weights alone, where there are
             any (Liu et al. 2017). ``taylor``: ``E |sum w g|``, ``taylor2``: ``E (sum w g)^2`` over
             the weights that read the unit, g the loss's gradient on a batch (Molchanov et al.
-            2019): what the loss would change by to first order. ``random``: uniform.
+            2019): what the loss would change by to first order. ``distortion``: ranked as by
+            ``l2``; widths are then chosen by measured curves
+            (`graphopt.passes.prune.distortion`).
+            ``random``: uniform.
         dimensions: The dimensions.
         calibration: Data, for those criteria that look at it.
 
@@ -169,9 +172,8 @@ def _gradients(calibration: Calibration) -> Iterator[dict[str, Tensor]]:
     names = {name: p for name, p in module.named_parameters() if p.is_floating_point()}
     wanted = {name: p for name, p in names.items() if p.requires_grad} or names
     for batch in calibration.batches:
-        loss = batch.loss or probe_loss
         with torch.random.fork_rng(devices=[]), torch.enable_grad():
             torch.manual_seed(calibration.seed)
-            value = loss(module(*batch.args, **batch.kwargs))
+            value = batch.loss(module(*batch.args, **batch.kwargs), probe_loss)
             found = torch.autograd.grad(value, list(wanted.values()), allow_unused=True)
         yield {n: g for n, g in zip(wanted, found, strict=True) if g is not None}

@@ -5,6 +5,8 @@ Axes of the same place are one axis; an axis of size 1 that is broadcast couples
 
 from __future__ import annotations
 
+import functools
+import math
 from typing import Any
 
 import torch
@@ -62,36 +64,57 @@ def pointwise(call: Call) -> Result:
         labels = whole[0][0].axes[whole[0][1]]
         for value, place in whole[1:]:
             call.unify(labels, value.axes[place], "it meets an axis that keeps its size")
-        axes.append(labels)
         zero.append(_is_zero(call, axis, rank))
+        if not zero[-1] and _breaks(call, axis, rank):
+            call.freeze(labels, "zeros in place of what is removed would give no number")
+        axes.append(labels)
     return Value(tuple(axes), tuple(zero))
+
+
+def _along(call: Call, argument: Any, axis: int, rank: int) -> bool:
+    """Whether an argument is zero where an axis of the output is removed."""
+    value = call.value(argument)
+    if not isinstance(value, Value):
+        return not isinstance(argument, fx.Node) and value == 0
+    place = axis - rank + len(value.axes)
+    return place >= 0 and len(value.axes[place]) != 1 and value.zero[place]
 
 
 def _is_zero(call: Call, axis: int, rank: int) -> bool:
     """Whether the output is zero where an axis is removed."""
     packet = call.node.target.overloadpacket  # type: ignore[union-attr]
-
-    def along(argument: Any) -> bool:
-        value = call.value(argument)
-        if not isinstance(value, Value):
-            return not isinstance(argument, fx.Node) and value == 0
-        place = axis - rank + len(value.axes)
-        return place >= 0 and len(value.axes[place]) != 1 and value.zero[place]
-
+    along = functools.partial(_along, call, axis=axis, rank=rank)
     arguments = call.node.args
     if packet in _PRODUCTS:
         return any(map(along, arguments[:2]))
-    if packet in _QUOTIENTS or packet in _DROPOUTS:
+    if packet in _QUOTIENTS:
+        return along(arguments[0]) and not along(arguments[1])
+    if packet in _DROPOUTS:
         return along(arguments[0])
     if packet in _CHOICES:
         chosen = arguments[1:] if packet is aten.where else (arguments[0], call.raw("value"))
         return len(chosen) > 0 and all(map(along, chosen))
-    tensors = [a for a in call.node.all_input_nodes if isinstance(call.values.get(a), Value)]
-    return all(map(along, tensors)) and _keeps_zero(call)
+    return all(map(along, _tensors(call))) and _of_zeros(call) == 0
 
 
-def _keeps_zero(call: Call) -> bool:
-    """Whether an operator gives zero for zeros: it is asked."""
+def _breaks(call: Call, axis: int, rank: int) -> bool:
+    """Whether the output is no finite number where an axis is removed."""
+    packet = call.node.target.overloadpacket  # type: ignore[union-attr]
+    along = functools.partial(_along, call, axis=axis, rank=rank)
+    if packet in _QUOTIENTS:
+        return along(call.node.args[1])
+    if not all(map(along, _tensors(call))):
+        return False
+    made = _of_zeros(call)
+    return made is not None and not math.isfinite(made)
+
+
+def _tensors(call: Call) -> list[fx.Node]:
+    return [a for a in call.node.all_input_nodes if isinstance(call.values.get(a), Value)]
+
+
+def _of_zeros(call: Call) -> float | None:
+    """What an operator gives for zeros: it is asked; None where that can't be told."""
     try:
         rank = max(len(value.axes) for value in call.inputs)
 
@@ -101,9 +124,9 @@ def _keeps_zero(call: Call) -> bool:
 
         args, kwargs = fx.map_arg((call.node.args, call.node.kwargs), zeros)
         with torch.no_grad():
-            return not bool(call.node.target(*args, **kwargs).any())  # type: ignore[operator]
+            return float(call.node.target(*args, **kwargs).abs().max())  # type: ignore[operator]
     except Exception:  # an argument that is no tensor, or no kernel for these: nothing is known
-        return False
+        return None
 
 
 @rule(aten.prelu)

@@ -7,6 +7,7 @@ where a parameter is one of the factors, or a value made from parameters of what
 from __future__ import annotations
 
 import math
+import string
 from typing import Any
 
 import numpy as np
@@ -114,9 +115,9 @@ def _outer(call: Call) -> Result:
 @rule(aten.einsum)
 def _einsum(call: Call) -> Result:
     """One letter is one axis; a letter that the result lacks is summed over."""
-    terms, result = _terms(call.raw("equation"), len(call.shape))
     operands = call["tensors"]
-    if terms is None or any(len(t) != len(v.axes) for t, v in zip(terms, operands, strict=True)):
+    terms, result = _terms(call.raw("equation"), [len(value.axes) for value in operands])
+    if any(len(t) != len(v.axes) for t, v in zip(terms, operands, strict=True)):
         return call.opaque("there is no rule for this form of einsum")
     places: dict[str, list[tuple[Value, int]]] = {}
     for term, value in zip(terms, operands, strict=True):
@@ -135,15 +136,22 @@ def _einsum(call: Call) -> Result:
     return Value(tuple(axes), tuple(zero))
 
 
-def _terms(equation: str, rank: int) -> tuple[list[str] | None, str]:
-    equation = equation.replace(" ", "")
-    if "." in equation:
-        return None, ""
-    left, arrow, result = equation.partition("->")
+def _terms(equation: str, ranks: list[int]) -> tuple[list[str], str]:
+    """The letters of each operand and of the result; further axes (``...``) get letters too."""
+    left, arrow, result = equation.replace(" ", "").partition("->")
+    terms = left.split(",")
     if not arrow:
-        letters = left.replace(",", "")
-        result = "".join(sorted(c for c in set(letters) if letters.count(c) == 1))
-    return left.split(","), result
+        letters = left.replace(",", "").replace(".", "")
+        single = "".join(sorted(c for c in set(letters) if letters.count(c) == 1))
+        result = "..." * ("..." in left) + single
+    spare = "".join(c for c in string.ascii_letters if c not in equation)
+    further = [rank - len(t) + 3 for t, rank in zip(terms, ranks, strict=True) if "..." in t]
+    spare = spare[: max(further, default=0)]
+    filled = [
+        t.replace("...", spare[len(spare) - (rank - len(t) + 3) :] if "..." in t else "")
+        for t, rank in zip(terms, ranks, strict=True)
+    ]
+    return filled, result.replace("...", spare)
 
 
 _CONVOLUTIONS = known(aten, "conv1d", "conv2d", "conv3d")

@@ -28,6 +28,8 @@ _OTHERS = known(
     aten, "amax", "amin", "max", "min", "argmax", "argmin", "prod", "var", "std", "var_mean",
     "std_mean", "logsumexp", "any", "all", "median", "mode", "count_nonzero",
 )  # fmt: skip
+# Of zeros they don't give zero.
+_NOT_OF_ZEROS = known(aten, "logsumexp", "all")
 _ALONG = known(
     aten, "softmax", "_softmax", "log_softmax", "_log_softmax", "cumsum", "cumprod", "cummax",
     "logcumsumexp", "sort", "topk", "argsort", "softmin", "diff", "renorm", "glu_jvp",
@@ -95,7 +97,8 @@ def _other(call: Call) -> Result:
     dims = _dims(call, len(x.axes))
     for axis in dims:
         call.freeze(x.axes[axis], "it is reduced, and every place of it counts")
-    return _reduced(call, x, dims, zero=False)
+    packet = call.node.target.overloadpacket  # type: ignore[union-attr]
+    return _reduced(call, x, dims, zero=packet not in _NOT_OF_ZEROS)
 
 
 @rule(*_ALONG)

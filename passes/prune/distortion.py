@@ -1,0 +1,125 @@
+"""Rate-distortion curves: what the outputs lose when one dimension alone gets narrower.
+
+First-order scores of single units add up badly: a layer whose units each matter little may be the
+only way through the network.  So widths are chosen by measured curves: each dimension in turn keeps
+its best units only, all others keep everything, and the outputs move by so much.  That these losses
+add up over dimensions is the one assumption left (as in RD-ViT-Prune; Akimoto et al. 2024).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from graphopt.batches import Batch
+from graphopt.ir.program import Program
+from graphopt.passes.prune.dimensions import Dimension, Dimensions
+from graphopt.pipeline import Progress
+
+# Widths at which each curve is measured, as shares of the full width.
+_GRID = (0.0, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875)
+
+
+class Distortion:
+    """Measures how far outputs move when units are masked."""
+
+    def __init__(self, program: Program, dimensions: Dimensions, batches: Sequence[Batch]) -> None:
+        self.module = program.emit().eval()
+        self.dimensions, self.batches = dimensions, batches
+        self.tensors = {
+            id(slot): self.module.get_parameter(slot.path)
+            for slot in dimensions.analysis.slots.values()
+            if slot.is_trained
+        }
+        self.exact = [self._outputs(batch) for batch in batches]
+
+    def curves(
+        self, scores: Mapping[int, float], progress: Progress
+    ) -> list[tuple[list[int], list[float]]]:
+        """For each dimension widths, rising, and the distortion at each.
+
+        Args:
+            scores: Which units of a dimension go first: those of the lowest scores.
+            progress: Told what goes on.
+        """
+        found = []
+        for index, dim in enumerate(self.dimensions.all):
+            progress(f"measuring {dim.name}", index / len(self.dimensions.all))
+            widths = sorted({max(1, round(share * dim.width)) for share in _GRID} - {dim.width})
+            ranked = sorted(dim.units, key=lambda unit: -scores[unit])
+            losses = [self.of(frozenset(ranked[width:])) for width in widths]
+            found.append(([*widths, dim.width], [*losses, 0.0]))
+        return found
+
+    @torch.no_grad()
+    def of(self, removed: frozenset[int]) -> float:
+        """Squared distance of the outputs from the full network's, relative to their spread."""
+        with self._masked(removed):
+            return sum(
+                _distance(exact, self._outputs(batch))
+                for exact, batch in zip(self.exact, self.batches, strict=True)
+            ) / len(self.batches)
+
+    @contextmanager
+    def _masked(self, removed: frozenset[int]) -> Iterator[None]:
+        """All parameters of some units zero, for a while."""
+        saved: list[tuple[nn.Parameter, Tensor]] = []
+        try:
+            for slot in self.dimensions.analysis.slots.values():
+                gone = [
+                    (axis, np.flatnonzero(~self.dimensions.units.kept(labels, removed)))
+                    for axis, labels in enumerate(slot.value.axes)
+                    if slot.is_trained
+                ]
+                if any(len(places) for _, places in gone):
+                    parameter = self.tensors[id(slot)]
+                    saved.append((parameter, parameter.detach().clone()))
+                    for axis, places in gone:
+                        parameter.index_fill_(axis, torch.from_numpy(places), 0)
+            yield
+        finally:
+            for parameter, values in saved:
+                parameter.copy_(values)
+
+    @torch.no_grad()
+    def _outputs(self, batch: Batch) -> list[Tensor]:
+        leaves = pytree.tree_leaves(self.module(*batch.args, **batch.kwargs))
+        return [t.double() for t in leaves if isinstance(t, Tensor) and t.is_floating_point()]
+
+
+def _distance(exact: Sequence[Tensor], got: Sequence[Tensor]) -> float:
+    return sum(
+        float((a - b).square().sum() / (a - a.mean()).square().sum().clamp_min(1e-30))
+        for a, b in zip(exact, got, strict=True)
+    )
+
+
+def gains(dim: Dimension, widths: Sequence[int], losses: Sequence[float]) -> tuple[float, ...]:
+    """What each unit more is worth, falling: the slopes of the curve's lower convex hull.
+
+    Args:
+        dim: The dimension.
+        widths: Where the curve was measured, rising; the last is the full width.
+        losses: The distortion at each.
+    """
+    hull: list[tuple[int, float]] = []
+    highest = [*np.maximum.accumulate(losses[::-1])[::-1]]
+    start = (0, float(highest[0]) + abs(float(highest[0])) * widths[0])
+    for point in (start, *zip(widths, map(float, highest), strict=True)):
+        while len(hull) > 1 and _slope(hull[-2], point) <= _slope(hull[-2], hull[-1]):
+            hull.pop()
+        hull.append(point)
+    result: list[float] = []
+    for left, right in zip(hull, hull[1:], strict=False):
+        result += [max(0.0, -_slope(left, right))] * (right[0] - left[0])
+    assert len(result) == dim.width
+    return tuple(sorted(result, reverse=True))
+
+
+def _slope(left: tuple[int, float], right: tuple[int, float]) -> float:
+    return (right[1] - left[1]) / (right[0] - left[0])
