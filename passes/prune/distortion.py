@@ -8,6 +8,7 @@ add up over dimensions is the one assumption left (as in RD-ViT-Prune; Akimoto e
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -115,7 +116,7 @@ def gains(dim: Dimension, widths: Sequence[int], losses: Sequence[float]) -> tup
             hull.pop()
         hull.append(point)
     result: list[float] = []
-    for left, right in zip(hull, hull[1:], strict=False):
+    for left, right in itertools.pairwise(hull):
         result += [max(0.0, -_slope(left, right))] * (right[0] - left[0])
     assert len(result) == dim.width
     return tuple(sorted(result, reverse=True))

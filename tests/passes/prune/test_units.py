@@ -89,7 +89,8 @@ def test_everything_that_was_said_holds_in_the_end(steps: list[tuple[int, int, i
             axes.append(units.merge(one, other))
             facts.append(("merged", axes[-1], one, other))
         elif kind == 2:
-            outer = [d for d in range(1, len(one) + 1) if len(one) % d == 0][j % 3 - 1]
+            divisors = [d for d in range(1, len(one) + 1) if len(one) % d == 0]
+            outer = divisors[j % len(divisors)]
             parts = units.split(one, outer, len(one) // outer, WHY)
             axes += parts
             facts.append(("merged", one, *parts))
