@@ -191,9 +191,13 @@ class _Run:
                 raise self._infeasible(allocation, limits)
             problem = _tightened(problem, over)
 
+    @cached_property
+    def _full(self) -> dict[str, int]:
+        return _counted(self.program)
+
     def _share(self, cost: Cost) -> float:
         """A limit as a share of what the program has, at most all of it."""
-        return min(1.0, cost.limit / (_counted(self.program)[cost.name] or 1))
+        return min(1.0, cost.limit / (self._full[cost.name] or 1))
 
     def _freeze(self) -> None:
         patterns = self.options.freeze.split()
@@ -204,9 +208,8 @@ class _Run:
                         self.analysis.units.freeze(labels, Reason(f"freeze={pattern}"))
 
     def _limits(self) -> dict[str, float]:
-        have = _counted(self.program)
-        asked = {name: getattr(self.options, name) for name in have}
-        return {name: q.of(have[name]) for name, q in asked.items() if q is not None}
+        asked = {name: getattr(self.options, name) for name in self._full}
+        return {name: q.of(self._full[name]) for name, q in asked.items() if q is not None}
 
     def _scores(self, alive: Sequence[Sequence[int]]) -> dict[int, float]:
         """What each unit is worth where only some are left."""
@@ -341,7 +344,7 @@ class _Run:
 
     def _report(self, small: Program, chosen: _Chosen, compensated: Sequence[str]) -> PruneReport:
         removed, allocation = chosen.removed, chosen.allocation
-        before, after = _counted(self.program), _counted(small)
+        before, after = self._full, _counted(small)
         whole = sum(sum(d.gains) for d in chosen.problem.dimensions) or 1.0
         slots = [slot for slot in self.analysis.slots.values() if slot.is_trained]
         kept = {s.path: _kept_places(self.analysis, s.value.axes, removed) for s in slots}
