@@ -240,12 +240,11 @@ def _gather(call: Call) -> Result:
     axis = axis_of(call.raw("dim"), len(x.axes))
     call.freeze(x.axes[axis], "it is indexed by data")
     for other, labels in enumerate(picked.axes):
-        if other != axis:
-            call.units.unify(
-                labels, x.axes[other][: len(labels)], call.why("it is indexed by data")
-            ) if len(labels) == len(x.axes[other]) else call.freeze(
-                x.axes[other], "a part of it is indexed"
-            )
+        if other == axis:
+            continue
+        call.unify(labels, x.axes[other], "it is indexed by data")
+        if len(labels) != len(x.axes[other]):
+            call.freeze(x.axes[other], "a part of it is indexed")
     zero = tuple(i == axis or x.zero[i] for i in range(len(x.axes)))
     return Value(picked.axes, zero)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Iterator
 from typing import Any
 
@@ -94,9 +95,6 @@ def blocks(before: Sizes, after: Sizes) -> Iterator[tuple[list[int], list[int]]]
                 (mine if left < right else theirs).extend(rest)
                 i, j = len(before), len(after)
                 break
-        if not mine or not theirs:  # axes of size 1 at the end
-            yield mine, theirs
-            continue
         yield mine, theirs
 
 
@@ -264,8 +262,6 @@ def _adapt_numel(edit: Edit) -> None:
 
 
 def _scale(edit: Edit, times: int, over: int) -> None:
-    import operator
-
     with edit.graph.inserting_after(edit.node):
         scaled = edit.graph.call_function(operator.mul, (edit.node, times))
     with edit.graph.inserting_after(scaled):
