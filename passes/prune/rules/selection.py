@@ -230,7 +230,7 @@ def _index_select(call: Call) -> Result:
     x, places = call["self"], call["index"]
     axis = axis_of(call.raw("dim"), len(x.axes))
     call.freeze(x.axes[axis], "it is indexed by data")
-    return replaced(x, axis, places.axes[0])
+    return replaced(x, axis, places.axes[0], zero=False)
 
 
 @rule(aten.gather, *known(aten, "take_along_dim"))
@@ -245,7 +245,7 @@ def _gather(call: Call) -> Result:
         call.unify(labels, x.axes[other], "it is indexed by data")
         if len(labels) != len(x.axes[other]):
             call.freeze(x.axes[other], "a part of it is indexed")
-    zero = tuple(i == axis or x.zero[i] for i in range(len(x.axes)))
+    zero = tuple(i != axis and x.zero[i] for i in range(len(x.axes)))
     return Value(picked.axes, zero)
 
 
