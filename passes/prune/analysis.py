@@ -77,6 +77,15 @@ class Analysis:
             self.slots[id(tensor)] = found
         return found
 
+    def kept(self, slot: Slot, removed: frozenset[int]) -> dict[int, tuple[int, ...]]:
+        """For each axis of a slot that loses any places, those that stay."""
+        masks = [self.units.kept(labels, removed) for labels in slot.value.axes]
+        return {
+            axis: tuple(np.flatnonzero(mask).tolist())
+            for axis, mask in enumerate(masks)
+            if not mask.all()
+        }
+
     def frozen(self) -> Iterator[tuple[str, int, Reason]]:
         """Axes of parameters of which nothing can be removed, and why."""
         for slot in self.slots.values():

@@ -179,7 +179,7 @@ class Chooser:
         if self.criterion != "distortion":
             return [tuple(scores[unit] for unit in units) for units in ranked]
         measured = Distortion(self.program, self.dimensions, self._batches)
-        curves = measured.curves(scores, self.context.progress)
+        curves = measured.curves(ranked, self.context.progress)
         return [
             curve_gains(dim, *curve) for dim, curve in zip(self.dimensions.all, curves, strict=True)
         ]

@@ -9,7 +9,7 @@ add up over dimensions is the one assumption left (as in RD-ViT-Prune; Akimoto e
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 from graphopt.batches import Batch
 from graphopt.ir.program import Program
 from graphopt.passes.prune.dimensions import Dimension, Dimensions
+from graphopt.passes.prune.rewrite import zero_
 from graphopt.pipeline import Progress
 
 # Widths at which each curve is measured, as shares of the full width.
@@ -32,28 +33,27 @@ class Distortion:
     def __init__(self, program: Program, dimensions: Dimensions, batches: Sequence[Batch]) -> None:
         self.module = program.emit().eval()
         self.dimensions, self.batches = dimensions, batches
-        self.tensors = {
-            id(slot): self.module.get_parameter(slot.path)
+        self.parameters = [
+            (slot, self.module.get_parameter(slot.path))
             for slot in dimensions.analysis.slots.values()
             if slot.is_trained
-        }
+        ]
         self.exact = [self._outputs(batch) for batch in batches]
 
     def curves(
-        self, scores: Mapping[int, float], progress: Progress
+        self, ranked: Sequence[Sequence[int]], progress: Progress
     ) -> list[tuple[list[int], list[float]]]:
         """For each dimension widths, rising, and the distortion at each.
 
         Args:
-            scores: Which units of a dimension go first: those of the lowest scores.
+            ranked: The units of each dimension, those that go last first.
             progress: Told what goes on.
         """
         found = []
-        for index, dim in enumerate(self.dimensions.all):
+        for index, (dim, units) in enumerate(zip(self.dimensions.all, ranked, strict=True)):
             progress(f"measuring {dim.name}", index / len(self.dimensions.all))
             widths = sorted({max(1, round(share * dim.width)) for share in _GRID} - {dim.width})
-            ranked = sorted(dim.units, key=lambda unit: -scores[unit])
-            losses = [self.of(frozenset(ranked[width:])) for width in widths]
+            losses = [self.of(frozenset(units[width:])) for width in widths]
             found.append(([*widths, dim.width], [*losses, 0.0]))
         return found
 
@@ -71,17 +71,11 @@ class Distortion:
         """All parameters of some units zero, for a while."""
         saved: list[tuple[nn.Parameter, Tensor]] = []
         try:
-            for slot in self.dimensions.analysis.slots.values():
-                gone = [
-                    (axis, np.flatnonzero(~self.dimensions.units.kept(labels, removed)))
-                    for axis, labels in enumerate(slot.value.axes)
-                    if slot.is_trained
-                ]
-                if any(len(places) for _, places in gone):
-                    parameter = self.tensors[id(slot)]
+            for slot, parameter in self.parameters:
+                kept = self.dimensions.analysis.kept(slot, removed)
+                if kept:
                     saved.append((parameter, parameter.detach().clone()))
-                    for axis, places in gone:
-                        parameter.index_fill_(axis, torch.from_numpy(places), 0)
+                    zero_(parameter, kept)
             yield
         finally:
             for parameter, values in saved:

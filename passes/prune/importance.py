@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -20,7 +20,6 @@ from graphopt.passes.prune.dimensions import Dimensions
 
 Criterion = Literal["l2", "bn_scale", "taylor", "taylor2", "distortion", "random"]
 Scores = dict[int, float]
-Elementwise = Callable[[Slot], Tensor]
 
 
 @dataclass(frozen=True)
@@ -78,23 +77,21 @@ def score(criterion: Criterion, dimensions: Dimensions, calibration: Calibration
 
 def _magnitudes(dimensions: Dimensions, scales: bool) -> Scores:
     """Root mean square of the weights of each unit."""
-    total, count = _sums(dimensions, lambda s: s.tensor.detach().double().square(), scales)
+    total, count = _squares(dimensions, scales)
     if scales:  # units without a normalisation are ranked by all of their weights
-        rest, places = _sums(dimensions, lambda s: s.tensor.detach().double().square(), False)
+        rest, places = _squares(dimensions, False)
         total, count = {**rest, **total}, {**places, **count}
     return {unit: math.sqrt(total[unit] / max(count[unit], 1)) for unit in total}
 
 
-def _sums(
-    dimensions: Dimensions, elementwise: Elementwise, vectors: bool
-) -> tuple[Scores, dict[int, int]]:
-    """For each unit the sum over all elements of its places, and their number."""
+def _squares(dimensions: Dimensions, scales: bool) -> tuple[Scores, dict[int, int]]:
+    """For each unit the sum of its weights' squares and their number; or of scales of norms."""
     total: Scores = {}
     count: dict[int, int] = {}
     for slot, axis in _places(dimensions):
-        if vectors and (slot.tensor.dim() > 1 or not slot.path.endswith("weight")):
+        if scales and (slot.tensor.dim() > 1 or not slot.path.endswith("weight")):
             continue
-        _add(dimensions, slot, axis, elementwise(slot), total, count)
+        _add(dimensions, slot, axis, slot.tensor.detach().double().square(), total, count)
     return total, count
 
 

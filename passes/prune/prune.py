@@ -7,9 +7,8 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -23,7 +22,7 @@ from graphopt.errors import (
 )
 from graphopt.ir.program import Program
 from graphopt.ir.slices import Slices, blank
-from graphopt.passes.prune.analysis import Analysis, analyse
+from graphopt.passes.prune.analysis import analyse
 from graphopt.passes.prune.choice import Chooser, Chosen, counted
 from graphopt.passes.prune.rewrite import masked
 from graphopt.passes.prune.units import Reason
@@ -159,7 +158,7 @@ class _Run:
         kept, shapes = {}, {}
         names = _names(self.program)
         for key, slot in self.analysis.slots.items():
-            places = _kept_places(self.analysis, slot.value.axes, removed)
+            places = self.analysis.kept(slot, removed)
             for name in names.get(key, [slot.path]) if places else ():
                 kept[name], shapes[name] = places, tuple(slot.tensor.shape)
         earlier = self.program.slices
@@ -171,7 +170,7 @@ class _Run:
         before, after = self.chooser.full, counted(small)
         whole = sum(sum(d.gains) for d in chosen.problem.dimensions) or 1.0
         slots = [slot for slot in self.analysis.slots.values() if slot.is_trained]
-        kept = {s.path: _kept_places(self.analysis, s.value.axes, removed) for s in slots}
+        kept = {s.path: self.analysis.kept(s, removed) for s in slots}
         return PruneReport(
             **{f"{name}_before": count for name, count in before.items()},
             **{f"{name}_after": count for name, count in after.items()},
@@ -208,13 +207,3 @@ def _names(program: Program) -> dict[int, list[str]]:
     ):
         names.setdefault(id(tensor), []).append(name)
     return names
-
-
-def _kept_places(
-    analysis: Analysis, axes: Sequence[Any], removed: frozenset[int]
-) -> dict[int, tuple[int, ...]]:
-    """Axis -> places that stay, for axes that lose any."""
-    masks = {axis: analysis.units.kept(labels, removed) for axis, labels in enumerate(axes)}
-    return {
-        axis: tuple(np.flatnonzero(mask).tolist()) for axis, mask in masks.items() if not mask.all()
-    }

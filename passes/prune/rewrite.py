@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -53,7 +53,7 @@ def with_tensors(
     root = copy_tree(program.skeleton.root, type(program.skeleton.root), replaced)
 
     def rebound(module: fx.GraphModule | None) -> fx.GraphModule | None:
-        return None if module is None else _rebound(module, root, replaced)
+        return None if module is None else bind_graph(copy_graph(module), root)
 
     module = rebound(program.module)
     assert module is not None
@@ -64,24 +64,6 @@ def with_tensors(
     )
 
 
-def _rebound(module: fx.GraphModule, root: Any, replaced: Mapping[int, Any]) -> fx.GraphModule:
-    copied = copy_graph(module)
-    for node in copied.graph.find_nodes(op="get_attr"):
-        value = lookup(copied, str(node.target))
-        if isinstance(value, fx.GraphModule):
-            continue
-        *parents, name = str(node.target).split(".")
-        owner = lookup(copied, ".".join(parents)) if parents else copied
-        _put(owner, name, replaced.get(id(value), value))
-    return bind_graph(copied, root)
-
-
-def _put(owner: nn.Module, name: str, tensor: torch.Tensor) -> None:
-    owner._parameters.pop(name, None)
-    owner._buffers.pop(name, None)
-    owner.__dict__[name] = tensor
-
-
 def _graphs(old: Program, new: Program) -> list[tuple[fx.GraphModule, fx.GraphModule]]:
     pairs = [(old.module, new.module)]
     if old.eval_module is not None and new.eval_module is not None:
@@ -90,23 +72,29 @@ def _graphs(old: Program, new: Program) -> list[tuple[fx.GraphModule, fx.GraphMo
 
 
 def _sliced(analysis: Analysis, slot: Slot, removed: frozenset[int]) -> torch.Tensor:
+    kept = analysis.kept(slot, removed)
+    if not kept:
+        return slot.tensor
     tensor = slot.tensor.detach()
-    for axis, labels in enumerate(slot.value.axes):
-        kept = analysis.units.kept(labels, removed)
-        if not kept.all():
-            places = torch.from_numpy(np.flatnonzero(kept)).to(tensor.device)
-            tensor = tensor.index_select(axis, places)
-    return slot.tensor if tensor.shape == slot.tensor.shape else _like(slot.tensor, tensor)
+    for axis, places in kept.items():
+        tensor = tensor.index_select(axis, torch.tensor(places, device=tensor.device))
+    return _like(slot.tensor, tensor)
 
 
 def _zeroed(analysis: Analysis, slot: Slot, removed: frozenset[int]) -> torch.Tensor:
-    if not slot.is_trained:
+    kept = analysis.kept(slot, removed) if slot.is_trained else {}
+    if not kept:
         return slot.tensor
     tensor = slot.tensor.detach().clone()
-    for axis, labels in enumerate(slot.value.axes):
-        gone = np.flatnonzero(~analysis.units.kept(labels, removed))
-        tensor.index_fill_(axis, torch.from_numpy(gone).to(tensor.device), 0)
+    zero_(tensor, kept)
     return _like(slot.tensor, tensor)
+
+
+def zero_(tensor: torch.Tensor, kept: Mapping[int, Sequence[int]]) -> None:
+    """Set all places of a tensor to zero but those that are kept, by axis."""
+    for axis, places in kept.items():
+        gone = np.setdiff1d(np.arange(tensor.shape[axis]), places)
+        tensor.index_fill_(axis, torch.from_numpy(gone).to(tensor.device), 0)
 
 
 def _like(old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:

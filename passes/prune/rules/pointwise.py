@@ -17,10 +17,10 @@ from graphopt.passes.prune.rule import Call, Result, Value, known, rule
 
 aten = torch.ops.aten
 
-_PRODUCTS = {*known(aten, "mul", "mul_", "logical_and", "bitwise_and", "__and__")}
-_QUOTIENTS = {*known(aten, "div", "div_", "true_divide")}
-_CHOICES = {*known(aten, "where", "masked_fill", "masked_fill_")}
-_DROPOUTS = {*known(aten, "dropout", "dropout_", "feature_dropout", "native_dropout")}
+_PRODUCTS = {*known(aten, "mul", "logical_and", "bitwise_and", "__and__")}
+_QUOTIENTS = {*known(aten, "div", "true_divide")}
+_CHOICES = {*known(aten, "where", "masked_fill")}
+_DROPOUTS = {*known(aten, "dropout", "feature_dropout", "native_dropout")}
 _COPIES = {
     *known(
         aten, "to", "_to_copy", "contiguous", "clone", "detach", "alias", "lift_fresh",
@@ -137,6 +137,6 @@ def _prelu(call: Call) -> Result:
     return x
 
 
-@rule(*known(aten, "scalar_tensor", "_assert_tensor_metadata"))
+@rule(aten.scalar_tensor)
 def _scalar(call: Call) -> Result:
     return call.opaque("its sizes are fixed")

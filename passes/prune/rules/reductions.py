@@ -32,7 +32,7 @@ _OTHERS = known(
 _NOT_OF_ZEROS = known(aten, "logsumexp", "all")
 _ALONG = known(
     aten, "softmax", "_softmax", "log_softmax", "_log_softmax", "cumsum", "cumprod", "cummax",
-    "logcumsumexp", "sort", "topk", "argsort", "softmin", "diff", "renorm", "glu_jvp",
+    "logcumsumexp", "sort", "topk", "argsort", "softmin", "diff", "renorm",
 )  # fmt: skip
 
 

@@ -205,7 +205,7 @@ def _roll(call: Call) -> Result:
     return x
 
 
-@rule(*known(aten, "tril", "triu", "tril_", "triu_"))
+@rule(aten.tril, aten.triu)
 def _triangle(call: Call) -> Result:
     x = call.inputs[0]
     for labels in x.axes[-2:]:
