@@ -132,7 +132,8 @@ def by_order(problem: NonlinearityProblem, order: Sequence[int]) -> Selection:
         raise NonlinearityError(f"not an order of {len(problem.sites)} sites: {list(order)}")
     run = _Run(problem, math.inf, 0, None, 0.0)
     run.start()
-    run.best = in_order(run.table, order)
+    if not run.infeasible:
+        run.best = in_order(run.table, order)
     return run.selection()
 
 
@@ -154,15 +155,12 @@ class _Run:
         self.menu: Menu = [block.modes for block in self.table.blocks]
         self.best: Choice | None = None
         self.damage = self.greedy = math.inf
-        self.bound, self.infeasible = 0.0, False
+        self.bound, self.infeasible = 0.0, not all(self.menu)
 
     def all(self) -> None:
         """Works until the clock runs out or nothing better can exist."""
-        if not all(self.menu):
-            self.infeasible = True
-            return
         self.start()
-        if self.best is None:
+        if self.best is None and not self.infeasible:
             self._search()
         if self.best is None or self.over():
             return
@@ -172,7 +170,7 @@ class _Run:
 
     def start(self) -> None:
         """Offers what greedy finds."""
-        found = greedy(self.table) if all(self.menu) else None
+        found = None if self.infeasible else greedy(self.table)
         if found is not None:
             self.offer(found)
             self.greedy = self.damage
