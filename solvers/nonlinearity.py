@@ -21,6 +21,7 @@ from graphopt.solvers.nonlinearity_bound import Dual
 from graphopt.solvers.nonlinearity_check import NonlinearityCheck, check
 from graphopt.solvers.nonlinearity_cpsat import Points, SelectionModel, Ways, solve
 from graphopt.solvers.nonlinearity_figures import figures
+from graphopt.solvers.nonlinearity_fill import Menu, fill, shares
 from graphopt.solvers.nonlinearity_problem import (
     Edge,
     NonlinearityError,
@@ -32,15 +33,7 @@ from graphopt.solvers.nonlinearity_problem import (
     Site,
 )
 from graphopt.solvers.nonlinearity_rules import in_order, randomly
-from graphopt.solvers.nonlinearity_search import (
-    Menu,
-    by_price,
-    fill,
-    greedy,
-    polish,
-    shallow_menu,
-    shares,
-)
+from graphopt.solvers.nonlinearity_search import by_price, greedy, polish, settled, shallow_menu
 from graphopt.solvers.nonlinearity_table import Choice, Ints, Table
 
 _EXACT = 1e-9  # a gap below this is rounding
@@ -252,12 +245,9 @@ class _Run:
 
     def _settle(self, choice: Choice, prices: Sequence[float]) -> None:
         """Offers the best numbers of groups for the modes of a choice."""
-        self.offer(choice)
-        menu = [[mode] for mode, _ in choice]
-        found = by_price(self.table, menu, prices) if any(prices) else None
-        for start in (choice, found):
-            if start:
-                self._polish(start)
+        self._polish(choice)
+        if any(prices) and not self.over():
+            self._polish(settled(self.table, choice, prices))
 
     def _close(self, dual: Dual) -> None:
         """Outer approximation: tangents are added where the program's solutions need them."""

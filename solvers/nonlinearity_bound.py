@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from ortools.linear_solver import pywraplp
 
-from graphopt.solvers.nonlinearity_search import Menu
+from graphopt.solvers.nonlinearity_fill import Menu
 from graphopt.solvers.nonlinearity_table import Choice, Mode, Pick, Table
 
 _ROUNDS = 400

@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from graphopt.solvers.nonlinearity_search import Menu, shallow_menu
+from graphopt.solvers.nonlinearity_fill import Menu
+from graphopt.solvers.nonlinearity_search import shallow_menu
 from graphopt.solvers.nonlinearity_table import Choice, Ints, Mode, Pick, Table
 
 Kept = tuple[Ints, ...]
@@ -91,17 +92,17 @@ def _shuffled(table: Table, ladder: Menu, seed: int) -> tuple[Ints, Ints, int]:
     """Block and index of the groups that may be kept, in random order; how many must be."""
     random = np.random.default_rng(seed)
     least = [min(mode.low for mode in modes) for modes in ladder]
-    most = [max(mode.high for mode in modes) for modes in ladder]
     shuffled = random.permutation(len(ladder)).tolist()
     room, parts = table.limits[1], []
     for b in sorted(shuffled, key=lambda b: least[b] == 0):  # those that must keep some come first
-        members = len(table.blocks[b].members)
-        if least[b] == 0 and (most[b] == 0 or _rung(ladder[b], 1) is None or room < members):
+        members = table.blocks[b].members
+        if least[b] == 0 and (_rung(ladder[b], 1) is None or room < len(members)):
             continue
-        room -= members
+        room -= len(members)
         curve = next((mode.curve for mode in ladder[b] if mode.curve), None)
-        group = curve.order if curve else np.arange(most[b], dtype=np.int64)
-        parts.append((np.full(len(group), b), group, np.arange(len(group)) < least[b]))
+        count = table.problem.sites[members[0]].groups
+        must = np.isinf(curve.damage) if curve else np.ones(count, bool)
+        parts.append((np.full(count, b), np.arange(count), must))
     if not parts:
         return np.zeros(0, np.int64), np.zeros(0, np.int64), 0
     block, group, must = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import heapq
 import math
 from collections.abc import Callable, Sequence
 
-from graphopt.solvers.nonlinearity_table import Choice, Mode, Pick, Table, Use
-
-Menu = list[list[Mode]]  # the modes allowed, by block
+from graphopt.solvers.nonlinearity_fill import Menu, fill, replaced, shares
+from graphopt.solvers.nonlinearity_table import NOTHING, Choice, Mode, Pick, Table, Use
 
 _DOUBLINGS = 200
 _HALVINGS = 60
@@ -24,12 +22,6 @@ def greedy(table: Table) -> Choice | None:
         return None
     found = by_price(table, menu, shares(table))
     return fill(table, found, menu) if found else None
-
-
-def shares(table: Table) -> list[float]:
-    """Prices under which every whole limit costs 1."""
-    pairs = zip(table.limits, table.limited, strict=True)
-    return [1.0 / max(limit, 0.5) if limited else 0.0 for limit, limited in pairs]
 
 
 def shallow_menu(table: Table) -> Menu | None:
@@ -115,87 +107,17 @@ def by_price(table: Table, menu: Menu, direction: Sequence[float]) -> Choice | N
     return found
 
 
+def settled(table: Table, choice: Choice, direction: Sequence[float]) -> Choice:
+    """The best numbers of groups for the modes of a choice, as far as prices alone find them.
+
+    Prices jump over what lies between two modes; within one there is nothing to jump over.
+    """
+    found = by_price(table, [[mode] for mode, _ in choice], direction)
+    return found if found and table.damage(found) < table.damage(choice) else choice
+
+
 def _largest(modes: list[Mode]) -> float:
     return max(mode.damage(mode.high) for mode in modes)
-
-
-def fill(table: Table, choice: Choice, menu: Menu) -> Choice:
-    """Spends what the limits leave on the groups with the most damage per share of the limits."""
-    picks, used = list(choice), table.used(choice)
-    prices = shares(table)
-    heap = [entry for b, pick in enumerate(picks) if (entry := _entry(b, pick, menu, prices))]
-    heapq.heapify(heap)
-    while heap:
-        _, b = heapq.heappop(heap)
-        pick, worth = picks[b], -heap[0][0] if heap else 0.0
-        after = _grown(table, pick, menu[b], used, prices, worth)
-        if after is None:
-            continue
-        changed = _replaced(used, pick, after)
-        trial = (*picks[:b], after, *picks[b + 1 :])
-        if after[0].levels != pick[0].levels and not table.shallow(trial):
-            continue
-        picks[b], used = after, changed
-        if entry := _entry(b, after, menu, prices):
-            heapq.heappush(heap, entry)
-    return tuple(picks)
-
-
-def _replaced(used: Use, before: Pick, after: Pick) -> Use:
-    old, new = before[0].use(before[1]), after[0].use(after[1])
-    return (used[0] + new[0] - old[0], used[1] + new[1] - old[1], used[2] + new[2] - old[2])
-
-
-def _next(pick: Pick, modes: list[Mode]) -> Pick | None:
-    """One step up: another group, or another mode with the same option or without any."""
-    mode, kept = pick
-    if mode.option is None:
-        return None
-    if kept < mode.high:
-        return mode, kept + 1
-    for other in modes:
-        if other.option == mode.option and other.low > kept:
-            return other, other.low
-    return next(((other, other.low) for other in modes if other.option is None), None)
-
-
-def _entry(b: int, pick: Pick, modes: Menu, prices: Sequence[float]) -> tuple[float, int] | None:
-    """Minus the damage a step up saves per share of the limits; None if it saves nothing."""
-    after = _next(pick, modes[b])
-    gain = pick[0].damage(pick[1]) - after[0].damage(after[1]) if after else 0.0
-    if after is None or gain <= 0:
-        return None
-    change = _replaced((0, 0, 0), pick, after)
-    price = sum(p * c for p, c in zip(prices, change, strict=True))
-    return (-gain / price if price > 0 else -math.inf), b
-
-
-def _grown(
-    table: Table, pick: Pick, modes: list[Mode], used: Use, prices: Sequence[float], worth: float
-) -> Pick | None:
-    """A step up, or as many at once as fit and are worth at least so much; None if none fits."""
-    after = _next(pick, modes)
-    if after is None or not table.within(_replaced(used, pick, after)):
-        return None
-    mode, kept = pick
-    if after[0] is not mode or mode.curve is None:
-        return after
-    most = min(mode.high, kept + _room(table, mode, used))
-    each = mode.each(prices)
-    wanted = mode.curve.at_least(worth * each) if each > 0 and math.isfinite(worth) else kept + 1
-    if mode.curve.next(kept) > 0:
-        wanted = min(wanted, mode.curve.above(0.0))
-    return mode, max(kept + 1, min(most, wanted))
-
-
-def _room(table: Table, mode: Mode, used: Use) -> int:
-    """Groups that may be kept besides."""
-    room = [
-        (limit - use) // unit
-        for limit, use, unit in zip(table.limits, used, mode.unit, strict=True)
-        if unit > 0
-    ]
-    return min(room, default=mode.high)
 
 
 def polish(
@@ -221,14 +143,14 @@ def polish(
                     continue
                 trial = (*picks[:b], after, *picks[b + 1 :])
                 if after[0].levels == picks[b][0].levels or table.shallow(trial):
-                    used = _replaced(used, picks[b], after)
+                    used = replaced(used, picks[b], after)
                     picks[b], least, improved = after, after[0].damage(after[1]), True
     return tuple(picks)
 
 
 def _candidates(table: Table, modes: list[Mode], pick: Pick, used: Use) -> list[Pick]:
     """By mode, the most groups kept that fit beside the other blocks."""
-    rest = _replaced(used, pick, _EMPTY)
+    rest = replaced(used, pick, _EMPTY)
     found = []
     for mode in modes:
         kept = _most_within(table, mode, rest)
@@ -237,7 +159,7 @@ def _candidates(table: Table, modes: list[Mode], pick: Pick, used: Use) -> list[
     return found
 
 
-_EMPTY: Pick = (Mode(-1, None, None, 0, 0, (0, 0, 0), (0, 0, 0), ()), 0)
+_EMPTY: Pick = (Mode(-1, None, None, 0, 0, NOTHING, NOTHING, ()), 0)
 
 
 def _most_within(table: Table, mode: Mode, rest: Use) -> int | None:

@@ -47,14 +47,19 @@ class Curve:
         return np.concatenate([[0.0], np.cumsum(self.rising)])
 
     @cached_property
-    def order(self) -> Ints:
-        """Groups, the most damaging first."""
-        return np.argsort(-self.damage, kind="stable")
-
-    @cached_property
     def must(self) -> int:
         """Groups that the option must not replace."""
         return int(np.isinf(self.damage).sum())
+
+    def top(self, kept: int) -> Ints:
+        """The so many most damaging groups, the first ones among equals; rising."""
+        if kept == 0:
+            return np.zeros(0, np.int64)
+        least = self.rising[len(self.rising) - kept]
+        chosen = self.damage > least
+        equal = np.flatnonzero(self.damage == least)
+        chosen[equal[: kept - int(chosen.sum())]] = True
+        return np.flatnonzero(chosen)
 
     def left(self, kept: int) -> float:
         """The damage if the so many most damaging groups are kept."""
@@ -66,11 +71,11 @@ class Curve:
 
     def above(self, price: float) -> int:
         """Groups whose damage is more than a price."""
-        return len(self.rising) - int(np.searchsorted(self.rising, price, "right"))
+        return len(self.rising) - int(self.rising.searchsorted(price, "right"))
 
     def at_least(self, price: float) -> int:
         """Groups whose damage is not less than a price."""
-        return len(self.rising) - int(np.searchsorted(self.rising, price, "left"))
+        return len(self.rising) - int(self.rising.searchsorted(price, "left"))
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,16 +113,19 @@ class Mode:
 
     def best(self, prices: Sequence[float]) -> tuple[float, int]:
         """The least damage plus priced use, and the number of groups kept for it."""
-        base = sum(price * use for price, use in zip(prices, self.base, strict=True))
-        if self.curve is None or self.low == self.high:
-            return base + self.damage(self.low) + self.each(prices) * self.low, self.low
-        each = self.each(prices)
-        kept = min(max(self.curve.above(each), self.low), self.high)
-        return base + self.curve.left(kept) + each * kept, kept
+        base, each = _priced(self.base, prices), _priced(self.unit, prices)
+        curve, kept = self.curve, self.low
+        if curve is not None and self.low < self.high:
+            kept = min(max(curve.above(each), self.low), self.high)
+        return base + self.damage(kept) + each * kept, kept
 
     def each(self, prices: Sequence[float]) -> float:
         """The price of one more group kept."""
-        return sum(price * use for price, use in zip(prices, self.unit, strict=True))
+        return _priced(self.unit, prices)
+
+
+def _priced(use: Use, prices: Sequence[float]) -> float:
+    return use[0] * prices[0] + use[1] * prices[1] + use[2] * prices[2]
 
 
 @dataclass(frozen=True, eq=False)
@@ -260,7 +268,7 @@ class Table:
         found: list[Ints] = [np.zeros(0, np.int64)] * len(self.problem.sites)
         for block, (mode, count) in zip(self.blocks, choice, strict=True):
             curve = mode.curve
-            groups = np.sort(curve.order[:count]) if curve else np.arange(count, dtype=np.int64)
+            groups = curve.top(count) if curve else np.arange(count, dtype=np.int64)
             for member in block.members:
                 found[member] = groups.copy()
         return tuple(found)
