@@ -1,6 +1,7 @@
 """Optimisation problems on plain data: rematerialization under a peak-memory budget.
 
-Widths of prunable dimensions under cost budgets are in `graphopt.solvers.widths`.
+Widths of prunable dimensions under cost budgets are in `graphopt.solvers.widths`, non-linearities
+to keep in `graphopt.solvers.nonlinearity`.
 Nothing here imports torch or any other part of graphopt.
 """
 

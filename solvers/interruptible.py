@@ -24,12 +24,19 @@ def solve_interruptibly(
 
     Raises:
         AssertionError: the program is invalid.
+        Exception: whatever the watcher raised.
     """
     solver.parameters.catch_sigint_signal = False
     status: list[int] = []
-    thread = threading.Thread(
-        target=lambda: status.append(int(solver.solve(model, watcher))), daemon=True
-    )
+    failed: list[Exception] = []
+
+    def work() -> None:
+        try:
+            status.append(int(solver.solve(model, watcher)))
+        except Exception as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=work, daemon=True)
     thread.start()
     try:
         while thread.is_alive():
@@ -38,6 +45,8 @@ def solve_interruptibly(
         while thread.is_alive():
             solver.stop_search()
             thread.join(0.05)
-    if not status or status[0] == cp_model.MODEL_INVALID:
-        raise AssertionError(model.validate() or "CP-SAT failed")
+    if failed:
+        raise failed[0]
+    if status[0] == cp_model.MODEL_INVALID:
+        raise AssertionError(model.validate())
     return status[0]

@@ -35,32 +35,29 @@ def shallow_menu(table: Table) -> Menu | None:
     if most is None:
         return menu
     home = {site: b for b, block in enumerate(table.blocks) for site in block.members}
-    while True:
-        levels = _caps(table, menu)
-        if table.paths.depth(levels) <= most:
-            return menu
-        ways = [
-            (cost, b, modes)
-            for b in sorted({home[site] for site in table.paths.longest(levels)})
-            for cost, modes in [_lowered(menu[b])]
-            if modes
-        ]
-        if not ways:
+    ways = [_lowered(modes) for modes in menu]
+    levels = [0] * len(table.problem.sites)
+    for b in range(len(menu)):
+        _cap(table, menu, b, levels)
+    while table.paths.depth(levels) > most:
+        blocks = sorted({home[site] for site in table.paths.longest(levels)})
+        lowered = min((b for b in blocks if ways[b][1]), key=lambda b: ways[b][0], default=None)
+        if lowered is None:
             return None
-        _, b, menu[b] = min(ways, key=lambda way: way[:2])
+        menu[lowered] = ways[lowered][1]
+        ways[lowered] = _lowered(menu[lowered])
+        _cap(table, menu, lowered, levels)
+    return menu
 
 
-def _caps(table: Table, menu: Menu) -> list[int]:
-    """Most levels of any mode allowed, by site."""
-    caps = [0] * len(table.problem.sites)
-    for block, modes in zip(table.blocks, menu, strict=True):
-        for i, site in enumerate(block.members):
-            caps[site] = max(mode.levels[i] for mode in modes)
-    return caps
+def _cap(table: Table, menu: Menu, b: int, levels: list[int]) -> None:
+    """Notes the most levels of any mode allowed, for every site of a block."""
+    for i, site in enumerate(table.blocks[b].members):
+        levels[site] = max(mode.levels[i] for mode in menu[b])
 
 
 def _lowered(modes: list[Mode]) -> tuple[float, list[Mode]]:
-    """The modes below the deepest, and the damage that costs a level."""
+    """The damage a level costs if the deepest modes are given up, and the modes left."""
     depths = [max(mode.levels) for mode in modes]
     rest = [mode for mode, depth in zip(modes, depths, strict=True) if depth < max(depths)]
     if not rest:
@@ -142,10 +139,14 @@ def polish(
                 if not after[0].damage(after[1]) < least:
                     continue
                 trial = (*picks[:b], after, *picks[b + 1 :])
-                if after[0].levels == picks[b][0].levels or table.shallow(trial):
+                if _no_deeper(after[0], picks[b][0]) or table.shallow(trial):
                     used = replaced(used, picks[b], after)
                     picks[b], least, improved = after, after[0].damage(after[1]), True
     return tuple(picks)
+
+
+def _no_deeper(mode: Mode, other: Mode) -> bool:
+    return all(a <= b for a, b in zip(mode.levels, other.levels, strict=True))
 
 
 def _candidates(table: Table, modes: list[Mode], pick: Pick, used: Use) -> list[Pick]:

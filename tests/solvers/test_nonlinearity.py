@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import _thread
 import math
-import random
-import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import combinations, pairwise, product
@@ -335,17 +332,6 @@ def test_progress_improves_and_an_interrupt_keeps_the_incumbent() -> None:
     assert found.objective <= seen[-1].objective
 
 
-def test_an_interrupt_from_outside_ends_the_work() -> None:
-    problem = replace(generated(5, count=30), relus=5000, relu_sites=12, cost=7_000_000)
-    timer = threading.Timer(1.5, _thread.interrupt_main)
-    timer.start()
-    found = select(problem, tolerance=0.0, time_limit=60)
-    timer.cancel()
-    assert_honest(problem, found)
-    assert found.found
-    assert found.seconds < 30
-
-
 def test_culling_drops_whole_sites_in_the_order_given() -> None:
     problem = replace(generated(6, count=5), relus=1200)
     found = by_order(problem, [3, 0, 4, 1, 2])
@@ -362,7 +348,6 @@ def test_random_depends_on_the_seed_alone() -> None:
 
 
 def test_random_spends_the_rest_on_small_groups() -> None:
-    random.seed(0)
     sizes = [7, 5, 1]
     found = tuple(
         Site(str(s), 10, size, (Option("affine", np.ones(10)),)) for s, size in enumerate(sizes)
