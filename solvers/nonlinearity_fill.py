@@ -158,7 +158,9 @@ def _next(pick: Pick, modes: list[Mode]) -> Pick | None:
     return next(((other, other.low) for other in modes if other.option is None), None)
 
 
-def _entry(b: int, pick: Pick, modes: Menu, prices: Sequence[float]) -> tuple[float, int] | None:
+def _entry(
+    b: int, pick: Pick, modes: list[Mode], prices: Sequence[float]
+) -> tuple[float, int] | None:
     """Minus the damage a step up saves per share of the limits; None if it saves nothing."""
     after = _next(pick, modes)
     gain = pick[0].damage(pick[1]) - after[0].damage(after[1]) if after else 0.0
