@@ -2,8 +2,8 @@
 
 A recipe is plain data: how the input looks, and a list of instructions, each the name of an
 operator and a seed for its choices.  The model is built by running it: an operator looks at the
-values that there are so far, and makes layers that fit them, or nothing where none fits.  Hypothesis
-shrinks recipes well, since every part of a recipe is a recipe.
+values that there are so far, and makes layers that fit them, or nothing where none fits.
+Hypothesis shrinks recipes well, since every part of a recipe is a recipe.
 """
 
 from __future__ import annotations
@@ -25,7 +25,15 @@ INPUTS: dict[str, Callable[[int], Tensor]] = {
     "vector": lambda batch: torch.randn(batch, 10),
     "ids": lambda batch: torch.randint(0, 11, (batch, 6)),
 }
+_STEMS: dict[str, Callable[[], nn.Module]] = {
+    "image": lambda: nn.Conv2d(3, 8, 3, padding=1),
+    "sequence": lambda: nn.Linear(10, 12),
+    "vector": lambda: nn.Linear(10, 16),
+    "ids": lambda: nn.Embedding(11, 12),
+}
 WIDTHS = (4, 6, 8, 12, 16)
+# Operators that come up more often: they make axes that can be pruned.
+_OFTEN = ["linear", "convolution", "hidden", "linear", "convolution"] * 2
 # A value with more elements is not worked on any further.
 _LARGEST = 20_000
 
@@ -62,13 +70,13 @@ class Pick:
         return self.random.random() < 0.5
 
     def value(self, *ranks: int, size: Callable[[Tensor], bool] = lambda _: True) -> int:
-        """The place of a value, most likely a late one; raises `Unfit` where there is none."""
+        """The place of a value, most likely a late one; raises `UnfitError` where there is none."""
         fits = [
             i for i, v in enumerate(self.values)
             if (not ranks or v.ndim in ranks) and v.is_floating_point() and size(v)
         ]  # fmt: skip
         if not fits:
-            raise Unfit
+            raise UnfitError
         return fits[-1 - min(int(self.random.expovariate(1.0)), len(fits) - 1)]
 
     def like(self, place: int, axis: int | None = None) -> int:
@@ -86,7 +94,7 @@ class Pick:
         """An axis that is not the batch."""
         rank = self.values[place].ndim
         if rank < 2:
-            raise Unfit
+            raise UnfitError
         return self.random.randrange(1, rank)
 
     def divisor(self, size: int) -> int:
@@ -94,14 +102,14 @@ class Pick:
         return self.of(fitting([d for d in range(2, size) if size % d == 0]))
 
 
-class Unfit(Exception):
+class UnfitError(Exception):
     """The operator fits none of the values."""
 
 
 def fitting(options: Sequence[Any]) -> Sequence[Any]:
     """The options, of which there must be some."""
     if not options:
-        raise Unfit
+        raise UnfitError
     return options
 
 
@@ -132,13 +140,13 @@ class Generated(nn.Module):
         self.recipe = recipe
         self.steps, self.heads = nn.ModuleList(), nn.ModuleList()
         values = [INPUTS[recipe.start](2)]
-        if recipe.start == "ids":
-            self._grow(nn.Embedding(11, 12), (0,), values)
+        self.steps.append(Step(lambda x, f: f(x), (0,), _STEMS[recipe.start]()))
+        values.append(self.steps[0](values))
         for name, seed in recipe.instructions:
             try:
                 step = OPERATORS[name](Pick(seed, list(self.steps), values))
                 made = step(values)
-            except Unfit:
+            except UnfitError:
                 continue
             if made.numel() <= _LARGEST and made.ndim >= 2 and made.isfinite().all():
                 self.steps.append(step)
@@ -146,10 +154,6 @@ class Generated(nn.Module):
         late = values[-recipe.outputs :]
         for place in range(len(values) - len(late), len(values)):
             self.heads.append(_head(values[place], place))
-
-    def _grow(self, layer: nn.Module, sources: Sequence[int], values: list[Tensor]) -> None:
-        self.steps.append(Step(lambda x, f: f(x), sources, layer))
-        values.append(self.steps[-1](values))
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         values = [x]
@@ -183,7 +187,8 @@ def recipes(most: int = 7) -> st.SearchStrategy[Recipe]:
     """Recipes of up to some instructions."""
     from tests.passes.prune import grammar  # noqa: F401 - declares the operators
 
-    instruction = st.tuples(st.sampled_from(sorted(OPERATORS)), st.integers(0, 9999))
+    names = [*sorted(OPERATORS), *_OFTEN]
+    instruction = st.tuples(st.sampled_from(names), st.integers(0, 9999))
     return st.builds(
         Recipe,
         st.sampled_from(sorted(INPUTS)),

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.passes.prune.generated import WIDTHS, Pick, Step, Unfit, fitting, operator
+from tests.passes.prune.generated import WIDTHS, Pick, Step, UnfitError, fitting, operator
 
 # Element by element
 
@@ -177,10 +177,8 @@ def table(pick: Pick) -> Step:
     place = pick.value()
     length, width = pick.values[place].shape[-2:] if pick.values[place].ndim > 2 else (0, 0)
     if not length:
-        raise Unfit
-    return Step(
-        lambda x, f: x + f(torch.arange(length)), [place], nn.Embedding(length + 1, width)
-    )
+        raise UnfitError
+    return Step(lambda x, f: x + f(torch.arange(length)), [place], nn.Embedding(length + 1, width))
 
 
 # Attention
@@ -330,7 +328,7 @@ def halves(pick: Pick) -> Step:
     place = pick.value()
     axis = pick.axis(place)
     if pick.values[place].shape[axis] % 2:
-        raise Unfit
+        raise UnfitError
     forms = [
         lambda a, b: a * b.sigmoid(), torch.add, lambda a, b: torch.cat([b, a], axis),
         lambda a, b: torch.cat([a, F.relu(b)], axis), lambda a, b: b,
@@ -348,7 +346,7 @@ def split(pick: Pick) -> Step:
     axis = pick.axis(place)
     size = pick.values[place].shape[axis]
     if size < 3:
-        raise Unfit
+        raise UnfitError
     at = pick.random.randrange(1, size)
     form = pick.of([
         lambda a, b: torch.cat([b.tanh(), a], axis), lambda a, _: a, lambda _, b: b,
@@ -363,7 +361,7 @@ def slice_(pick: Pick) -> Step:
     axis = pick.axis(place)
     size = pick.values[place].shape[axis]
     if size < 2:
-        raise Unfit
+        raise UnfitError
     step, start = pick.of([1, 1, 2, 3]), pick.random.randrange(size - 1)
     end = pick.random.randrange(start + 1, size + 1)
     if step > 1 and pick.yes():
@@ -379,7 +377,7 @@ def overlap(pick: Pick) -> Step:
     axis = pick.axis(place)
     size = pick.values[place].shape[axis]
     if size < 3:
-        raise Unfit
+        raise UnfitError
     by = pick.random.randrange(1, size)
     return Step(lambda x: x.narrow(axis, 0, size - by) * x.narrow(axis, by, size - by), [place])
 
@@ -497,7 +495,7 @@ def pixels(pick: Pick) -> Step:
     if channels % 4 == 0 and pick.yes():
         return Step(lambda x: F.pixel_shuffle(x, 2), [place])
     if height % 2 or width % 2:
-        raise Unfit
+        raise UnfitError
     return Step(lambda x: F.pixel_unshuffle(x, 2), [place])
 
 
@@ -505,7 +503,10 @@ def pixels(pick: Pick) -> Step:
 def pool(pick: Pick) -> Step:
     place = pick.value(3, 4)
     if pick.values[place].ndim == 3:
-        forms = [lambda x: F.avg_pool1d(x, 2, ceil_mode=True), lambda x: F.adaptive_max_pool1d(x, 3)]
+        forms = [
+            lambda x: F.avg_pool1d(x, 2, ceil_mode=True),
+            lambda x: F.adaptive_max_pool1d(x, 3),
+        ]
         return Step(pick.of(forms), [place])
     forms = [
         lambda x: F.max_pool2d(x, 2, ceil_mode=True), lambda x: F.adaptive_avg_pool2d(x, 2),
@@ -575,5 +576,7 @@ def folded(pick: Pick) -> Step:
     size = pick.values[place].shape[1]
     layer = nn.Linear(width, pick.of(WIDTHS))
     return Step(
-        lambda x, f: f(x.reshape(-1, width)).relu().reshape(-1, size, f.out_features), [place], layer
+        lambda x, f: f(x.reshape(-1, width)).relu().reshape(-1, size, f.out_features),
+        [place],
+        layer,
     )

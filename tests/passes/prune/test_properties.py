@@ -1,128 +1,85 @@
-"""Properties of pruning over generated models, each stated from outside the code under test."""
+"""Properties of pruning over generated models."""
 
 from __future__ import annotations
 
-import copy
-import random
-from collections import defaultdict
-from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pytest
 import torch
-from hypothesis import HealthCheck, event, given, settings
+from hypothesis import HealthCheck, assume, event, given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import graphopt
-from graphopt.errors import BudgetInfeasible, CaptureError
-from graphopt.ir.program import Program
-from graphopt.passes.prune.analysis import Analysis, analyse
-from graphopt.passes.prune.dimensions import Dimensions
-from graphopt.passes.prune.rewrite import pruned
-from tests.passes.prune.generated import INPUTS, Recipe, built, recipes
+from graphopt.errors import BudgetInfeasible
+from tests.passes.prune import properties
+from tests.passes.prune.generated import Recipe, built, recipes
 
-EXACT = 1e-10
-"""Relative to the largest element of an output, in double precision."""
+PROPERTIES = [
+    properties.check_masked, properties.check_keep_all, properties.check_zero_invariance,
+    properties.check_union, properties.check_permuted, properties.check_trained,
+    properties.check_exported,
+]  # fmt: skip
 
-
-@dataclass
-class Subject:
-    """A generated model and what the analysis says of it."""
-
-    model: nn.Module
-    x: Tensor
-    program: Program
-    analysis: Analysis
-
-    @property
-    def dimensions(self) -> Dimensions:
-        return Dimensions(self.analysis)
-
-
-def captured(model: nn.Module, x: Tensor) -> Program:
-    module = graphopt.optimize(
-        model, passes="canonicalize", example_inputs=(x,), verify=False, time_limit=5
-    )
-    program = module.program
-    assert isinstance(program, Program)
-    return program
-
-
-def subject(recipe: Recipe) -> Subject:
-    model, x = built(recipe)
-    program = captured(model, x)
-    return Subject(model, x, program, analyse(program))
-
-
-def some(dimensions: Dimensions, seed: int) -> frozenset[int]:
-    """Units to remove: some of each dimension, never all."""
-    draw = random.Random(seed)
-    gone: set[int] = set()
-    for dimension in dimensions.all:
-        units = list(dimension.units)
-        gone.update(draw.sample(units, draw.randrange(len(units))))
-    return frozenset(gone)
-
-
-def outputs(module: nn.Module, x: Tensor) -> tuple[Tensor, ...]:
-    with torch.no_grad():
-        return module(x)
-
-
-def distance(got: Iterable[Tensor], want: Iterable[Tensor]) -> float:
-    pairs = list(zip(got, want, strict=True))
-    assert all(a.shape == b.shape and b.isfinite().all() for a, b in pairs)
-    return max(float((a - b).abs().max() / b.abs().max().clamp(min=1e-3)) for a, b in pairs)
-
-
-def kept(analysis: Analysis, removed: frozenset[int]) -> dict[str, dict[int, tuple[int, ...]]]:
-    """Parameter -> axis -> places that stay."""
-    every = {s.path: analysis.kept(s, removed) for s in analysis.slots.values() if s.is_trained}
-    return {path: axes for path, axes in every.items() if axes}
-
-
-def zeroed(model: nn.Module, places: dict[str, dict[int, tuple[int, ...]]]) -> nn.Module:
-    """The source's own code, with zeros by hand wherever nothing is kept."""
-    model = copy.deepcopy(model)
-    with torch.no_grad():
-        for path, axes in places.items():
-            parameter = model.get_parameter(path)
-            for axis, stay in axes.items():
-                gone = sorted(set(range(parameter.shape[axis])) - set(stay))
-                parameter.index_fill_(axis, torch.tensor(gone), 0.0)
-    return model
-
-
-def check_masked(recipe: Recipe, seed: int) -> None:
-    """What comes back is the masked network, on other batch sizes too."""
-    it = subject(recipe)
-    removed = some(it.dimensions, seed)
-    event(f"dimensions: {min(len(it.dimensions.all), 3)}")
-    module = pruned(it.program, it.analysis, removed).emit().eval()
-    places = kept(it.analysis, removed)
-    twin = zeroed(it.model, places)
-    assert distance(outputs(module, it.x), outputs(twin, it.x)) <= EXACT
-    more = INPUTS[recipe.start](3)
-    more = more.double() if more.is_floating_point() else more
-    assert distance(outputs(module, more), outputs(twin, more)) <= EXACT
-    for name, parameter in module.named_parameters():
-        full = it.model.get_parameter(name).shape
-        want = [len(places.get(name, {}).get(i, range(n))) for i, n in enumerate(full)]
-        assert list(parameter.shape) == want
-
-
-EXAMPLES = 12
-quick = settings(
-    max_examples=EXAMPLES, deadline=None, derandomize=True, database=None,
-    suppress_health_check=list(HealthCheck),
-)  # fmt: skip
 seeds = st.integers(0, 999)
 
 
-@quick
+def examples(count: int, *, derandomize: bool = True) -> settings:
+    """The same models every time, or others."""
+    return settings(
+        max_examples=count, deadline=None, derandomize=derandomize, database=None,
+        suppress_health_check=list(HealthCheck),
+    )  # fmt: skip
+
+
+def check_all(recipe: Recipe, seed: int) -> None:
+    subject = properties.subject(recipe)
+    event(f"dimensions: {min(len(subject.dimensions.all), 3)}")
+    for check in PROPERTIES:
+        check(subject, seed)
+
+
+def check_budget(recipe: Recipe) -> None:
+    """A budget is kept, what is reported is what others count, and files give it back."""
+    model, x = built(recipe, torch.float32)
+    try:
+        small = graphopt.optimize(model, "params=75%", (x,))
+    except BudgetInfeasible:
+        assume(False)
+    report = small.report.to_dict()["prune"]
+    for when, module in (("before", model), ("after", small)):
+        assert report[f"params_{when}"] == sum(p.numel() for p in module.parameters())
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            module(x)
+        if not any(isinstance(m, torch.nn.RNNBase) for m in model.modules()):
+            assert report[f"flops_{when}"] == counter.get_total_flops()
+    assert report["params_after"] <= 0.75 * report["params_before"]
+    with TemporaryDirectory() as folder:
+        properties.check_saved(small, x, Path(folder) / "small.gopt")
+
+
+@examples(6)
 @given(recipes(), seeds)
-def test_it_is_the_masked_network(recipe: Recipe, seed: int) -> None:
-    check_masked(recipe, seed)
+def test_properties(recipe: Recipe, seed: int) -> None:
+    check_all(recipe, seed)
+
+
+@examples(5)
+@given(recipes())
+def test_counts_and_files(recipe: Recipe) -> None:
+    check_budget(recipe)
+
+
+@pytest.mark.slow
+@examples(200, derandomize=False)
+@given(recipes(10), seeds)
+def test_properties_of_many(recipe: Recipe, seed: int) -> None:
+    check_all(recipe, seed)
+
+
+@pytest.mark.slow
+@examples(60, derandomize=False)
+@given(recipes(10))
+def test_counts_and_files_of_many(recipe: Recipe) -> None:
+    check_budget(recipe)
