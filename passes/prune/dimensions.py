@@ -70,11 +70,12 @@ class Dimensions:
         return {self._of[u] for each in labels for u in self.units.units_of(each) if u in self._of}
 
     def removed(self, kept: Iterable[Iterable[int]]) -> frozenset[int]:
-        """The units outside of those that are kept in each dimension."""
-        return frozenset(
+        """The units outside of those that are kept in each dimension; no axis loses all places."""
+        gone = frozenset(
             unit for dim, stays in zip(self.all, kept, strict=True)
             for unit in set(dim.units) - set(stays)
         )  # fmt: skip
+        return self.analysis.spared(gone)
 
     def _found(self) -> list[Dimension]:
         places, names = self._places()

@@ -44,6 +44,8 @@ class Moments:
 
     def mean(self, x: fx.Node, keepdim: bool = True, total: float | None = None) -> fx.Node:
         """The sum, over the full number of places or another one."""
+        if not self.left:  # a mean of nothing would be no number
+            return self.edit.call(aten.sum.dim_IntList, x, self.dims, keepdim)
         mean = self.edit.call(aten.mean.dim, x, self.dims, keepdim)
         share = self.left / (self.total if total is None else total)
         return self.edit.call(aten.mul.Tensor, mean, share)

@@ -25,7 +25,8 @@ aten = torch.ops.aten
 
 _SUMS = known(aten, "sum", "mean", "linalg_vector_norm", "norm", "frobenius_norm", "nansum")
 _OTHERS = known(
-    aten, "amax", "amin", "max", "min", "argmax", "argmin", "prod", "logsumexp", "any", "all", "median", "mode", "count_nonzero",
+    aten, "amax", "amin", "max", "min", "argmax", "argmin", "prod", "logsumexp", "any", "all",
+    "median", "mode", "count_nonzero",
 )  # fmt: skip
 # Of zeros they don't give zero.
 _NOT_OF_ZEROS = known(aten, "logsumexp", "all")

@@ -199,9 +199,9 @@ def attention(pick: Pick) -> Step:
         if fused != "gqa":
             if fused == "repeat":
                 key, value = (
-                    y[:, :, None].expand(b, groups, heads // groups, t, each).reshape(b, heads, t, each)
+                    y[:, :, None].expand(-1, -1, heads // groups, -1, -1).reshape(b, heads, t, each)
                     for y in (key, value)
-                )  # fmt: skip
+                )
             else:
                 key, value = (y.repeat_interleave(heads // groups, 1) for y in (key, value))
         if fused == "written":
@@ -510,7 +510,8 @@ def pool(pick: Pick) -> Step:
         return Step(pick.of(forms), [place])
     forms = [
         lambda x: F.max_pool2d(x, 2, ceil_mode=True), lambda x: F.adaptive_avg_pool2d(x, 2),
-        lambda x: F.interpolate(x, scale_factor=2, mode="nearest"), lambda x: F.unfold(x, 3, padding=1),
+        lambda x: F.interpolate(x, scale_factor=2, mode="nearest"),
+        lambda x: F.unfold(x, 3, padding=1),
         lambda x: F.interpolate(x, size=(4, 4), mode="bilinear"),
     ]  # fmt: skip
     return Step(pick.of(forms), [place])
@@ -532,10 +533,10 @@ def repeated(pick: Pick) -> Step:
     axis = pick.axis(place)
     rank = pick.values[place].ndim
     times = [3 if i == axis else 1 for i in range(rank)]
+    copies = lambda x: x.unsqueeze(axis).expand(*x.shape[:axis], 2, *x.shape[axis:])  # noqa: E731
     forms = [
         lambda x: x.repeat(times), lambda x: x.repeat_interleave(2, axis),
-        lambda x: x.unsqueeze(axis).expand(*x.shape[:axis], 2, *x.shape[axis:]).flatten(axis, axis + 1),
-        lambda x: x.unsqueeze(axis).expand(*x.shape[:axis], 2, *x.shape[axis:]),
+        lambda x: copies(x).flatten(axis, axis + 1), copies,
     ]  # fmt: skip
     return Step(pick.of(forms), [place])
 
