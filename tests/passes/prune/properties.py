@@ -20,6 +20,7 @@ from graphopt.ir.program import Program
 from graphopt.passes.prune.analysis import Analysis, Slot, analyse
 from graphopt.passes.prune.dimensions import Dimensions
 from graphopt.passes.prune.rewrite import pruned
+from graphopt.passes.prune.rule import Value
 from tests.passes.prune.generated import INPUTS, Recipe, built
 from tests.zoo import probe_loss
 
@@ -77,8 +78,7 @@ def some(dimensions: Dimensions, seed: int) -> frozenset[int]:
     """Units to remove: some of each dimension, never all."""
     draw = random.Random(seed)
     return dimensions.removed(
-        draw.sample(dimension.units, draw.randint(1, dimension.width))
-        for dimension in dimensions.all
+        draw.sample(each.units, draw.randint(1, each.width)) for each in dimensions.all
     )
 
 
@@ -198,7 +198,11 @@ def check_permuted(it: Subject, seed: int) -> None:
 
 
 def _plain(it: Subject) -> list[tuple[int, ...]]:
-    """Dimensions of which every unit has at most one place in any axis, for itself."""
+    """Dimensions whose units are alike everywhere.
+
+    In parameters each has at most one place in any axis, for itself; elsewhere an axis has all of
+    them or none (of parts that are cut out, one may be read and the other not).
+    """
     several: set[int] = set()
     for slot in it.analysis.slots.values():
         for labels in slot.value.axes:
@@ -208,7 +212,14 @@ def _plain(it: Subject) -> list[tuple[int, ...]]:
                 count.update(members)
                 several.update(members if len(members) > 1 else ())
             several.update(u for u, n in count.items() if n > 1)
-    return [d.units for d in it.dimensions.all if not several & set(d.units)]
+    tensors = tree_leaves(list(it.analysis.values.values()))
+    axes = [labels for v in tensors if isinstance(v, Value) for labels in v.axes]
+    found = [it.analysis.units.units_of(labels) for labels in axes if labels.any()]
+    return [
+        d.units for d in it.dimensions.all
+        if not several & set(d.units)
+        and all(len(units & set(d.units)) in (0, d.width) for units in found)
+    ]  # fmt: skip
 
 
 def _permute(it: Subject, slot: Slot, model: nn.Module, swapped: Mapping[int, int]) -> None:

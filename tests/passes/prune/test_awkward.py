@@ -165,7 +165,7 @@ def spectrum(s: Any, x: Tensor) -> Tensor:
 
 def rolled(s: Any, x: Tensor) -> Tensor:
     y = s.a(x)
-    return s.o(y.roll((1, 4), (1, -1)) + y.roll(-7, 2))
+    return s.o(y.roll((1, 4), (1, -1)) + y.roll(-8, 2))
 
 
 def varied(s: Any, x: Tensor) -> Tensor:
@@ -230,6 +230,16 @@ def test_the_width_of_an_embedding_bag(mode: str) -> None:
     module = pruned(model, ids)
     assert_exact(module, ids)
     assert module.get_parameter("e.weight").shape[1] < 24
+
+
+@pytest.mark.slow
+def test_copies_that_promise_their_number() -> None:
+    model = Net(
+        lambda s, x: s.o(torch.repeat_interleave(s.a(x), 2, dim=1, output_size=48)),
+        a=nn.Linear(16, 24), o=nn.Linear(48, 3),
+    )  # fmt: skip
+    module = pruned(model.double(), vectors.double())
+    assert_exact(module, vectors.double(), tolerance=1e-10)
 
 
 @pytest.mark.slow

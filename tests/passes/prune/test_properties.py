@@ -59,13 +59,13 @@ def check_budget(recipe: Recipe) -> None:
         properties.check_saved(small, x, Path(folder) / "small.gopt")
 
 
-@examples(6)
+@examples(4)
 @given(recipes(), seeds)
 def test_properties(recipe: Recipe, seed: int) -> None:
     check_all(recipe, seed)
 
 
-@examples(5)
+@examples(3)
 @given(recipes())
 def test_counts_and_files(recipe: Recipe) -> None:
     check_budget(recipe)
