@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from graphopt.ir.program import Program
 from graphopt.passes.prune import rules  # noqa: F401 - registers the rules
 from graphopt.passes.prune.rule import Call, Result, Value, analysis_of, fixed, shape_of
 from graphopt.passes.prune.rules.pointwise import is_pointwise, pointwise
-from graphopt.passes.prune.units import Reason, Units
+from graphopt.passes.prune.units import Labels, Reason, Units
 
 log = logging.getLogger("graphopt")
 
@@ -85,6 +86,33 @@ class Analysis:
             for axis, mask in enumerate(masks)
             if not mask.all()
         }
+
+    def spared(self, removed: frozenset[int]) -> frozenset[int]:
+        """Units to remove, less some where an axis, or a part of one that is cut out, lost all."""
+        for labels in self._emptiable:
+            if not self.units.kept(labels, removed).any():
+                removed -= min(map(self.units.members, labels.tolist()), key=len)
+        return removed
+
+    @cached_property
+    def _emptiable(self) -> list[Labels]:
+        """All axes, each once, of which no place stays whatever happens."""
+        found: dict[bytes, Labels] = {}
+
+        def collect(value: Result) -> None:
+            if isinstance(value, Value):
+                for labels in value.axes:
+                    if labels.any():
+                        now = np.unique(self.units.canonical(labels))
+                        if len(now) and now[0]:
+                            found[now.tobytes()] = now
+            elif isinstance(value, tuple):
+                for each in value:
+                    collect(each)
+
+        for value in self.values.values():
+            collect(value)
+        return list(found.values())
 
     def frozen(self) -> Iterator[tuple[str, int, Reason]]:
         """Axes of parameters of which nothing can be removed, and why."""
@@ -182,6 +210,7 @@ class _Walk:
             return call.opaque("its rule does not cover this call")
         if not _fits(result, call.output):
             return call.opaque("its rule does not cover this call")
+        _keep_single_places(call, result)
         return result
 
     def _region(self, node: fx.Node) -> Result:
@@ -189,6 +218,17 @@ class _Walk:
         inner = lookup(self.module, str(node.args[at].target))  # type: ignore[union-attr]
         operands = [self.values[n] if isinstance(n, fx.Node) else n for n in node.args[at + 1 :]]
         return _Walk(self.analysis, inner).run(operands)
+
+
+def _keep_single_places(call: Call, result: Result) -> None:
+    """An axis of one place may be broadcast; without it there would be nothing to broadcast."""
+    if isinstance(result, Value):
+        for labels in result.axes:
+            if len(labels) == 1:
+                call.freeze(labels, "this place of it is read by itself")
+    elif isinstance(result, tuple):
+        for each in result:
+            _keep_single_places(call, each)
 
 
 def _flat(results: Any) -> list[Any]:

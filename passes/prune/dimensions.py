@@ -70,11 +70,31 @@ class Dimensions:
         return {self._of[u] for each in labels for u in self.units.units_of(each) if u in self._of}
 
     def removed(self, kept: Iterable[Iterable[int]]) -> frozenset[int]:
-        """The units outside of those that are kept in each dimension."""
-        return frozenset(
-            unit for dim, stays in zip(self.all, kept, strict=True)
-            for unit in set(dim.units) - set(stays)
+        """The units outside of those that are kept in each dimension.
+
+        No axis loses all of its places: where one would, a unit of it stays for another one.
+
+        Args:
+            kept: Units of each dimension, best first.
+        """
+        stays = [list(units) for units in kept]
+        gone = frozenset(
+            unit for dim, best in zip(self.all, stays, strict=True)
+            for unit in set(dim.units) - set(best)
         )  # fmt: skip
+        spared = self.analysis.spared(gone)
+        for unit in sorted(gone - spared):
+            spared = self._exchanged(spared, stays[self._of[unit]])
+        return spared
+
+    def _exchanged(self, removed: frozenset[int], stays: list[int]) -> frozenset[int]:
+        """Removes one more, the least of those that no axis needs."""
+        for unit in reversed(stays):
+            more = removed | {unit}
+            if self.analysis.spared(more) == more:
+                stays.remove(unit)
+                return more
+        return removed
 
     def _found(self) -> list[Dimension]:
         places, names = self._places()

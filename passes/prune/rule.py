@@ -347,3 +347,10 @@ class Edit(Arguments):
         """Let another node stand for the present one."""
         self.node.replace_all_uses_with(node)
         self.graph.erase_node(self.node)
+
+    def replace_parts(self, nodes: Sequence[fx.Node]) -> None:
+        """Let other nodes stand for the outputs of the present one."""
+        for user in list(self.node.users):
+            user.replace_all_uses_with(nodes[user.args[1]])  # type: ignore[index]
+            self.graph.erase_node(user)
+        self.graph.erase_node(self.node)

@@ -2,22 +2,21 @@
 
 Statistics that are taken over a removed axis would change.  The masked model has zeros there, so
 that they can be had from what is left: the sum over what is left is that over all, and the number
-of places is known.  A norm that loses places is written out with the full number.
+of places is known.  A norm that loses places is written out with the full number (see `moments`).
 
-    y = layer_norm(x, (D,))  ->  m = sum(x) / D;  v = (sum((x - m)^2) + removed * m^2) / D
+    y = layer_norm(x, (D,))  ->  m = sum(x) / D;  v = sum(x * (x - m)) / D
                                  y = (x - m) * rsqrt(v + eps) * weight + bias
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import fx
 
 from graphopt.passes.prune.rule import Call, Edit, Result, Value, adapts, known, rule
-from graphopt.passes.prune.units import Labels
+from graphopt.passes.prune.rules.moments import Moments
 
 aten = torch.ops.aten
 
@@ -78,7 +77,8 @@ def _adapt_layer_norm(edit: Edit) -> None:
     if all(edit.count(labels) == len(labels) for labels in axes):
         return
     is_rms = edit.node.target.overloadpacket is getattr(aten, "rms_norm", None)  # type: ignore[union-attr]
-    made = _Normalised(edit, axes, list(range(-len(shape), 0)), centred=not is_rms)
+    left, total = math.prod(map(edit.count, axes)), math.prod(map(len, axes))
+    made = _Normalised(edit, list(range(-len(shape), 0)), left, total, centred=not is_rms)
     result = made.of(edit.raw("input"), _epsilon(edit))
     for name, op in (("weight", aten.mul.Tensor), ("bias", aten.add.Tensor)):
         if isinstance(edit.raw(name), fx.Node):
@@ -95,10 +95,9 @@ def _epsilon(edit: Edit) -> float:
 class _Normalised:
     """Writes a normalisation out, with the number of places of the full model."""
 
-    def __init__(self, edit: Edit, axes: Sequence[Labels], dims: list[int], centred: bool) -> None:
-        self.edit, self.dims, self.centred = edit, dims, centred
-        self.total = math.prod(map(len, axes))
-        self.left = math.prod(map(edit.count, axes))
+    def __init__(self, edit: Edit, dims: list[int], left: int, total: int, centred: bool) -> None:
+        self.edit, self.centred = edit, centred
+        self.moments = Moments(edit, dims, left, total)
         self.dtype = edit.original.all_input_nodes[0].meta["val"].dtype
         weight = edit.raw("weight")
         edit.compensated.append(str(weight.target if weight is not None else edit.original.name))
@@ -108,24 +107,10 @@ class _Normalised:
         call = self.edit.call
         if self.dtype in (torch.float16, torch.bfloat16):
             x = call(aten.to.dtype, x, torch.float32)
-        if not self.centred:
-            moment = self._mean(call(aten.square.default, x))
-        else:
-            mean = self._mean(x)
-            x = call(aten.sub.Tensor, x, mean)
-            moment = self._mean(call(aten.square.default, x))
-            rest = (
-                self.total - self.left
-            ) / self.total  # each removed place adds the mean's square
-            squared = call(aten.mul.Tensor, call(aten.square.default, mean), rest)
-            moment = call(aten.add.Tensor, moment, squared)
-        scale = call(aten.rsqrt.default, call(aten.add.Tensor, moment, eps))
-        return call(aten.mul.Tensor, x, scale)
-
-    def _mean(self, x: fx.Node) -> fx.Node:
-        """Over the full number of places."""
-        mean = self.edit.call(aten.mean.dim, x, self.dims, True)
-        return self.edit.call(aten.mul.Tensor, mean, self.left / self.total)
+        centred = call(aten.sub.Tensor, x, self.moments.mean(x)) if self.centred else x
+        variance = self.moments.variance(x, centred)
+        scale = call(aten.rsqrt.default, call(aten.add.Tensor, variance, eps))
+        return call(aten.mul.Tensor, centred, scale)
 
     def narrowed(self, x: fx.Node) -> fx.Node:
         """The result in the type of the input."""
@@ -159,8 +144,7 @@ def _adapt_group_norm(edit: Edit) -> None:
         return
     rank = len(edit.output.axes)
     x = edit.call(aten.unflatten.int, edit.raw("input"), 1, [left, within])
-    made = _Normalised(edit, [labels[: grid.shape[1]]], list(range(2, rank + 1)), centred=True)
-    made.total, made.left = grid.shape[1], within
+    made = _Normalised(edit, list(range(2, rank + 1)), within, grid.shape[1], centred=True)
     result = edit.call(aten.flatten.using_ints, made.of(x, edit.raw("eps")), 1, 2)
     for name, op in (("weight", aten.mul.Tensor), ("bias", aten.add.Tensor)):
         if isinstance(edit.raw(name), fx.Node):

@@ -33,7 +33,8 @@ _COMPOSITE = {
         "hardtanh", "leaky_relu", "softplus", "softshrink", "tanhshrink", "hardshrink", "threshold",
         "logsigmoid", "log_sigmoid", "rrelu", "alpha_dropout", "square", "clamp", "clip", "fix",
         "softsign", "float_power", "rsub", "subtract", "multiply", "negative", "absolute",
-        "zeros_like", "ones_like", "full_like", "empty_like", "nan_to_num", "conj", "real",
+        "zeros_like", "ones_like", "full_like", "empty_like", "nan_to_num", "conj", "conj_physical",
+        "resolve_conj", "resolve_neg", "real", "imag",
     )
 }  # fmt: skip
 _NAMED = _PRODUCTS | _QUOTIENTS | _CHOICES | _DROPOUTS | _COPIES | _COMPOSITE

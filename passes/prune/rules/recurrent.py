@@ -29,14 +29,25 @@ def _gates(call: Call, rows: Labels, gates: int, hidden: Labels) -> None:
     call.unify(units, hidden, _MEETS)
 
 
-def _cell(call: Call, x: Value, weights: Sequence[Any], gates: int, hidden: Labels) -> None:
-    """One step: input to hidden, hidden to hidden, two biases."""
+def _cell(
+    call: Call, x: Value, weights: Sequence[Any], gates: int, hidden: Labels, inner: Labels
+) -> None:
+    """One step: input to hidden, hidden to hidden, two biases.
+
+    Args:
+        call: The call.
+        x: The features.
+        weights: Weights and biases.
+        gates: How many gates there are.
+        hidden: What the next step, and the next layer, sees of the state.
+        inner: What each gate has: the same but for a projection.
+    """
     w_ih, w_hh, *biases = weights
     call.unify(x.axes[-1], w_ih.axes[1], _MEETS)
     call.unify(w_hh.axes[1], hidden, _MEETS)
     for weight in (w_ih, w_hh, *biases):
         if isinstance(weight, Value):
-            _gates(call, weight.axes[0], gates, hidden)
+            _gates(call, weight.axes[0], gates, inner)
 
 
 @rule(*_CELLS)
@@ -45,7 +56,7 @@ def _step(call: Call) -> Result:
     x, weights = call["input"], [call[n] for n in ("w_ih", "w_hh", "b_ih", "b_hh")]
     states = call["hx"] if gates == 4 else [call["hx"]]
     hidden = states[0].axes[-1]
-    _cell(call, x, weights, gates, hidden)
+    _cell(call, x, weights, gates, hidden, hidden)
     for state in states:
         call.unify(state.axes[-1], hidden, _MEETS)
         call.must_be_zero(state, len(state.axes) - 1, "the first state is not zero there")
@@ -62,20 +73,30 @@ def _layers(call: Call) -> Result:
     states = call["hx"] if isinstance(call["hx"], list) else [call["hx"]]
     directions, layers = 1 + bool(call.raw("bidirectional")), int(call.raw("num_layers"))
     each = len(parameters) // (directions * layers)
-    if each not in (2, 4) or bool(call.raw("has_biases")) != (each == 4):
-        return call.opaque("there is no rule for projected states")
+    projects = each - 2 - 2 * bool(call.raw("has_biases"))
+    if projects not in (0, 1):
+        return call.opaque("there is no rule for this form of recurrent layer")
+    hidden, inner = states[0].axes[-1], states[-1].axes[-1]
     for state in states:
         call.freeze(state.axes[0], "it counts layers and directions")
-    hidden: Labels = states[0].axes[-1]
-    for state in states:  # all layers are of one size
-        call.unify(state.axes[-1], hidden, _MEETS)
         call.must_be_zero(state, 2, "the first state is not zero there")
+    if projects:  # by their sizes alone the operator tells whether states are projected
+        call.freeze(inner, "it is projected, and must stay wider than what it is projected to")
+    else:
+        call.unify(hidden, inner, _MEETS)
     features = x
     for layer in range(layers):
         for direction in range(directions):
             start = (layer * directions + direction) * each
-            _cell(call, features, parameters[start : start + each], gates, hidden)
+            weights = parameters[start : start + each]
+            _cell(call, features, weights[: each - projects], gates, hidden, inner)
+            if projects:
+                call.unify(weights[-1].axes[0], hidden, _MEETS)
+                call.unify(weights[-1].axes[1], inner, _MEETS)
         joined = np.concatenate([hidden] * directions)
         features = Value((*x.axes[:-1], joined), (False, False, True))
-    last = Value((states[0].axes[0], *states[0].axes[1:-1], hidden), (True, False, True))
-    return (features, *(last for _ in states))
+    last = [
+        Value((state.axes[0], *state.axes[1:-1], labels), (True, False, True))
+        for state, labels in zip(states, (hidden, inner), strict=False)
+    ]
+    return (features, *last)

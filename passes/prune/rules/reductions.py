@@ -25,8 +25,8 @@ aten = torch.ops.aten
 
 _SUMS = known(aten, "sum", "mean", "linalg_vector_norm", "norm", "frobenius_norm", "nansum")
 _OTHERS = known(
-    aten, "amax", "amin", "max", "min", "argmax", "argmin", "prod", "var", "std", "var_mean",
-    "std_mean", "logsumexp", "any", "all", "median", "mode", "count_nonzero",
+    aten, "amax", "amin", "max", "min", "argmax", "argmin", "prod", "logsumexp", "any", "all",
+    "median", "mode", "count_nonzero",
 )  # fmt: skip
 # Of zeros they don't give zero.
 _NOT_OF_ZEROS = known(aten, "logsumexp", "all")
@@ -36,14 +36,16 @@ _ALONG = known(
 )  # fmt: skip
 
 
-def _dims(call: Call | Edit, rank: int) -> list[int]:
+def dims_of(call: Call | Edit, rank: int) -> list[int]:
+    """The axes that a call reduces."""
     dims = call.first("dim", "dims", "axis")
     if dims is None and call.has("ord") and not call.has("dim"):
         return list(range(rank))
     return axes_of(dims, rank)
 
 
-def _reduced(call: Call, x: Value, dims: list[int], zero: bool) -> Result:
+def reduced(call: Call, x: Value, dims: list[int], zero: bool) -> Result:
+    """A tensor of which some axes are reduced; all outputs of a call are alike."""
     outputs = call.output if isinstance(call.output, (tuple, list)) else [call.output]
     keeps = len(outputs[0].shape) == len(x.axes)
     one = np.zeros(1, dtype=np.int64)
@@ -60,7 +62,7 @@ def _reduced(call: Call, x: Value, dims: list[int], zero: bool) -> Result:
 def _sum(call: Call) -> Result:
     """What is removed must be zero; then the sum is that of the full model."""
     x = call.inputs[0]
-    dims = _dims(call, len(x.axes))
+    dims = dims_of(call, len(x.axes))
     order = call.first("ord", "p")
     power = order is None or (isinstance(order, (int, float)) and 0 < order < math.inf)
     mean = call.node.target.overloadpacket is aten.mean  # type: ignore[union-attr]
@@ -71,14 +73,14 @@ def _sum(call: Call) -> Result:
             call.must_be_zero(x, axis, "it is summed over, and what is removed from it is not zero")
         else:
             call.freeze(x.axes[axis], "a norm is taken over it")
-    return _reduced(call, x, dims, zero=True)
+    return reduced(call, x, dims, zero=True)
 
 
 @adapts(aten.mean)
 def _adapt_mean(edit: Edit) -> None:
     """The mean is over the full number of places."""
     x = edit.input("self")
-    axes = [x.axes[i] for i in _dims(edit, len(x.axes))]
+    axes = [x.axes[i] for i in dims_of(edit, len(x.axes))]
     left, total = math.prod(map(edit.count, axes)), math.prod(map(len, axes))
     if left == total:
         return
@@ -94,11 +96,11 @@ def _other(call: Call) -> Result:
     x = call.inputs[0]
     if len(call.inputs) > 1 or not call.has("dim"):
         return call.opaque("it is reduced over all of its axes")
-    dims = _dims(call, len(x.axes))
+    dims = dims_of(call, len(x.axes))
     for axis in dims:
         call.freeze(x.axes[axis], "it is reduced, and every place of it counts")
     packet = call.node.target.overloadpacket  # type: ignore[union-attr]
-    return _reduced(call, x, dims, zero=packet not in _NOT_OF_ZEROS)
+    return reduced(call, x, dims, zero=packet not in _NOT_OF_ZEROS)
 
 
 @rule(*_ALONG)

@@ -16,8 +16,10 @@ from graphopt.passes.prune.rule import (
     adapts,
     axes_of,
     axis_of,
+    fixed,
     known,
     rule,
+    shape_of,
 )
 from graphopt.passes.prune.units import Labels
 
@@ -199,10 +201,23 @@ def _flip(call: Call) -> Result:
 
 @rule(aten.roll)
 def _roll(call: Call) -> Result:
-    x = call.inputs[0]
-    for axis in axes_of(call.raw("dims"), len(x.axes)):
-        call.freeze(x.axes[axis], "it is rolled")
+    x, shifts = call.inputs[0], call.raw("shifts")
+    if not call.raw("dims") or not all(isinstance(shift, int) for shift in shifts):
+        return call.opaque("it is rolled as a whole, or by a size")
+    for axis, shift in zip(axes_of(call.raw("dims"), len(x.axes)), shifts, strict=True):
+        x = replaced(x, axis, np.roll(x.axes[axis], shift))
     return x
+
+
+@adapts(aten.roll)
+def _adapt_roll(edit: Edit) -> None:
+    """As many places as are left come from the end to the start."""
+    x = edit.input("self")
+    shifts = []
+    for axis, shift in zip(axes_of(edit.raw("dims"), len(x.axes)), edit.raw("shifts"), strict=True):
+        kept = edit.kept(x.axes[axis])
+        shifts.append(shift if kept.all() else int(kept[len(kept) - shift % len(kept) :].sum()))
+    edit.set("shifts", shifts)
 
 
 @rule(aten.tril, aten.triu)
@@ -223,6 +238,18 @@ def _embedding(call: Call) -> Result:
     table, places = call["weight"], call["indices"]
     call.freeze(table.axes[0], "it is indexed by the model's data")
     return Value((*places.axes, table.axes[1]), (*places.zero, table.zero[1]))
+
+
+@rule(aten.embedding_bag)
+def _embedding_bag(call: Call) -> Result:
+    """Sums, means or maxima of rows: of what is removed they are zero."""
+    table, weights = call["weight"], call["per_sample_weights"]
+    others = [call["indices"], call["offsets"], *([weights] if isinstance(weights, Value) else [])]
+    for labels in (table.axes[0], *(labels for value in others for labels in value.axes)):
+        call.freeze(labels, "it is indexed by the model's data")
+    first, *rest = call.output
+    bags = np.zeros(shape_of(first)[0], dtype=np.int64)
+    return (Value((bags, table.axes[1]), (True, table.zero[1])), *fixed(rest))
 
 
 @rule(aten.index_select)

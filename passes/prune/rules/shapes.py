@@ -195,6 +195,14 @@ def _repeat_interleave(call: Call) -> Result:
     return Value(tuple(axes), x.zero)
 
 
+@adapts(aten.repeat_interleave)
+def _adapt_repeat_interleave(edit: Edit) -> None:
+    """The size that it promises, if it does."""
+    axes, dim = edit.output.axes, edit.raw("dim")
+    if isinstance(edit.raw("output_size"), int):
+        edit.set("output_size", edit.count(axes[axis_of(dim, len(axes))]))
+
+
 @rule(aten.pixel_shuffle)
 def _pixel_shuffle(call: Call) -> Result:
     x, factor = call["self"], call.raw("upscale_factor")
