@@ -15,13 +15,14 @@ from graphopt.batches import Batch, read_batch
 from graphopt.cost.flops import graph_flops
 from graphopt.errors import BudgetInfeasible, InputMismatch, first_line
 from graphopt.ir.program import Program
+from graphopt.passes.prune.alignment import aligned, is_cheap, vector_step
 from graphopt.passes.prune.analysis import Analysis
 from graphopt.passes.prune.costs import Polynomial, cost_of, flops_cost, params_cost
 from graphopt.passes.prune.dimensions import Dimensions
 from graphopt.passes.prune.distortion import Distortion
 from graphopt.passes.prune.distortion import gains as curve_gains
 from graphopt.passes.prune.importance import Calibration, Criterion, score
-from graphopt.passes.prune.latency import Latency, latency_polynomial, vector_step
+from graphopt.passes.prune.latency import Latency, latency_polynomial
 from graphopt.passes.prune.rewrite import masked, pruned
 from graphopt.pipeline import PassContext
 from graphopt.report import FrozenAxis
@@ -101,6 +102,7 @@ class Chooser:
         """
         self.options, self.program, self.context = options, program, context
         self.analysis, self.dimensions = analysis, Dimensions(analysis)
+        self._known: dict[WidthProblem, Allocation] = {}
         automatic: Criterion = "l2" if context.data is None else "taylor2"
         self.criterion: Criterion = automatic if options.criterion == "auto" else options.criterion
         best: Scheme = "solver" if self.criterion in _MEASURED else "uniform"
@@ -127,7 +129,19 @@ class Chooser:
             problem, ranked = self._problem(scaled, alive)
             alive = _best(ranked, self._allocated(problem, limits, rounds))
         problem, ranked = self._problem(costs, alive)
+        if self.options.round_to is None and self.latency is None:
+            problem = self._aligned(problem, limits, rounds)
         return self._within(problem, ranked, limits, rounds)
+
+    def _aligned(
+        self, problem: WidthProblem, limits: Mapping[str, float], rounds: int
+    ) -> WidthProblem:
+        """The problem with widths that fill vector registers, if that costs next to nothing."""
+        rounded = aligned(problem, tuple(dim.width for dim in self.dimensions.all))
+        if rounded == problem:
+            return problem
+        plain = self._allocated(problem, limits, rounds)
+        return rounded if is_cheap(problem, self._solved(rounded, rounds), plain) else problem
 
     def _within(
         self,
@@ -287,11 +301,16 @@ class Chooser:
         return self._solved(_limited(problem, {"latency": least["latency"]}), rounds)
 
     def _solved(self, problem: WidthProblem, rounds: int) -> Allocation:
+        if problem not in self._known:
+            self._known[problem] = self._solve(problem, rounds)
+        return self._known[problem]
+
+    def _solve(self, problem: WidthProblem, rounds: int) -> Allocation:
         if self.scheme == "uniform":
             return uniform(problem)
         if self.scheme == "global":
             return by_threshold(problem)
-        limit, seed = self.context.time_limit / rounds, self.context.seed
+        limit, seed = self.context.time_limit / (rounds + 1), self.context.seed
         return allocate(problem, time_limit=limit, seed=seed, tolerance=_TOLERANCE)
 
     def _infeasible(

@@ -41,15 +41,6 @@ _TIMING = (30.0, 0.5)
 # Seconds of one timing of the whole network; a network is accepted after two.
 _FORWARD = 1.0
 _MOST_COLUMNS = 6
-# Narrow dimensions are not rounded: a vector register holds 8 or 16 single-precision numbers, and
-# kernels pad channels to that; such a step should leave a choice of at least four widths.
-_STEPS = (16, 8)
-_CHOICE = 4
-
-
-def vector_step(width: int) -> int:
-    """The step of a dimension's widths at which kernels waste nothing by padding."""
-    return next((step for step in _STEPS if width >= _CHOICE * step), 1)
 
 
 class Latency:

@@ -54,8 +54,9 @@ class Prune(Pass):
             ``solver``: the largest sum of the criterion, with a bound; ``auto``: ``solver`` with
             a criterion that looks at data, else ``uniform``, since magnitudes of different layers
             don't compare.
-        round_to: Widths are multiples of it, or whole; None: 1, but with a limit on seconds what
-            fills vector registers (16, of narrower dimensions 8 or 1).
+        round_to: Widths are multiples of it, or whole; None: of what fills vector registers (16,
+            of dimensions narrower than 64 8, than 32 1), with a limit on seconds always, else where
+            that loses next to nothing of the criterion and of the budget.
         min_keep: The least share of each dimension that is kept.
         rounds: With a criterion of gradients, how often units are ranked anew on what is left,
             while the limit comes down: first-order scores hold for small changes.

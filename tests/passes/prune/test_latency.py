@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 import graphopt
+from graphopt.passes.prune.alignment import vector_step
 from graphopt.passes.prune.analysis import analyse
 from graphopt.passes.prune.dimensions import Dimensions
-from graphopt.passes.prune.latency import latency_polynomial, vector_step
+from graphopt.passes.prune.latency import latency_polynomial
 from graphopt.pipeline import PassContext
 
 # Timed again, on a machine that other jobs use too, a promise that is kept may look broken by this.
