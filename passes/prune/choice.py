@@ -30,13 +30,14 @@ from graphopt.solvers.widths import (
     Allocation,
     Cost,
     Dimension,
+    Rule,
     WidthProblem,
     allocate,
-    by_threshold,
-    uniform,
+    by_rule,
 )
 
 Scheme = Literal["uniform", "global", "solver"]
+_RULES: Mapping[str, Rule] = {"uniform": "uniform", "global": "threshold"}
 
 # The solver stops when it has proven that no allocation is worth this much more.
 _TOLERANCE = 1e-4
@@ -306,10 +307,8 @@ class Chooser:
         return self._known[problem]
 
     def _solve(self, problem: WidthProblem, rounds: int) -> Allocation:
-        if self.scheme == "uniform":
-            return uniform(problem)
-        if self.scheme == "global":
-            return by_threshold(problem)
+        if self.scheme != "solver":
+            return by_rule(problem, _RULES[self.scheme])
         limit, seed = self.context.time_limit / (rounds + 1), self.context.seed
         return allocate(problem, time_limit=limit, seed=seed, tolerance=_TOLERANCE)
 
