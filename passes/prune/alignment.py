@@ -12,6 +12,8 @@ _STEPS = (16, 8)
 _CHOICE = 4
 # What aligned widths must keep of the value, and use of the tightest limit, that others would.
 _VALUE, _USED = 0.995, 0.985
+# How far a width may be from that of a rule, as a share of it.
+_FAR = 1 / 8
 
 
 def vector_step(width: int) -> int:
@@ -50,3 +52,12 @@ def is_cheap(problem: WidthProblem, rounded: Allocation, plain: Allocation) -> b
 
     worth = rounded.value >= _VALUE * plain.value
     return worth and used(rounded) >= _USED * min(1.0, used(plain))
+
+
+def is_near(problem: WidthProblem, rounded: Allocation, plain: Allocation) -> bool:
+    """Whether no width is far from what a rule gave that doesn't weigh values against costs."""
+    triples = zip(rounded.widths, plain.widths, problem.dimensions, strict=True)
+    return all(
+        abs(one - other) <= max(vector_step(len(d.gains)) / 2, _FAR * other)
+        for one, other, d in triples
+    )

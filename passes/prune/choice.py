@@ -15,7 +15,7 @@ from graphopt.batches import Batch, read_batch
 from graphopt.cost.flops import graph_flops
 from graphopt.errors import BudgetInfeasible, InputMismatch, first_line
 from graphopt.ir.program import Program
-from graphopt.passes.prune.alignment import aligned, is_cheap, vector_step
+from graphopt.passes.prune.alignment import aligned, is_cheap, is_near, vector_step
 from graphopt.passes.prune.analysis import Analysis
 from graphopt.passes.prune.costs import Polynomial, cost_of, flops_cost, params_cost
 from graphopt.passes.prune.dimensions import Dimensions
@@ -142,7 +142,9 @@ class Chooser:
         if rounded == problem:
             return problem
         plain = self._allocated(problem, limits, rounds)
-        return rounded if is_cheap(problem, self._solved(rounded, rounds), plain) else problem
+        found = self._solved(rounded, rounds)
+        near = self.scheme == "solver" or is_near(problem, found, plain)
+        return rounded if near and is_cheap(problem, found, plain) else problem
 
     def _within(
         self,

@@ -109,8 +109,16 @@ def test_with_flops_as_well_both_are_kept(model: nn.Module, x: Tensor) -> None:
     assert found["flops_after"] <= 0.4 * found["flops_before"]
 
 
-def test_seconds_of_one_unit(model: nn.Module, x: Tensor) -> None:
-    """An absolute limit, above what the source takes: nothing is removed."""
+def test_with_data_units_are_ranked_by_it_in_rounds(model: nn.Module, x: Tensor) -> None:
+    small = graphopt.optimize(model, "latency=60%", (x,), data=[x], loss=lambda y: y.square().sum())
+    found = section(small)
+    assert (found["criterion"], found["allocation"]) == ("taylor2", "solver")
+    assert found["latency_after"] <= 0.6 * found["latency_before"]
+    assert widths(small)[0] < widths(small)[1]
+
+
+def test_a_limit_that_the_source_keeps_removes_nothing(model: nn.Module, x: Tensor) -> None:
+    """Absolute, in seconds; without a limit on them nothing is timed."""
     found = section(graphopt.optimize(model, "latency=10s", (x,)))
     assert found["params_after"] == found["params_before"]
     assert 0 < found["latency_after"] < 10
