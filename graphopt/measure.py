@@ -32,15 +32,21 @@ from graphopt.ir.untouched import autocast_off
 __all__ = [
     "LossMeasurement",
     "MemoryTrace",
+    "PairedSeconds",
     "StepMeasurement",
     "StepSeconds",
     "default_loss",
+    "forward_seconds",
     "measure_loss",
     "measure_step",
     "step_flops",
     "step_seconds",
     "trace_memory",
 ]
+
+
+_LEAST_PAIRS = 8
+_MOST_PAIRS = 200
 
 
 @dataclass(frozen=True)
@@ -84,6 +90,23 @@ class StepSeconds:
     reference_seconds: float | None = None
     ratios: tuple[float, ...] = ()
     ratio: float | None = None
+
+
+@dataclass(frozen=True)
+class PairedSeconds:
+    """Seconds of two modules' forwards that ran in turns: lower quartiles.
+
+    Other work on the machine only ever adds time, and in turns it meets both modules alike.
+
+    Attributes:
+        seconds: Of the module.
+        reference: Of the reference.
+        pairs: How often both ran.
+    """
+
+    seconds: float
+    reference: float
+    pairs: int
 
 
 def measure_step(
@@ -196,6 +219,37 @@ def step_seconds(
         return StepSeconds(own)
     ratios = tuple(a / b for a, b in zip(*times, strict=True))
     return StepSeconds(own, statistics.median(times[1]), ratios, statistics.median(ratios))
+
+
+def forward_seconds(
+    module: nn.Module,
+    reference: nn.Module,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    limit: float = 1.0,
+) -> PairedSeconds:
+    """Time the forward of two modules in turns, in eval mode, without gradients.
+
+    Args:
+        module: A module.
+        reference: What to compare with.
+        args: Positional inputs of both.
+        kwargs: Keyword inputs.
+        limit: Seconds after which to stop, once there are `_LEAST_PAIRS` pairs.
+    """
+    times: list[tuple[float, float]] = []
+    with preserved(module, args, kwargs) as (inputs, keywords), preserved(reference, (), None):
+        both = (module.eval(), reference.eval())
+        steps = [_Step(one, inputs, keywords, None, forward_only=True) for one in both]
+        device = _device_of(module, inputs, keywords)
+        for step in steps * 2:  # to warm up
+            step()
+        end = time.perf_counter() + limit
+        while len(times) < _LEAST_PAIRS or (time.perf_counter() < end and len(times) < _MOST_PAIRS):
+            times.append((_timed(steps[0], device), _timed(steps[1], device)))
+    own, other = (sorted(column)[len(times) // 4] for column in zip(*times, strict=True))
+    return PairedSeconds(own, other, len(times))
 
 
 @dataclass

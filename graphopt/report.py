@@ -160,6 +160,9 @@ class PruneReport:
         frozen: Axes that can't be pruned, and why.
         kept: Parameter -> axis -> places that are kept.
         compensated: Norms and means that are written out so that they equal the masked network's.
+        latency_before: With a limit on seconds: the source's, lower quartile; else None.
+        latency_after: The same of the module that is returned, timed in turns with the source; for
+            a limit in per cent, in units in which the source still takes `latency_before`.
     """
 
     flops_before: int
@@ -176,6 +179,8 @@ class PruneReport:
     frozen: tuple[FrozenAxis, ...] = ()
     kept: Mapping[str, Mapping[str, tuple[int, ...]]] = field(default_factory=dict)
     compensated: tuple[str, ...] = ()
+    latency_before: float | None = None
+    latency_after: float | None = None
 
 
 @dataclass(frozen=True)
@@ -319,6 +324,8 @@ def human_value(key: str, value: Any) -> str:
         return f"{100 * value:.2f} %"
     if "seconds" in key:
         return f"{value:.2f} s"
+    if "latency" in key:
+        return f"{1e3 * value:.3g} ms"
     if "flops" in key or "params" in key:
         return human_count(value)
     return f"{value:.4g}" if isinstance(value, float) else str(value)

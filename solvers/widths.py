@@ -12,6 +12,7 @@ import contextlib
 import math
 import time
 from dataclasses import replace
+from typing import Literal
 
 import numpy as np
 
@@ -72,46 +73,27 @@ def allocate(
     return run.allocation()
 
 
-def uniform(problem: WidthProblem) -> Allocation:
-    """The same share of every dimension, the largest within the limits; then what is left is spent.
-
-    Args:
-        problem: dimensions and costs.
-
-    Returns:
-        An allocation whose bound is the value of everything that may be kept.
-    """
-    return _by_rule(problem, "uniform")
-
-
-def by_threshold(problem: WidthProblem) -> Allocation:
-    """Units whose gain is above the lowest threshold within the limits; then the rest is spent.
-
-    Args:
-        problem: dimensions and costs.
-
-    Returns:
-        An allocation whose bound is the value of everything that may be kept.
-    """
-    return _by_rule(problem, "threshold")
-
-
-def by_greedy(problem: WidthProblem) -> Allocation:
-    """Units removed where the least value is lost per cost saved; then the rest is spent.
-
-    Args:
-        problem: dimensions and costs.
-
-    Returns:
-        An allocation whose bound is the value of everything that may be kept.
-    """
-    return _by_rule(problem, "greedy")
-
-
+Rule = Literal["uniform", "threshold", "greedy"]
 _RULES = {"greedy": greedy, "uniform": same_share, "threshold": above_threshold}
 
 
-def _by_rule(problem: WidthProblem, rule: str) -> Allocation:
+def by_rule(problem: WidthProblem, rule: Rule) -> Allocation:
+    """The widths that a simple rule gives; what it leaves of the limits is spent afterwards.
+
+    Args:
+        problem: dimensions and costs.
+        rule: `uniform`: the same share of every dimension, the largest within the limits;
+            `threshold`: units whose gain is above the lowest threshold within the limits;
+            `greedy`: units removed where the least value is lost per cost saved.
+
+    Returns:
+        An allocation whose bound is the value of everything that may be kept.
+
+    Raises:
+        WidthError: an unknown rule.
+    """
+    if rule not in _RULES:
+        raise WidthError(f"no rule is called {rule!r}; there are {', '.join(_RULES)}")
     run = _Run(problem, math.inf, 0, None, 0.0)
     if run.feasible:
         run.start(rule)
@@ -251,11 +233,10 @@ __all__ = [
     "Allocation",
     "Cost",
     "Dimension",
+    "Rule",
     "Term",
     "WidthError",
     "WidthProblem",
     "allocate",
-    "by_greedy",
-    "by_threshold",
-    "uniform",
+    "by_rule",
 ]

@@ -98,7 +98,7 @@ def measure_ops(
         if isinstance(call, OpMeasurement):
             known[node] = call
             continue
-        keys[node] = key = (call.key, _environment())
+        keys[node] = key = (call.key, environment())
         calls.setdefault(key, call)
     _measure_calls(calls, seconds, progress)
     for node, key in keys.items():
@@ -107,7 +107,8 @@ def measure_ops(
     return known
 
 
-def _environment() -> Hashable:
+def environment() -> Hashable:
+    """What decides, besides the call itself, what it takes."""
     return (
         torch.get_num_threads(),
         torch.backends.mkldnn.enabled,
@@ -276,5 +277,6 @@ def _nothing() -> None:
 
 __all__ = [
     "OpMeasurement",
+    "environment",
     "measure_ops",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,12 +15,14 @@ from graphopt.batches import Batch, read_batch
 from graphopt.cost.flops import graph_flops
 from graphopt.errors import BudgetInfeasible, InputMismatch, first_line
 from graphopt.ir.program import Program
+from graphopt.passes.prune.alignment import aligned, is_cheap, is_near, vector_step
 from graphopt.passes.prune.analysis import Analysis
-from graphopt.passes.prune.costs import flops_cost, params_cost
+from graphopt.passes.prune.costs import Polynomial, cost_of, flops_cost, params_cost
 from graphopt.passes.prune.dimensions import Dimensions
 from graphopt.passes.prune.distortion import Distortion
 from graphopt.passes.prune.distortion import gains as curve_gains
 from graphopt.passes.prune.importance import Calibration, Criterion, score
+from graphopt.passes.prune.latency import Latency, latency_polynomial
 from graphopt.passes.prune.rewrite import masked, pruned
 from graphopt.pipeline import PassContext
 from graphopt.report import FrozenAxis
@@ -27,18 +30,24 @@ from graphopt.solvers.widths import (
     Allocation,
     Cost,
     Dimension,
+    Rule,
     WidthProblem,
     allocate,
-    by_threshold,
-    uniform,
+    by_rule,
 )
 
 Scheme = Literal["uniform", "global", "solver"]
+_RULES: Mapping[str, Rule] = {"uniform": "uniform", "global": "threshold"}
 
 # The solver stops when it has proven that no allocation is worth this much more.
 _TOLERANCE = 1e-4
 # How often widths are chosen again where the polynomial and the count differ.
 _ATTEMPTS = 8
+# Networks that take less than this share of the seconds allowed leave room for wider ones, which
+# are tried so often.
+_USED, _WIDER = 0.95, 2
+# Predicted seconds are to stay below their limit by as much as timings scatter.
+_CAUTION = 0.98
 _BATCHES = 64
 # Criteria that look at data, and estimate what the outputs or the loss lose.
 _BY_GRADIENT = ("taylor", "taylor2")
@@ -47,11 +56,29 @@ _MEASURED = ("distortion", *_BY_GRADIENT)
 
 @dataclass(frozen=True)
 class Chosen:
-    """What is removed, and the last round's problem and solution."""
+    """What is removed, the last round's problem and solution, and what comes of it.
+
+    Attributes:
+        problem: Widths to choose.
+        allocation: The widths chosen.
+        removed: The units that are removed.
+        program: The program without them.
+        compensated: The names of norms that had to be written out.
+        have: What the program takes of everything that is limited, and of what is always counted.
+    """
 
     problem: WidthProblem
     allocation: Allocation
     removed: frozenset[int]
+    program: Program
+    compensated: list[str]
+    have: Mapping[str, Any]
+
+    @property
+    def is_least(self) -> bool:
+        """Whether nothing more can be removed."""
+        pairs = zip(self.allocation.widths, self.problem.dimensions, strict=True)
+        return all(width == dimension.widths[0] for width, dimension in pairs)
 
 
 class Chooser:
@@ -76,18 +103,16 @@ class Chooser:
         """
         self.options, self.program, self.context = options, program, context
         self.analysis, self.dimensions = analysis, Dimensions(analysis)
+        self._known: dict[WidthProblem, Allocation] = {}
         automatic: Criterion = "l2" if context.data is None else "taylor2"
         self.criterion: Criterion = automatic if options.criterion == "auto" else options.criterion
         best: Scheme = "solver" if self.criterion in _MEASURED else "uniform"
         self.scheme: Scheme = best if options.allocation == "auto" else options.allocation
 
-    def chosen(self, compensated: list[str]) -> tuple[Chosen, Program]:
+    def chosen(self) -> Chosen:
         """What to remove, and the program without it, which keeps the budget.
 
         In rounds, for each of which the units that are left are ranked anew.
-
-        Args:
-            compensated: The names of norms that had to be written out are added to it.
 
         Raises:
             BudgetInfeasible: What is frozen takes more; carries the smallest budget.
@@ -105,24 +130,80 @@ class Chooser:
             problem, ranked = self._problem(scaled, alive)
             alive = _best(ranked, self._allocated(problem, limits, rounds))
         problem, ranked = self._problem(costs, alive)
-        attempts = 0
-        while True:
+        if self.options.round_to is None and self.latency is None:
+            problem = self._aligned(problem, limits, rounds)
+        return self._within(problem, ranked, limits, rounds)
+
+    def _aligned(
+        self, problem: WidthProblem, limits: Mapping[str, float], rounds: int
+    ) -> WidthProblem:
+        """The problem with widths that fill vector registers, if that costs next to nothing."""
+        rounded = aligned(problem, tuple(dim.width for dim in self.dimensions.all))
+        if rounded == problem:
+            return problem
+        plain = self._allocated(problem, limits, rounds)
+        found = self._solved(rounded, rounds)
+        near = self.scheme == "solver" or is_near(problem, found, plain)
+        return rounded if near and is_cheap(problem, found, plain) else problem
+
+    def _within(
+        self,
+        problem: WidthProblem,
+        ranked: Sequence[Sequence[int]],
+        limits: Mapping[str, float],
+        rounds: int,
+    ) -> Chosen:
+        """The best network found of those that were counted and timed to keep all limits.
+
+        Limits are moved by what a network really takes: down where it takes too much; seconds also
+        up where they leave room.
+        """
+        best: Chosen | None = None
+        found: Chosen | None = None
+        for number in range(_ATTEMPTS):
+            if best is None and number == _ATTEMPTS - 1:
+                problem = _limited(problem, {"latency": 0.0})  # the narrowest network
             allocation = self._allocated(problem, limits, rounds)
-            removed = self.dimensions.removed(_best(ranked, allocation))
-            compensated.clear()
-            small = pruned(self.program, self.analysis, removed, compensated)
-            over = _over(counted(small), limits)
+            if best is not None and allocation.widths == best.allocation.widths:
+                break
+            found = self._pruned(problem, ranked, allocation)
+            over = _over(found.have, limits)
+            if over and (best is not None or ("latency" in over and found.is_least)):
+                break
             if not over:
-                return Chosen(problem, allocation, removed), small
-            attempts += 1
-            if attempts == _ATTEMPTS:
-                raise self._infeasible(allocation, limits)
-            problem = _tightened(problem, over)
+                best = found
+                seconds = found.have.get("latency", math.inf)
+                if seconds > _USED * limits.get("latency", 0.0) or number >= _WIDER:
+                    break
+            problem = _moved(found, limits, over)
+        if best is None:
+            assert found is not None
+            raise self._infeasible(found.have, limits, proven=False)
+        return best
+
+    def _pruned(
+        self, problem: WidthProblem, ranked: Sequence[Sequence[int]], allocation: Allocation
+    ) -> Chosen:
+        """A network with some widths, counted, and timed where seconds are limited."""
+        removed = self.dimensions.removed(_best(ranked, allocation))
+        compensated: list[str] = []
+        small = pruned(self.program, self.analysis, removed, compensated)
+        have: dict[str, float] = dict(counted(small))
+        if self.latency is not None:
+            have["latency"] = self.latency.of(small)
+        return Chosen(problem, allocation, removed, small, compensated, have)
 
     @cached_property
-    def full(self) -> dict[str, int]:
-        """What the program has: FLOPs, parameters, bytes."""
-        return counted(self.program)
+    def full(self) -> dict[str, Any]:
+        """What the program has: FLOPs, parameters, bytes; the source's seconds if limited."""
+        full = counted(self.program)
+        return full if self.latency is None else {**full, "latency": self.latency.before}
+
+    @cached_property
+    def latency(self) -> Latency | None:
+        """What a limit on seconds says of programs; None without one."""
+        quantity = self.options.latency
+        return None if quantity is None else Latency(self.program, self.context, quantity)
 
     def _share(self, cost: Cost) -> float:
         """A limit as a share of what the program has, at most all of it."""
@@ -169,7 +250,7 @@ class Chooser:
             self.dimensions.all, ranked, self._gains(scores, ranked), strict=True
         ):
             least = min(len(units), max(1, int(np.ceil(options.min_keep * dim.width))))
-            dimensions.append(Dimension(dim.name, worth, least, step=options.round_to))
+            dimensions.append(Dimension(dim.name, worth, least, step=self._step(dim.width)))
         return WidthProblem(tuple(dimensions), tuple(costs)), ranked
 
     def _gains(
@@ -184,41 +265,71 @@ class Chooser:
             curve_gains(dim, *curve) for dim, curve in zip(self.dimensions.all, curves, strict=True)
         ]
 
+    def _step(self, width: int) -> int:
+        """The widths of a dimension are multiples of it."""
+        step = self.options.round_to
+        return step or (1 if self.options.latency is None else vector_step(width))
+
     def _cost(self, name: str, limit: float) -> Cost:
+        if name == "latency":
+            return cost_of(name, self._seconds, _CAUTION * limit)
         if name == "flops":
             return flops_cost(self.program, self.dimensions, limit)
         return params_cost(self.program, self.dimensions, limit, in_bytes=name == "bytes")
+
+    @cached_property
+    def _seconds(self) -> Polynomial:
+        """Seconds of one forward."""
+        allowed = [
+            Dimension(dim.name, (0.0,) * dim.width, step=self._step(dim.width)).widths
+            for dim in self.dimensions.all
+        ]
+        return latency_polynomial(
+            self.program, self.dimensions, allowed, self.full["latency"], self.context
+        )
 
     def _allocated(
         self, problem: WidthProblem, limits: Mapping[str, float], rounds: int
     ) -> Allocation:
         self.context.progress(f"choosing widths ({self.scheme})")
-        if self.scheme == "uniform":
-            found = uniform(problem)
-        elif self.scheme == "global":
-            found = by_threshold(problem)
-        else:
-            limit, seed = self.context.time_limit / rounds, self.context.seed
-            found = allocate(problem, time_limit=limit, seed=seed, tolerance=_TOLERANCE)
-        if found.status == "infeasible":
-            raise self._infeasible(found, limits)
-        return found
+        found = self._solved(problem, rounds)
+        if found.status != "infeasible":
+            return found
+        names = [cost.name for cost in problem.costs]
+        least = dict(zip(names, found.costs, strict=True))
+        over = [cost.name for cost in problem.costs if least[cost.name] > cost.limit]
+        if over != ["latency"]:
+            raise self._infeasible(least, limits, proven=True)
+        # Seconds are estimates here: the narrowest network is timed before anything is refused.
+        return self._solved(_limited(problem, {"latency": least["latency"]}), rounds)
 
-    def _infeasible(self, found: Allocation, limits: Mapping[str, float]) -> BudgetInfeasible:
-        over = [
-            (name, cost)
-            for (name, limit), cost in zip(limits.items(), found.costs, strict=True)
-            if cost > limit
-        ]
-        name, smallest = over[0] if over else (next(iter(limits)), None)
+    def _solved(self, problem: WidthProblem, rounds: int) -> Allocation:
+        if problem not in self._known:
+            self._known[problem] = self._solve(problem, rounds)
+        return self._known[problem]
+
+    def _solve(self, problem: WidthProblem, rounds: int) -> Allocation:
+        if self.scheme != "solver":
+            return by_rule(problem, _RULES[self.scheme])
+        limit, seed = self.context.time_limit / (rounds + 1), self.context.seed
+        return allocate(problem, time_limit=limit, seed=seed, tolerance=_TOLERANCE)
+
+    def _infeasible(
+        self, least: Mapping[str, float], limits: Mapping[str, float], *, proven: bool
+    ) -> BudgetInfeasible:
+        over = [name for name, limit in limits.items() if least[name] > limit]
+        name = next((name for name in over if name != "latency"), (over or list(limits))[0])
         frozen = [f"{axis.parameter} axis {axis.axis}, {axis.reason}" for axis in self.frozen()]
+        rounded = self.options.round_to is None and name == "latency"
+        asked = f"{limits[name]:.4g} s" if name == "latency" else f"{limits[name]:,.0f}"
         return BudgetInfeasible(
-            f"no pruning keeps {name} at {limits[name]:,.0f}",
+            f"no pruning keeps {name} at {asked}",
             field=name,
             requested=limits[name],
-            smallest=smallest,
+            smallest=least[name] if over else None,
             obstacle="; ".join(frozen[:5]) or "every dimension keeps a unit",
-            proven=found.status == "infeasible",
+            proven=proven,
+            hint="round_to=1 allows widths of less than a vector register" if rounded else None,
         )
 
     def frozen(self) -> list[FrozenAxis]:
@@ -236,9 +347,13 @@ def counted(program: Program) -> dict[str, int]:
     }
 
 
-def _over(have: Mapping[str, int], limits: Mapping[str, float]) -> dict[str, float]:
+def _over(have: Mapping[str, float], limits: Mapping[str, float]) -> dict[str, float]:
     """For each limit that is passed, by how much."""
-    return {name: have[name] / limit for name, limit in limits.items() if have[name] > limit}
+    return {
+        name: have[name] / limit if limit > 0 else math.inf
+        for name, limit in limits.items()
+        if have[name] > limit
+    }
 
 
 def _best(ranked: Sequence[Sequence[int]], allocation: Allocation) -> list[Sequence[int]]:
@@ -246,6 +361,19 @@ def _best(ranked: Sequence[Sequence[int]], allocation: Allocation) -> list[Seque
     return [units[:width] for units, width in zip(ranked, allocation.widths, strict=True)]
 
 
-def _tightened(problem: WidthProblem, over: Mapping[str, float]) -> WidthProblem:
-    costs = [Cost(c.name, c.terms, c.limit / over.get(c.name, 1.0)) for c in problem.costs]
+def _limited(problem: WidthProblem, limits: Mapping[str, float]) -> WidthProblem:
+    """The problem with other limits on some costs."""
+    costs = [Cost(c.name, c.terms, limits.get(c.name, c.limit)) for c in problem.costs]
     return WidthProblem(problem.dimensions, tuple(costs))
+
+
+def _moved(found: Chosen, limits: Mapping[str, float], over: Mapping[str, float]) -> WidthProblem:
+    """The problem with the limits at which a network would have been within its own."""
+    moved = {}
+    for cost, predicted in zip(found.problem.costs, found.allocation.costs, strict=True):
+        if cost.name == "latency":
+            ratio = limits[cost.name] / found.have[cost.name]
+            moved[cost.name] = _CAUTION * ratio * predicted
+        elif cost.name in over:
+            moved[cost.name] = cost.limit / over[cost.name]
+    return _limited(found.problem, moved)

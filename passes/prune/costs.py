@@ -22,7 +22,7 @@ Polynomial = dict[Monomial, float]
 
 def flops_cost(program: Program, dimensions: Dimensions, limit: float) -> Cost:
     """FLOPs of one forward of the train-mode graph at the example sizes."""
-    return _cost("flops", _Flops(dimensions).of(program.module), limit)
+    return cost_of("flops", FlopsCounter(dimensions).of(program.module), limit)
 
 
 def params_cost(
@@ -36,12 +36,13 @@ def params_cost(
     for slot in dimensions.analysis.slots.values():
         if slot.is_trained:
             scale = slot.tensor.element_size() if in_bytes else 1
-            for monomial, count in _product(dimensions, slot.value).items():
+            for monomial, count in places(dimensions, slot.value).items():
                 total[monomial] += scale * count
-    return _cost("bytes" if in_bytes else "params", total, limit)
+    return cost_of("bytes" if in_bytes else "params", total, limit)
 
 
-def _cost(name: str, polynomial: Polynomial, limit: float) -> Cost:
+def cost_of(name: str, polynomial: Polynomial, limit: float) -> Cost:
+    """A polynomial as a cost."""
     terms = [
         Term(float(count), tuple((d, monomial.count(d)) for d in sorted(set(monomial))))
         for monomial, count in sorted(polynomial.items())
@@ -50,7 +51,8 @@ def _cost(name: str, polynomial: Polynomial, limit: float) -> Cost:
     return Cost(name, tuple(terms), limit)
 
 
-def _product(dimensions: Dimensions, value: Value) -> Polynomial:
+def places(dimensions: Dimensions, value: Value) -> Polynomial:
+    """How many elements of a tensor stay."""
     result: Polynomial = {(): 1.0}
     for labels in value.axes:
         factor = dimensions.size(labels)
@@ -62,7 +64,7 @@ def _product(dimensions: Dimensions, value: Value) -> Polynomial:
     return result
 
 
-class _Flops:
+class FlopsCounter:
     """Sums the FLOPs of a graph's nodes, those of regions included."""
 
     def __init__(self, dimensions: Dimensions) -> None:
@@ -75,11 +77,12 @@ class _Flops:
         """FLOPs of a graph module."""
         total: Polynomial = defaultdict(float)
         for node in module.graph.nodes:
-            for monomial, count in self._node(module, node).items():
+            for monomial, count in self.of_node(module, node).items():
                 total[monomial] += count
         return total
 
-    def _node(self, module: fx.GraphModule, node: fx.Node) -> Polynomial:
+    def of_node(self, module: fx.GraphModule, node: fx.Node) -> Polynomial:
+        """FLOPs of one node."""
         inner = _region(module, node)
         if inner is not None and any(each in self.values for each in inner.graph.nodes):
             return self.of(inner)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import ClassVar, Literal
@@ -23,7 +22,7 @@ from graphopt.errors import (
 from graphopt.ir.program import Program
 from graphopt.ir.slices import Slices, blank
 from graphopt.passes.prune.analysis import analyse
-from graphopt.passes.prune.choice import Chooser, Chosen, counted
+from graphopt.passes.prune.choice import Chooser, Chosen
 from graphopt.passes.prune.rewrite import masked
 from graphopt.passes.prune.units import Reason
 from graphopt.pipeline import Pass, PassContext, PassResult, Position, Preserves
@@ -46,13 +45,18 @@ class Prune(Pass):
         flops: FLOPs of one forward on the example inputs.
         params: Parameters.
         bytes: Bytes of the parameters, read like a count or as a percentage.
+        latency: Seconds of one forward in eval mode on the example inputs, measured on this
+            machine with the threads and on the device that are set; a percentage is one of the
+            source's seconds, timed in turns with the result.
         criterion: What a unit is worth, see `graphopt.passes.prune.importance.score`; ``auto``:
             ``taylor2`` with data, else ``l2``.
         allocation: ``uniform``: the same share of every dimension; ``global``: one threshold;
             ``solver``: the largest sum of the criterion, with a bound; ``auto``: ``solver`` with
             a criterion that looks at data, else ``uniform``, since magnitudes of different layers
             don't compare.
-        round_to: Widths are multiples of it, or whole.
+        round_to: Widths are multiples of it, or whole; None: of what fills vector registers (16,
+            of dimensions narrower than 64 8, than 32 1), with a limit on seconds always, else where
+            that loses next to nothing of the criterion and of the budget.
         min_keep: The least share of each dimension that is kept.
         rounds: With a criterion of gradients, how often units are ranked anew on what is left,
             while the limit comes down: first-order scores hold for small changes.
@@ -62,18 +66,19 @@ class Prune(Pass):
     """
 
     name: ClassVar[str] = "prune"
-    serves: ClassVar[tuple[str, ...]] = ("flops", "params", "bytes")
+    serves: ClassVar[tuple[str, ...]] = ("flops", "params", "bytes", "latency")
     position: ClassVar[int] = Position.FORWARD
     preserves: ClassVar[Preserves] = Preserves(outputs=None, gradients=None, buffers=None)
 
     flops: Quantity | None = None
     params: Quantity | None = None
     bytes: Quantity | None = None
+    latency: Quantity | None = None
     criterion: Literal["auto", "l2", "bn_scale", "taylor", "taylor2", "distortion", "random"] = (
         "auto"
     )
     allocation: Literal["auto", "uniform", "global", "solver"] = "auto"
-    round_to: int = 1
+    round_to: int | None = None
     min_keep: float = 0.0
     rounds: int = 8
     freeze: str = ""
@@ -92,7 +97,7 @@ class Prune(Pass):
                 "pruning a program that carries a memory plan",
                 hint="prune first: optimize(model, 'flops=50%,memory=50%') does",
             )
-        if not (self.flops or self.params or self.bytes):
+        if not (self.flops or self.params or self.bytes or self.latency):
             raise BudgetError(
                 "prune without a budget", hint="prune{flops=50%} or prune{params=50%}"
             )
@@ -111,11 +116,10 @@ class _Run:
 
     def result(self) -> PassResult:
         """Choose, rewrite, check, report."""
-        compensated: list[str] = []
-        chosen, small = self.chooser.chosen(compensated)
-        self._check(small, chosen.removed)
-        small = small.replace(slices=self._slices(chosen.removed))
-        report = self._report(small, chosen, compensated)
+        chosen = self.chooser.chosen()
+        self._check(chosen.program, chosen.removed)
+        small = chosen.program.replace(slices=self._slices(chosen.removed))
+        report = self._report(chosen)
         return PassResult(small, changed=bool(chosen.removed), report={"prune": report})
 
     def _freeze(self) -> None:
@@ -165,9 +169,9 @@ class _Run:
         full = None if earlier is not None else blank(self.program.emit())
         return Slices(kept, shapes, full).after(earlier)
 
-    def _report(self, small: Program, chosen: Chosen, compensated: Sequence[str]) -> PruneReport:
+    def _report(self, chosen: Chosen) -> PruneReport:
         removed, allocation = chosen.removed, chosen.allocation
-        before, after = self.chooser.full, counted(small)
+        before, after = self.chooser.full, chosen.have
         whole = sum(sum(d.gains) for d in chosen.problem.dimensions) or 1.0
         slots = [slot for slot in self.analysis.slots.values() if slot.is_trained]
         kept = {s.path: self.analysis.kept(s, removed) for s in slots}
@@ -184,7 +188,7 @@ class _Run:
             ),
             frozen=tuple(self.chooser.frozen()),
             kept={n: {str(a): p for a, p in axes.items()} for n, axes in kept.items() if axes},
-            compensated=tuple(dict.fromkeys(compensated)),
+            compensated=tuple(dict.fromkeys(chosen.compensated)),
         )
 
 
