@@ -141,6 +141,24 @@ class FrozenAxis:
 
 
 @dataclass(frozen=True)
+class Refinement:
+    """What measuring widths on data gained.
+
+    Attributes:
+        measure: ``loss`` (the user's) or ``distortion`` (squared distance of the outputs, relative
+            to their spread), of the masked network.
+        before: On all batches, with the widths that the allocation gave.
+        after: The same with the widths that were taken.
+        evaluations: How often the batches were gone through, parts of them added up.
+    """
+
+    measure: str
+    before: float
+    after: float
+    evaluations: float
+
+
+@dataclass(frozen=True)
 class PruneReport:
     """Section ``prune``: what was removed.  FLOPs are those of one forward on the example inputs.
 
@@ -160,6 +178,7 @@ class PruneReport:
         frozen: Axes that can't be pruned, and why.
         kept: Parameter -> axis -> places that are kept.
         compensated: Norms and means that are written out so that they equal the masked network's.
+        refinement: What measured refinement of the widths gained, if it was asked for.
     """
 
     flops_before: int
@@ -176,6 +195,7 @@ class PruneReport:
     frozen: tuple[FrozenAxis, ...] = ()
     kept: Mapping[str, Mapping[str, tuple[int, ...]]] = field(default_factory=dict)
     compensated: tuple[str, ...] = ()
+    refinement: Refinement | None = None
 
 
 @dataclass(frozen=True)

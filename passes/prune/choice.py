@@ -2,56 +2,62 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
-import numpy as np
-
 from graphopt.batches import Batch, read_batch
 from graphopt.cost.flops import graph_flops
-from graphopt.errors import BudgetInfeasible, InputMismatch, first_line
+from graphopt.errors import BudgetInfeasible, InputMismatch, UsageError, first_line
 from graphopt.ir.program import Program
 from graphopt.passes.prune.analysis import Analysis
+from graphopt.passes.prune.bounds import bounds, read_caps
 from graphopt.passes.prune.costs import flops_cost, params_cost
+from graphopt.passes.prune.criteria import Calibration, criterion_of, score
 from graphopt.passes.prune.dimensions import Dimensions
 from graphopt.passes.prune.distortion import Distortion
 from graphopt.passes.prune.distortion import gains as curve_gains
-from graphopt.passes.prune.importance import Calibration, Criterion, score
+from graphopt.passes.prune.refinement import Refinement, refined
 from graphopt.passes.prune.rewrite import masked, pruned
+from graphopt.passes.prune.sparsity import pq_gains
 from graphopt.pipeline import PassContext
 from graphopt.report import FrozenAxis
 from graphopt.solvers.widths import (
     Allocation,
     Cost,
-    Dimension,
     WidthProblem,
     allocate,
     by_threshold,
     uniform,
 )
 
-Scheme = Literal["uniform", "global", "solver"]
+Scheme = Literal["uniform", "global", "pq", "solver"]
 
 # The solver stops when it has proven that no allocation is worth this much more.
 _TOLERANCE = 1e-4
 # How often widths are chosen again where the polynomial and the count differ.
 _ATTEMPTS = 8
 _BATCHES = 64
-# Criteria that look at data, and estimate what the outputs or the loss lose.
-_BY_GRADIENT = ("taylor", "taylor2")
-_MEASURED = ("distortion", *_BY_GRADIENT)
 
 
 @dataclass(frozen=True)
 class Chosen:
-    """What is removed, and the last round's problem and solution."""
+    """What is removed, and the last round's problem and solution.
+
+    Attributes:
+        problem: Of the last round.
+        allocation: Its widths, the refined ones where they were.
+        removed: The units.
+        refinement: What measuring improved, or None.
+    """
 
     problem: WidthProblem
     allocation: Allocation
     removed: frozenset[int]
+    refinement: Refinement | None = None
 
 
 class Chooser:
@@ -76,10 +82,18 @@ class Chooser:
         """
         self.options, self.program, self.context = options, program, context
         self.analysis, self.dimensions = analysis, Dimensions(analysis)
-        automatic: Criterion = "l2" if context.data is None else "taylor2"
-        self.criterion: Criterion = automatic if options.criterion == "auto" else options.criterion
-        best: Scheme = "solver" if self.criterion in _MEASURED else "uniform"
+        automatic = "l2" if context.data is None else "taylor2"
+        asked = options.criterion
+        self.criterion = criterion_of(automatic if asked == "auto" else asked)
+        best: Scheme = "uniform"
+        if self.criterion.adds_up:
+            best = "solver"
         self.scheme: Scheme = best if options.allocation == "auto" else options.allocation
+        self.bounds = bounds(
+            self.dimensions, options.min_keep, read_caps(options.caps), options.round_to
+        )
+        if options.refine and context.data is None:
+            raise UsageError("refine= measures on data", hint="give data=, or refine=0")
 
     def chosen(self, compensated: list[str]) -> tuple[Chosen, Program]:
         """What to remove, and the program without it, which keeps the budget.
@@ -95,29 +109,84 @@ class Chooser:
         limits = self._limits()
         costs = [self._cost(name, limit) for name, limit in limits.items()]
         alive: Sequence[Sequence[int]] = [dim.units for dim in self.dimensions.all]
-        rounds = self.options.rounds if self.criterion in _BY_GRADIENT else 1
+        gone: list[list[int]] = [[] for _ in alive]
+        rounds = 1 if self.criterion.needs == "nothing" else self.options.rounds
         for number in range(1, rounds):
             left = [1 - (1 - self._share(c)) * number / rounds for c in costs]
             scaled = [
                 Cost(c.name, c.terms, c.limit * share / self._share(c))
                 for c, share in zip(costs, left, strict=True)
             ]
-            problem, ranked = self._problem(scaled, alive)
-            alive = _best(ranked, self._allocated(problem, limits, rounds))
+            problem, ranked = self._problem(scaled, alive, number / rounds)
+            widths = self._allocated(problem, limits, rounds).widths
+            alive = _best(ranked, widths)
+            gone = [[*u[w:], *g] for u, w, g in zip(ranked, widths, gone, strict=True)]
         problem, ranked = self._problem(costs, alive)
-        attempts = 0
-        while True:
+        allocation, small = self._within(problem, ranked, limits, rounds, compensated)
+        everything = [[*units, *g] for units, g in zip(ranked, gone, strict=True)]
+        if self.options.refine:
+            return self._refined(problem, allocation, everything, limits, compensated)
+        removed = self.dimensions.removed(_best(ranked, allocation.widths))
+        return Chosen(problem, allocation, removed), small
+
+    def _within(
+        self,
+        problem: WidthProblem,
+        ranked: Sequence[Sequence[int]],
+        limits: Mapping[str, float],
+        rounds: int,
+        compensated: list[str],
+    ) -> tuple[Allocation, Program]:
+        """An allocation whose program, counted, keeps the limits."""
+        for _ in range(_ATTEMPTS):
             allocation = self._allocated(problem, limits, rounds)
-            removed = self.dimensions.removed(_best(ranked, allocation))
-            compensated.clear()
-            small = pruned(self.program, self.analysis, removed, compensated)
+            small = self._pruned(_best(ranked, allocation.widths), compensated)
             over = _over(counted(small), limits)
             if not over:
-                return Chosen(problem, allocation, removed), small
-            attempts += 1
-            if attempts == _ATTEMPTS:
-                raise self._infeasible(allocation, limits)
+                return allocation, small
             problem = _tightened(problem, over)
+        raise self._infeasible(allocation, limits)
+
+    def _pruned(self, kept: Sequence[Sequence[int]], compensated: list[str]) -> Program:
+        compensated.clear()
+        return pruned(self.program, self.analysis, self.dimensions.removed(kept), compensated)
+
+    def _refined(
+        self,
+        problem: WidthProblem,
+        allocation: Allocation,
+        ranked: Sequence[Sequence[int]],
+        limits: Mapping[str, float],
+        compensated: list[str],
+    ) -> tuple[Chosen, Program]:
+        """The best of the measured widths whose program, counted, keeps the limits."""
+        found = refined(
+            WidthProblem(
+                tuple(
+                    bound.dimension(dim.name, (0.0,) * dim.width)
+                    for dim, bound in zip(self.dimensions.all, self.bounds, strict=True)
+                ),
+                problem.costs,
+            ),
+            allocation.widths,
+            lambda widths: self.dimensions.removed(_best(ranked, widths)),
+            Distortion(self.program, self.dimensions, self._batches),
+            self.options.refine,
+            self.context,
+        )
+        # The counts are exact, the polynomials nearly: the start at least keeps the limits.
+        for widths, refinement in reversed(found):
+            small = self._pruned(_best(ranked, widths), compensated)
+            if not _over(counted(small), limits):
+                return self._chosen(problem, allocation, ranked, widths, refinement), small
+        raise self._infeasible(allocation, limits)
+
+    def _chosen(self, problem, allocation, ranked, widths, refinement) -> Chosen:
+        removed = self.dimensions.removed(_best(ranked, widths))
+        gains = [d.gains for d in problem.dimensions]
+        value = sum(sum(g[:width]) for g, width in zip(gains, widths, strict=True))
+        allocation = dataclasses.replace(allocation, widths=widths, value=value)
+        return Chosen(problem, allocation, removed, refinement)
 
     @cached_property
     def full(self) -> dict[str, int]:
@@ -134,12 +203,12 @@ class Chooser:
 
     def _scores(self, alive: Sequence[Sequence[int]]) -> dict[int, float]:
         """What each unit is worth where only some are left."""
-        self.context.progress(f"ranking units by {self.criterion}")
-        batches = self._batches if self.criterion in _MEASURED else ()
+        self.context.progress(f"ranking units by {self.criterion.name}")
+        batches = self._batches if self.criterion.reads_data else ()
         removed = self.dimensions.removed(alive)
         program = masked(self.program, self.analysis, removed) if removed else self.program
         try:
-            calibration = Calibration(program, batches, self.context.seed)
+            calibration = Calibration(program, self.program, batches, self.context.seed)
             return score(self.criterion, self.dimensions, calibration)
         except (RuntimeError, TypeError, ValueError) as error:
             if not batches:
@@ -159,24 +228,29 @@ class Chooser:
         return [read_batch(batch, context.data_loss, len(context.args)) for batch in some]
 
     def _problem(
-        self, costs: Sequence[Cost], alive: Sequence[Sequence[int]]
+        self, costs: Sequence[Cost], alive: Sequence[Sequence[int]], done: float = 1.0
     ) -> tuple[WidthProblem, list[list[int]]]:
-        """The widths to choose, and the units that are left, the best first."""
-        options, scores = self.options, self._scores(alive)
+        """The widths to choose, and the units that are left, the best first.
+
+        Args:
+            costs: The limits of this round.
+            alive: The units that are left.
+            done: How much of all rounds is done with this one.
+        """
+        scores = self._scores(alive)
         ranked = [sorted(units, key=lambda unit: -scores[unit]) for units in alive]
-        dimensions = []
-        for dim, units, worth in zip(
-            self.dimensions.all, ranked, self._gains(scores, ranked), strict=True
-        ):
-            least = min(len(units), max(1, int(np.ceil(options.min_keep * dim.width))))
-            dimensions.append(Dimension(dim.name, worth, least, step=options.round_to))
-        return WidthProblem(tuple(dimensions), tuple(costs)), ranked
+        gains = self._gains(scores, ranked)
+        dimensions = tuple(
+            bound.dimension(dim.name, worth, done)
+            for dim, bound, worth in zip(self.dimensions.all, self.bounds, gains, strict=True)
+        )
+        return WidthProblem(dimensions, tuple(costs)), ranked
 
     def _gains(
         self, scores: Mapping[int, float], ranked: Sequence[Sequence[int]]
     ) -> list[tuple[float, ...]]:
         """What each unit more of each dimension is worth."""
-        if self.criterion != "distortion":
+        if not self.criterion.measured:
             return [tuple(scores[unit] for unit in units) for units in ranked]
         measured = Distortion(self.program, self.dimensions, self._batches)
         curves = measured.curves(ranked, self.context.progress)
@@ -197,12 +271,24 @@ class Chooser:
             found = uniform(problem)
         elif self.scheme == "global":
             found = by_threshold(problem)
+        elif self.scheme == "pq":
+            found = self._by_sparsity(problem)
         else:
             limit, seed = self.context.time_limit / rounds, self.context.seed
             found = allocate(problem, time_limit=limit, seed=seed, tolerance=_TOLERANCE)
         if found.status == "infeasible":
             raise self._infeasible(found, limits)
         return found
+
+    def _by_sparsity(self, problem: WidthProblem) -> Allocation:
+        widths = [len(d.gains) for d in problem.dimensions]
+        gains = pq_gains(self.dimensions, widths)
+        instead = tuple(
+            dataclasses.replace(d, gains=g) for d, g in zip(problem.dimensions, gains, strict=True)
+        )
+        found = by_threshold(WidthProblem(instead, problem.costs))
+        kept = zip(problem.dimensions, found.widths, strict=True)
+        return dataclasses.replace(found, value=sum(sum(d.gains[:w]) for d, w in kept))
 
     def _infeasible(self, found: Allocation, limits: Mapping[str, float]) -> BudgetInfeasible:
         over = [
@@ -241,9 +327,9 @@ def _over(have: Mapping[str, int], limits: Mapping[str, float]) -> dict[str, flo
     return {name: have[name] / limit for name, limit in limits.items() if have[name] > limit}
 
 
-def _best(ranked: Sequence[Sequence[int]], allocation: Allocation) -> list[Sequence[int]]:
+def _best(ranked: Sequence[Sequence[int]], widths: Sequence[int]) -> list[Sequence[int]]:
     """The units that are kept; of equal ones the first."""
-    return [units[:width] for units, width in zip(ranked, allocation.widths, strict=True)]
+    return [units[:width] for units, width in zip(ranked, widths, strict=True)]
 
 
 def _tightened(problem: WidthProblem, over: Mapping[str, float]) -> WidthProblem:
