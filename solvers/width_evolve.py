@@ -7,6 +7,7 @@ of them on more, the best one on all, and it becomes the incumbent if it measure
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -130,8 +131,8 @@ def _switched(table: WidthTable, parent: Choice, rng: np.random.Generator) -> Ch
         return None
     widened = rng.permutation(room)[: rng.integers(1, _SWITCHES + 1)]
     for d in widened:
-        share = float(np.exp(rng.uniform(*np.log(_STEPS))))
-        child[d] = min(table.last[d], parent[d] + max(1, round(share * (table.last[d] + 1))))
+        share = math.exp(float(rng.uniform(math.log(_STEPS[0]), math.log(_STEPS[1]))))
+        child[d] = min(table.last[d], parent[d] + max(1, round(share * float(table.last[d] + 1))))
     others = rng.permutation(np.setdiff1d(table.rows, widened))
     for d in others:
         while child[d] > 0 and not table.fits(child):

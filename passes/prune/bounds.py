@@ -12,7 +12,10 @@ from graphopt.passes.prune.criteria.base import places
 from graphopt.passes.prune.dimensions import Dimension, Dimensions
 from graphopt.solvers.widths import Dimension as WidthDimension
 
-_CAP = re.compile(r"(?P<pattern>\S+):(?:(?P<low>[\d.]+)%)?(?P<range>\.\.)?(?:(?P<high>[\d.]+)%)?")
+_SHARE = r"(?:(?P<{}>\d+(?:\.\d+)?)%)?"
+_CAP = re.compile(
+    rf"(?P<pattern>\S+):{_SHARE.format('low')}(?P<range>\.\.)?{_SHARE.format('high')}"
+)
 
 
 @dataclass(frozen=True)

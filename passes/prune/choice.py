@@ -85,9 +85,7 @@ class Chooser:
         automatic = "l2" if context.data is None else "taylor2"
         asked = options.criterion
         self.criterion = criterion_of(automatic if asked == "auto" else asked)
-        best: Scheme = "uniform"
-        if self.criterion.adds_up:
-            best = "solver"
+        best: Scheme = "solver" if self.criterion.adds_up else "uniform"
         self.scheme: Scheme = best if options.allocation == "auto" else options.allocation
         self.bounds = bounds(
             self.dimensions, options.min_keep, read_caps(options.caps), options.round_to
@@ -138,14 +136,17 @@ class Chooser:
         compensated: list[str],
     ) -> tuple[Allocation, Program]:
         """An allocation whose program, counted, keeps the limits."""
-        for _ in range(_ATTEMPTS):
+        attempts = 0
+        while True:
             allocation = self._allocated(problem, limits, rounds)
             small = self._pruned(_best(ranked, allocation.widths), compensated)
             over = _over(counted(small), limits)
             if not over:
                 return allocation, small
+            attempts += 1
+            if attempts == _ATTEMPTS:
+                raise self._infeasible(allocation, limits)
             problem = _tightened(problem, over)
-        raise self._infeasible(allocation, limits)
 
     def _pruned(self, kept: Sequence[Sequence[int]], compensated: list[str]) -> Program:
         compensated.clear()
@@ -160,14 +161,12 @@ class Chooser:
         compensated: list[str],
     ) -> tuple[Chosen, Program]:
         """The best of the measured widths whose program, counted, keeps the limits."""
+        dimensions = tuple(
+            bound.dimension(dim.name, (0.0,) * dim.width)
+            for dim, bound in zip(self.dimensions.all, self.bounds, strict=True)
+        )
         found = refined(
-            WidthProblem(
-                tuple(
-                    bound.dimension(dim.name, (0.0,) * dim.width)
-                    for dim, bound in zip(self.dimensions.all, self.bounds, strict=True)
-                ),
-                problem.costs,
-            ),
+            WidthProblem(dimensions, problem.costs),
             allocation.widths,
             lambda widths: self.dimensions.removed(_best(ranked, widths)),
             Distortion(self.program, self.dimensions, self._batches),
@@ -175,18 +174,13 @@ class Chooser:
             self.context,
         )
         # The counts are exact, the polynomials nearly: the start at least keeps the limits.
-        for widths, refinement in reversed(found):
+        for widths, gained in reversed(found):
             small = self._pruned(_best(ranked, widths), compensated)
             if not _over(counted(small), limits):
-                return self._chosen(problem, allocation, ranked, widths, refinement), small
+                removed = self.dimensions.removed(_best(ranked, widths))
+                taken = _with_widths(allocation, problem, widths)
+                return Chosen(problem, taken, removed, gained), small
         raise self._infeasible(allocation, limits)
-
-    def _chosen(self, problem, allocation, ranked, widths, refinement) -> Chosen:
-        removed = self.dimensions.removed(_best(ranked, widths))
-        gains = [d.gains for d in problem.dimensions]
-        value = sum(sum(g[:width]) for g, width in zip(gains, widths, strict=True))
-        allocation = dataclasses.replace(allocation, widths=widths, value=value)
-        return Chosen(problem, allocation, removed, refinement)
 
     @cached_property
     def full(self) -> dict[str, int]:
@@ -287,8 +281,7 @@ class Chooser:
             dataclasses.replace(d, gains=g) for d, g in zip(problem.dimensions, gains, strict=True)
         )
         found = by_threshold(WidthProblem(instead, problem.costs))
-        kept = zip(problem.dimensions, found.widths, strict=True)
-        return dataclasses.replace(found, value=sum(sum(d.gains[:w]) for d, w in kept))
+        return _with_widths(found, problem, found.widths)
 
     def _infeasible(self, found: Allocation, limits: Mapping[str, float]) -> BudgetInfeasible:
         over = [
@@ -297,13 +290,14 @@ class Chooser:
             if cost > limit
         ]
         name, smallest = over[0] if over else (next(iter(limits)), None)
+        asked = [f"{n}={v}" for n in ("caps", "min_keep") if (v := getattr(self.options, n))]
         frozen = [f"{axis.parameter} axis {axis.axis}, {axis.reason}" for axis in self.frozen()]
         return BudgetInfeasible(
             f"no pruning keeps {name} at {limits[name]:,.0f}",
             field=name,
             requested=limits[name],
             smallest=smallest,
-            obstacle="; ".join(frozen[:5]) or "every dimension keeps a unit",
+            obstacle="; ".join([*asked, *frozen[:5]]) or "every dimension keeps a unit",
             proven=found.status == "infeasible",
         )
 
@@ -330,6 +324,13 @@ def _over(have: Mapping[str, int], limits: Mapping[str, float]) -> dict[str, flo
 def _best(ranked: Sequence[Sequence[int]], widths: Sequence[int]) -> list[Sequence[int]]:
     """The units that are kept; of equal ones the first."""
     return [units[:width] for units, width in zip(ranked, widths, strict=True)]
+
+
+def _with_widths(found: Allocation, problem: WidthProblem, widths: Sequence[int]) -> Allocation:
+    """An allocation with other widths, and what they are worth."""
+    kept = zip(problem.dimensions, widths, strict=True)
+    value = sum(sum(d.gains[:width]) for d, width in kept)
+    return dataclasses.replace(found, widths=tuple(widths), value=value)
 
 
 def _tightened(problem: WidthProblem, over: Mapping[str, float]) -> WidthProblem:

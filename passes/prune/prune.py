@@ -24,8 +24,7 @@ from graphopt.ir.program import Program
 from graphopt.ir.slices import Slices, blank
 from graphopt.passes.prune.analysis import analyse
 from graphopt.passes.prune.choice import Chooser, Chosen, counted
-from graphopt.passes.prune.criteria import Name
-from graphopt.passes.prune.criteria.custom import UserFunction
+from graphopt.passes.prune.criteria import Name, UserFunction
 from graphopt.passes.prune.rewrite import masked
 from graphopt.passes.prune.units import Reason
 from graphopt.pipeline import Pass, PassContext, PassResult, Position, Preserves

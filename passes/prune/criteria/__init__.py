@@ -9,13 +9,12 @@ whatever a function of the user's does (`custom`).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Literal
 
 from graphopt.errors import NonFiniteError
 from graphopt.passes.prune.criteria.base import Calibration, Criterion, Scores
 from graphopt.passes.prune.criteria.contributions import fisher, heapr
-from graphopt.passes.prune.criteria.custom import DimensionView, Part, custom
+from graphopt.passes.prune.criteria.custom import DimensionView, Part, UserFunction, custom
 from graphopt.passes.prune.criteria.gradients import hesso, taylor, taylor2
 from graphopt.passes.prune.criteria.magnitude import bn_scale, drawn, l2
 from graphopt.passes.prune.dimensions import Dimensions
@@ -42,7 +41,7 @@ CRITERIA = {
 """All criteria with a name."""
 
 
-def criterion_of(asked: str | Callable[..., object]) -> Criterion:
+def criterion_of(asked: str | UserFunction) -> Criterion:
     """The criterion of a name, or the one that is a user's function."""
     return CRITERIA[asked] if isinstance(asked, str) else custom(asked)
 
@@ -78,6 +77,7 @@ __all__ = [
     "Name",
     "Part",
     "Scores",
+    "UserFunction",
     "criterion_of",
     "score",
 ]

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -23,12 +22,11 @@ from torch.utils import _pytree as pytree
 
 from graphopt.batches import Batch
 from graphopt.comparison import probe_loss
-from graphopt.ir.graphs import lookup
 from graphopt.passes.prune.criteria.base import Calibration, Scores
+from graphopt.passes.prune.criteria.ends import calls, copies, ends
 from graphopt.passes.prune.criteria.gradients import taylor2
 from graphopt.passes.prune.dimensions import Dimensions
 from graphopt.passes.prune.rewrite import graph_pairs, with_tensors
-from graphopt.passes.prune.rule import Value
 from graphopt.passes.prune.units import Labels
 
 
@@ -79,12 +77,12 @@ def _measured(dimensions: Dimensions, calibration: Calibration, observe: _Observ
         rows_seen += rows
         total = torch.zeros(rows, len(tapped.units), dtype=torch.float64)
         squares = torch.zeros(len(tapped.units), dtype=torch.float64)
-        for ends, product in tapped.products(batch, calibration.seed):
-            found = observe(product, rows).cpu()[:, ends.places]
+        for end, product in tapped.products(batch, calibration.seed):
+            found = observe(product, rows).cpu()[:, end.places]
             if together:
-                total.index_add_(1, ends.units, found)
+                total.index_add_(1, end.units, found)
             else:
-                squares.index_add_(0, ends.units, found.square().sum(0))
+                squares.index_add_(0, end.units, found.square().sum(0))
         # Of a mean over rows each row has its share of the gradient only.
         for unit, value in zip(
             tapped.units, (squares + total.square().sum(0)).tolist(), strict=True
@@ -138,7 +136,7 @@ class _Tapped:
         analysis = dimensions.analysis
         program = with_tensors(calibration.program, analysis, lambda slot: slot.tensor)
         for before, after in graph_pairs(calibration.source, program):
-            self._tap(before, after, set())
+            self._tap(before, after)
         self._module = program.emit().eval()
 
     def products(self, batch: Batch, seed: int) -> Iterator[tuple[_Ends, Tensor]]:
@@ -149,74 +147,40 @@ class _Tapped:
             loss = batch.loss(self._module(*batch.args, **batch.kwargs), probe_loss)
             values = [value for _, value in self._read]
             found = torch.autograd.grad(loss, values, allow_unused=True) if values else ()
-        for (ends, value), gradient in zip(self._read, found, strict=True):
+        for (here, value), gradient in zip(self._read, found, strict=True):
             if gradient is not None:
                 product = value.detach().double() * gradient.double()
-                yield from ((end, product.movedim(end.axis, -1)) for end in ends)
+                yield from ((end, product.movedim(end.axis, -1)) for end in here)
         self._read.clear()
 
-    def _tap(self, before: fx.GraphModule, after: fx.GraphModule, static: set[fx.Node]) -> None:
-        """Put identities before the readers of a graph.
+    def _tap(self, before: fx.GraphModule, after: fx.GraphModule) -> None:
+        """Put identities into a copy of a graph, before its readers."""
+        copied = copies(before, after)
+        values = self.dimensions.analysis.values
+        for node, static in calls(before):
+            by_source: dict[fx.Node, list[_Ends]] = {}
+            for source, axis, ending in ends(self.dimensions, node, static):
+                axes = values[source].axes
+                found = self._numbered(axis - len(axes), axes[axis], ending)
+                by_source.setdefault(source, []).append(found)
+            reader = copied[node]
+            for source, found in by_source.items():
+                with reader.graph.inserting_before(reader):
+                    tap = reader.graph.call_function(self._remember(found), (copied[source],))
+                tap.meta = dict(copied[source].meta)
+                reader.replace_input_with(copied[source], tap)
 
-        Args:
-            before: The analysed graph.
-            after: Its copy, which is changed.
-            static: Its placeholders that stand for what doesn't depend on the model's inputs.
-        """
-        for original, node in zip(list(before.graph.nodes), list(after.graph.nodes), strict=True):
-            sources = original.all_input_nodes
-            if original.op == "get_attr" or (sources and all(n in static for n in sources)):
-                static.add(original)
-            if original.op != "call_function":
-                continue
-            inner = _region(before, after, original, node)
-            if inner is not None:
-                operands = original.args[-len(inner[0].graph.find_nodes(op="placeholder")) :]
-                inputs = zip(inner[0].graph.find_nodes(op="placeholder"), operands, strict=True)
-                self._tap(*inner, {place for place, operand in inputs if operand in static})
-                continue
-            for source, ends in self._ends(original, static):
-                copied = node.all_input_nodes[sources.index(source)]
-                with after.graph.inserting_before(node):
-                    tap = after.graph.call_function(self._remember(ends), (copied,))
-                tap.meta = dict(copied.meta)
-                node.replace_input_with(copied, tap)
-        after.recompile()
-
-    def _remember(self, ends: Sequence[_Ends]) -> Callable[[Tensor], Tensor]:
+    def _remember(self, found: Sequence[_Ends]) -> Callable[[Tensor], Tensor]:
         def tap(value: Tensor) -> Tensor:
             own = value.view_as(value)  # a place of its own in autograd's graph
             if not own.requires_grad:
                 own = own.detach().requires_grad_()
-            self._read.append((ends, own))
+            self._read.append((found, own))
             return own
 
         return tap
 
-    def _ends(
-        self, node: fx.Node, static: Collection[fx.Node]
-    ) -> Iterator[tuple[fx.Node, list[_Ends]]]:
-        """The inputs of a call in which units end, each unit in one of them.
-
-        Every factor of a product has the same ``x dL/dx``; that of data is taken, not a weight.
-        """
-        values, units = self.dimensions.analysis.values, self.dimensions.units
-        seen = {
-            u for value in _values(values.get(node)) for a in value.axes for u in units.units_of(a)
-        }
-        for source in sorted(node.all_input_nodes, key=lambda n: n in static):
-            value, fake = values.get(source), source.meta.get("val")
-            if not isinstance(value, Value) or not fake.is_floating_point():
-                continue
-            found = []
-            for axis, labels in enumerate(value.axes):
-                if units.is_free(labels) and (ending := units.units_of(labels) - seen):
-                    found.append(self._end(axis - len(value.axes), labels, ending))
-                    seen |= ending
-            if found:
-                yield source, found
-
-    def _end(self, axis: int, labels: Labels, ending: Collection[int]) -> _Ends:
+    def _numbered(self, axis: int, labels: Labels, ending: Collection[int]) -> _Ends:
         places, numbers = [], []
         store = self.dimensions.units
         for place, label in enumerate(store.canonical(labels).tolist()):
@@ -227,23 +191,3 @@ class _Tapped:
                 places.append(place)
                 numbers.append(self._numbers[unit])
         return _Ends(axis, torch.tensor(places), torch.tensor(numbers))
-
-
-def _values(result: Any) -> Iterator[Value]:
-    if isinstance(result, Value):
-        yield result
-    elif isinstance(result, (tuple, list)):
-        for each in result:
-            yield from _values(each)
-
-
-def _region(
-    before: fx.GraphModule, after: fx.GraphModule, original: fx.Node, node: fx.Node
-) -> tuple[fx.GraphModule, fx.GraphModule] | None:
-    """The sub-graph that a node runs once, and that of its copy."""
-    for source, copied in zip(original.all_input_nodes, node.all_input_nodes, strict=True):
-        if source.op == "get_attr":
-            inner = lookup(before, str(source.target))
-            if isinstance(inner, fx.GraphModule):
-                return inner, lookup(after, str(copied.target))
-    return None

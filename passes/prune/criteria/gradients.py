@@ -12,8 +12,10 @@ from torch import Tensor
 
 from graphopt.comparison import probe_loss
 from graphopt.errors import UnsupportedError
+from graphopt.ir.program import Program
 from graphopt.passes.prune.analysis import Slot
 from graphopt.passes.prune.criteria.base import Calibration, Scores, add, places
+from graphopt.passes.prune.criteria.ends import calls, ends
 from graphopt.passes.prune.dimensions import Dimensions
 
 
@@ -71,7 +73,7 @@ def _mean_gradient(calibration: Calibration) -> dict[str, Tensor]:
 
 
 def _taylor(dimensions: Dimensions, calibration: Calibration, power: int) -> Scores:
-    readers = _readers(dimensions)
+    readers = _readers(dimensions, calibration.source)
     result: Scores = defaultdict(float)
     for found in gradients(calibration):
         total: Scores = {}
@@ -85,11 +87,18 @@ def _taylor(dimensions: Dimensions, calibration: Calibration, power: int) -> Sco
     return dict(result)
 
 
-def _readers(dimensions: Dimensions) -> list[tuple[Slot, int]]:
+def _readers(dimensions: Dimensions, source: Program) -> list[tuple[Slot, int]]:
     """Axes over which weights read their input; all axes of units that nothing reads like that."""
+    values = dimensions.analysis.values
+    graphs = [g for g in (source.module, source.eval_module) if g is not None]
+    summed = {
+        id(values[weight].axes[axis])
+        for graph in graphs
+        for node, static in calls(graph)
+        for weight, axis, _ in ends(dimensions, node, static, weights=True)
+    }
     everywhere = list(places(dimensions))
-    consumed = dimensions.analysis.consumed
-    reading = [(s, a) for s, a in everywhere if id(s.value.axes[a]) in consumed]
+    reading = [(s, a) for s, a in everywhere if id(s.value.axes[a]) in summed]
     read = {u for s, a in reading for u in dimensions.units.units_of(s.value.axes[a])}
     rest = [(s, a) for s, a in everywhere if not dimensions.units.units_of(s.value.axes[a]) <= read]
     return [*reading, *rest]
