@@ -312,11 +312,10 @@ def test_every_criterion_keeps_the_budget(chain: nn.Module, name: str) -> None:
         ("c.weight:1:60%..90% b.bias:..80%", {"b": 10}, {"b": 12}),
     ],
 )
-@pytest.mark.parametrize("data", [None, [torch.ones(6, 8)]])
-def test_caps_hold(
-    chain: nn.Module, caps: str, low: dict[str, int], high: dict[str, int], data: Any
-) -> None:
-    found = widths(run(chain, f"params=55%,caps={caps},refine={8 if data else 0}", data=data))
+def test_caps_hold(chain: nn.Module, caps: str, low: dict[str, int], high: dict[str, int]) -> None:
+    data = [torch.ones(6, 8)] if high else None
+    refine = 8 if data else 0
+    found = widths(run(chain, f"params=55%,caps={caps},rounds=2,refine={refine}", data=data))
     assert all(found[name] >= least for name, least in low.items())
     assert all(found[name] <= most for name, most in high.items())
 
@@ -343,12 +342,12 @@ def test_caps_that_make_no_sense_are_refused(chain: nn.Module, caps: str, said: 
 
 def test_refinement_is_never_worse_never_over_and_repeats_itself(chain: nn.Module) -> None:
     torch.manual_seed(3)
-    inputs = [torch.randn(6, 8) for _ in range(8)]
+    inputs = [torch.randn(6, 8) for _ in range(4)]
     with torch.no_grad():
         data = [(x, chain(x).argmax(1)) for x in inputs]
     loss = nn.functional.cross_entropy
     start = run(chain, "flops=50%,criterion=random,allocation=uniform", data=data, loss=loss)
-    options = "flops=50%,criterion=random,allocation=uniform,refine=20"
+    options = "flops=50%,criterion=random,allocation=uniform,refine=10"
     small = run(chain, options, data=data, loss=loss)
     report = small.report.to_dict()["prune"]
     assert report["flops_after"] <= 0.5 * report["flops_before"]
@@ -359,7 +358,7 @@ def test_refinement_is_never_worse_never_over_and_repeats_itself(chain: nn.Modul
 
     gained = report["refinement"]
     assert gained["measure"] == "loss"
-    assert gained["evaluations"] <= 20
+    assert gained["evaluations"] <= 10
     assert gained["before"] == pytest.approx(measured(start), rel=1e-4)
     assert gained["after"] == pytest.approx(measured(small), rel=1e-4)
     assert gained["after"] < gained["before"]
@@ -374,7 +373,7 @@ def test_refinement_without_data_is_refused(chain: nn.Module) -> None:
 
 def test_rounds_between_do_not_round(chain: nn.Module) -> None:
     data = [torch.randn(6, 8) for _ in range(3)]
-    found = widths(run(chain, "params=52%,round_to=5", data=data))
+    found = widths(run(chain, "params=52%,round_to=5,rounds=3", data=data))
     assert all(kept % 5 == 0 or kept == 16 for kept in found.values())
 
 
