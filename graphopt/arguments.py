@@ -43,7 +43,7 @@ def split_top_level(text: str) -> list[str]:
 
 
 def format_value(value: Any) -> str:
-    """Text of an option value that `read_value` reads back."""
+    """Text of an option value that `read_value` reads back; of a function its name."""
     if value is None:
         return "none"
     if isinstance(value, bool):
@@ -54,6 +54,9 @@ def format_value(value: Any) -> str:
         plain = value and all(c.isalnum() or c in "_-./%:" for c in value)
         looks_special = value.lower() in ("none", "true", "false")
         return value if plain and not looks_special else json.dumps(value)
+    if callable(value):
+        kind = value if hasattr(value, "__qualname__") else type(value)
+        return format_value(f"{kind.__module__}:{kind.__qualname__}")
     return str(value)
 
 

@@ -229,6 +229,8 @@ def _default(f: dataclasses.Field[Any]) -> Any:
 
 def _check_choice(cls: type[Pass], name: str, value: Any, hint: Any) -> None:
     choices = [c for part in _alternatives(hint) for c in _literals(part)]
+    if callable(value) and any(typing.get_origin(p) is Callable for p in _alternatives(hint)):
+        return
     if choices and value not in choices:
         known = ", ".join(map(str, choices))
         raise PipelineError(

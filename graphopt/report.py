@@ -141,6 +141,24 @@ class FrozenAxis:
 
 
 @dataclass(frozen=True)
+class Refinement:
+    """What measuring widths on data gained.
+
+    Attributes:
+        measure: ``loss`` (the user's) or ``distortion`` (squared distance of the outputs, relative
+            to their spread), of the masked network.
+        before: On all batches, with the widths that the allocation gave.
+        after: The same with the widths that were taken.
+        evaluations: How often the batches were gone through, parts of them added up.
+    """
+
+    measure: str
+    before: float
+    after: float
+    evaluations: float
+
+
+@dataclass(frozen=True)
 class PruneReport:
     """Section ``prune``: what was removed.  FLOPs are those of one forward on the example inputs.
 
@@ -163,6 +181,7 @@ class PruneReport:
         latency_before: With a limit on seconds: the source's, lower quartile; else None.
         latency_after: The same of the module that is returned, timed in turns with the source; for
             a limit in per cent, in units in which the source still takes `latency_before`.
+        refinement: What measured refinement of the widths gained, if it was asked for.
     """
 
     flops_before: int
@@ -181,6 +200,7 @@ class PruneReport:
     compensated: tuple[str, ...] = ()
     latency_before: float | None = None
     latency_after: float | None = None
+    refinement: Refinement | None = None
 
 
 @dataclass(frozen=True)

@@ -90,17 +90,20 @@ class _WithTargets:
 
 
 def _first(targets: Any, outputs: Any) -> Any:
-    """As many targets as there are outputs, where the batch that they are of is larger."""
+    """As many targets as there are outputs, whose batch may be smaller, or larger: in turn."""
     sizes = [
         t.shape[0] for t in pytree.tree_leaves(outputs) if isinstance(t, torch.Tensor) and t.dim()
     ]
     size = sizes[0] if sizes else 0
 
-    def fewer(value: Any) -> Any:
-        longer = isinstance(value, torch.Tensor) and value.dim() and value.shape[0] > size > 0
-        return value[:size] if longer else value
+    def fitting(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor) or not value.dim() or not value.shape[0]:
+            return value
+        if value.shape[0] >= size:
+            return value[:size] if size else value
+        return value[torch.arange(size, device=value.device) % value.shape[0]]
 
-    return pytree.tree_map(fewer, targets)
+    return pytree.tree_map(fitting, targets)
 
 
 def option_names(cls: type[Pass]) -> set[str]:

@@ -9,6 +9,7 @@ add up over dimensions is the one assumption left (as in RD-ViT-Prune; Akimoto e
 from __future__ import annotations
 
 import itertools
+import statistics
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from graphopt.batches import Batch
+from graphopt.comparison import probe_loss
 from graphopt.ir.program import Program
 from graphopt.passes.prune.dimensions import Dimension, Dimensions
 from graphopt.passes.prune.rewrite import zero_
@@ -58,13 +60,28 @@ class Distortion:
         return found
 
     @torch.no_grad()
-    def of(self, removed: frozenset[int]) -> float:
-        """Squared distance of the outputs from the full network's, relative to their spread."""
+    def of(self, removed: frozenset[int], some: Sequence[int] | None = None) -> float:
+        """Squared distance of the outputs from the full network's, relative to their spread.
+
+        Args:
+            removed: Units that are masked.
+            some: Indices of the batches to measure on; all if None.
+        """
+        chosen = range(len(self.batches)) if some is None else some
         with self._masked(removed):
-            return sum(
-                _distance(exact, self._outputs(batch))
-                for exact, batch in zip(self.exact, self.batches, strict=True)
-            ) / len(self.batches)
+            return statistics.fmean(
+                _distance(self.exact[i], self._outputs(self.batches[i])) for i in chosen
+            )
+
+    @torch.no_grad()
+    def loss(self, removed: frozenset[int], some: Sequence[int] | None = None) -> float:
+        """The mean loss of the batches, arguments as of `of`."""
+        chosen = range(len(self.batches)) if some is None else some
+        with self._masked(removed):
+            return statistics.fmean(
+                float(b.loss(self.module(*b.args, **b.kwargs), probe_loss))
+                for b in (self.batches[i] for i in chosen)
+            )
 
     @contextmanager
     def _masked(self, removed: frozenset[int]) -> Iterator[None]:

@@ -23,6 +23,7 @@ from graphopt.ir.program import Program
 from graphopt.ir.slices import Slices, blank
 from graphopt.passes.prune.analysis import analyse
 from graphopt.passes.prune.choice import Chooser, Chosen
+from graphopt.passes.prune.criteria import Name, UserFunction
 from graphopt.passes.prune.rewrite import masked
 from graphopt.passes.prune.units import Reason
 from graphopt.pipeline import Pass, PassContext, PassResult, Position, Preserves
@@ -48,16 +49,22 @@ class Prune(Pass):
         latency: Seconds of one forward in eval mode on the example inputs, measured on this
             machine with the threads and on the device that are set; a percentage is one of the
             source's seconds, timed in turns with the result.
-        criterion: What a unit is worth, see `graphopt.passes.prune.importance.score`; ``auto``:
-            ``taylor2`` with data, else ``l2``.
+        criterion: What a unit is worth: a name of `graphopt.passes.prune.criteria.CRITERIA`, or,
+            in Python, a function that gets a `DimensionView` and gives each of its units a score,
+            not negative, larger is more; ``auto``: ``taylor2`` with data, else ``l2``.
         allocation: ``uniform``: the same share of every dimension; ``global``: one threshold;
-            ``solver``: the largest sum of the criterion, with a bound; ``auto``: ``solver`` with
-            a criterion that looks at data, else ``uniform``, since magnitudes of different layers
-            don't compare.
+            ``pq``: shares by how unequal a dimension's units are
+            (`graphopt.passes.prune.sparsity`); ``solver``: the largest sum of the criterion, with a
+            bound; ``auto``: ``solver`` with a criterion that estimates what is lost, else
+            ``uniform``, since magnitudes of different layers don't compare.
         round_to: Widths are multiples of it, or whole; None: of what fills vector registers (16,
             of dimensions narrower than 64 8, than 32 1), with a limit on seconds always, else where
             that loses next to nothing of the criterion and of the budget.
         min_keep: The least share of each dimension that is kept.
+        caps: Bounds on the kept shares of dimensions by globs of their parameters' names:
+            ``encoder.*:25%..75% head.*:100%``; also ``fc.weight:0:50%..``, of one axis.
+        refine: How often the data may be gone through to improve widths by measuring: one dimension
+            gets wider, others narrower, and what measures better on the data is kept.
         rounds: With a criterion of gradients, how often units are ranked anew on what is left,
             while the limit comes down: first-order scores hold for small changes.
         freeze: Parameters that keep their sizes: names or globs, separated by blanks.
@@ -74,12 +81,12 @@ class Prune(Pass):
     params: Quantity | None = None
     bytes: Quantity | None = None
     latency: Quantity | None = None
-    criterion: Literal["auto", "l2", "bn_scale", "taylor", "taylor2", "distortion", "random"] = (
-        "auto"
-    )
-    allocation: Literal["auto", "uniform", "global", "solver"] = "auto"
+    criterion: Name | UserFunction = "auto"
+    allocation: Literal["auto", "uniform", "global", "pq", "solver"] = "auto"
     round_to: int | None = None
     min_keep: float = 0.0
+    caps: str = ""
+    refine: int = 0
     rounds: int = 8
     freeze: str = ""
     norm: Literal["exact", "freeze"] = "exact"
@@ -178,7 +185,7 @@ class _Run:
         return PruneReport(
             **{f"{name}_before": count for name, count in before.items()},
             **{f"{name}_after": count for name, count in after.items()},
-            criterion=self.chooser.criterion,
+            criterion=self.chooser.criterion.name,
             allocation=self.chooser.scheme,
             value=allocation.value / whole,
             bound=allocation.bound / whole if self.chooser.scheme == "solver" else None,
@@ -189,6 +196,7 @@ class _Run:
             frozen=tuple(self.chooser.frozen()),
             kept={n: {str(a): p for a, p in axes.items()} for n, axes in kept.items() if axes},
             compensated=tuple(dict.fromkeys(chosen.compensated)),
+            refinement=chosen.refinement,
         )
 
 

@@ -35,7 +35,7 @@ def pruned(
         A program over smaller parameters, with the same names and the same signature.
     """
     new = with_tensors(program, analysis, lambda slot: _sliced(analysis, slot, removed))
-    for before, after in _graphs(program, new):
+    for before, after in graph_pairs(program, new):
         _adapt(before, after, analysis, removed, compensated)
     return refreshed(new)
 
@@ -64,7 +64,8 @@ def with_tensors(
     )
 
 
-def _graphs(old: Program, new: Program) -> list[tuple[fx.GraphModule, fx.GraphModule]]:
+def graph_pairs(old: Program, new: Program) -> list[tuple[fx.GraphModule, fx.GraphModule]]:
+    """The graphs of a program beside those of a copy."""
     pairs = [(old.module, new.module)]
     if old.eval_module is not None and new.eval_module is not None:
         pairs.append((old.eval_module, new.eval_module))
