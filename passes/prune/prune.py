@@ -103,13 +103,18 @@ class Prune(Pass):
             raise BudgetError(
                 "prune without a budget", hint="prune{flops=50%} or prune{params=50%}"
             )
-        return _Run(self, program, context).result()
+        return Run(self, program, context).result()
 
 
-class _Run:
-    """One run of the pass."""
+class Run:
+    """One run of the pass.
+
+    Attributes:
+        chooser: Says what is removed.
+    """
 
     def __init__(self, options: Prune, program: Program, context: PassContext) -> None:
+        """Analyse a program; nothing is chosen yet."""
         self.options, self.program, self.context = options, program, context
         context.progress("finding what can be pruned")
         self.analysis = analyse(program, compensates=options.norm == "exact")
@@ -120,6 +125,10 @@ class _Run:
         """Choose, rewrite, check, report."""
         compensated: list[str] = []
         chosen, small = self.chooser.chosen(compensated)
+        return self.finished(chosen, small, compensated)
+
+    def finished(self, chosen: Chosen, small: Program, compensated: Sequence[str]) -> PassResult:
+        """Check the program without what was chosen, and report."""
         self._check(small, chosen.removed)
         small = small.replace(slices=self._slices(chosen.removed))
         report = self._report(small, chosen, compensated)
@@ -141,7 +150,7 @@ class _Run:
         worst = unequal(
             expected,
             self._observe(small),
-            {"outputs": _rounding(small), "gradients": None, "buffers": None},
+            {"outputs": rounding(small), "gradients": None, "buffers": None},
             lambda: self._observe(twin),
         )
         if worst is not None:
@@ -196,7 +205,7 @@ class _Run:
         )
 
 
-def _rounding(program: Program) -> float:
+def rounding(program: Program) -> float:
     """The relative error that a program's least precise type explains."""
     values = (value for node in program.module.graph.nodes for value in values_of(node))
     types = {v.dtype for v in values if isinstance(v, torch.Tensor) and v.is_floating_point()}
