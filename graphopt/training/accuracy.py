@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from graphopt.training.objective import class_axis
+from graphopt.batches import read_batch
+from graphopt.training.objective import Scores, class_axis, class_scores
+from graphopt.training.reading import only_targets
+from graphopt.training.surroundings import surroundings
 
 
 @dataclass(frozen=True)
@@ -67,3 +72,26 @@ class Tally:
         """The counts, or None where there were no classes."""
         found = tuple((label, *map(int, self.counts[label])) for label in sorted(self.counts))
         return Accuracy(found) if found else None  # type: ignore[arg-type]
+
+
+@torch.no_grad()
+def accuracy_of(
+    module: nn.Module, data: Iterable[Any], *, scores: Scores = class_scores
+) -> Accuracy | None:
+    """The accuracy of a module in eval mode, by class.
+
+    Args:
+        module: The module; it is left as it is.
+        data: Pairs ``(inputs, targets)``.
+        scores: Finds the class scores among its outputs.
+
+    Returns:
+        The accuracy, or None where targets are no classes.
+    """
+    tally = Tally()
+    with surroundings(module, None, ()), torch.no_grad():
+        module.eval()
+        for each in data:
+            batch = read_batch(each, only_targets, 1)
+            tally.add(scores(module(*batch.args, **batch.kwargs)), batch.targets)
+    return tally.result()
