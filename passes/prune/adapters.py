@@ -33,7 +33,8 @@ class Adapted(nn.Module):
         """
         super().__init__()
         self.base, self.names = base, tuple(names)
-        self.forward = functools.wraps(base.forward)(self._adapted)
+        call = functools.partial(self._adapted)
+        self.forward = functools.update_wrapper(call, base.forward)  # of its signature
         generator = torch.Generator().manual_seed(seed)
         self.down, self.up = nn.ParameterList(), nn.ParameterList()
         for name in names:

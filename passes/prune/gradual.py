@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import TracebackType
 from typing import Any, Self
 
+import torch
 from torch import nn
 
 from graphopt.budget import Budget
@@ -308,6 +309,14 @@ class GradualPruning:
             decay.put(before)
             self._trial = None
 
+    @torch.no_grad()
+    def _follow_buffers(self) -> None:
+        """A model may have put new buffers in place of those that were captured."""
+        captured = dict(self.request.program.skeleton.root.named_buffers())
+        for name, buffer in self.request.model.named_buffers():
+            if name in captured and captured[name] is not buffer:
+                captured[name].copy_(buffer)
+
     def _removed(self) -> OptimizedModule:
         """The module without the units that are zero."""
         assert self._chosen is not None
@@ -318,6 +327,7 @@ class GradualPruning:
                 hint="enter the context after the model has got its parameters",
             )
         chosen = self._chosen
+        self._follow_buffers()
         small = pruned(self.request.program, self.run.analysis, chosen.removed, self._compensated)
         result = self.run.finished(chosen, small, self._compensated)
         record = PassRecord(
@@ -329,7 +339,6 @@ class GradualPruning:
         )
         program = result.program.replace(history=(*result.program.history, record))
         module = copy.deepcopy(self.request.emit(program))
-        module.load_state_dict(model.state_dict())  # buffers may have been replaced
         self.request.compare(module, "the pruned module")
         return module
 

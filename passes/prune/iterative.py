@@ -91,7 +91,7 @@ def iteratively(
 
     Raises:
         UsageError: No such shape, fewer than one round; `train` returned something else.
-        BudgetInfeasible: Raised before anything is trained if the budget can't be kept at all.
+        BudgetInfeasible: A round's limit can't be kept.
     """
     if rounds < 1 or shape not in _SHAPES:
         raise UsageError(
