@@ -170,13 +170,18 @@ def test_trials_leave_the_weights_as_they_were() -> None:
 
 def test_an_error_in_the_loop_leaves_the_model_usable() -> None:
     model, (x, y) = network(), batch()
-    with pytest.raises(RuntimeError, match="of the user"):
-        with gradually(
-            model, "params=50%", (x[:8],), steps=40, periods=2, sampling=3, corrective=True
-        ) as pruning:
-            before = copy.deepcopy(dict(model.named_parameters()))
-            loop(model, pruning, 5, lambda p: torch.optim.SGD(p, lr=0.0))
+    before = copy.deepcopy(dict(model.named_parameters()))
+    pruning = gradually(
+        model, "params=50%", (x[:8],), steps=40, periods=2, sampling=3, corrective=True
+    )
+
+    def fails(step: int) -> None:
+        if step == 5:  # within a trial
+            assert any(not p.equal(before[name]) for name, p in model.named_parameters())
             raise RuntimeError("of the user")
+
+    with pytest.raises(RuntimeError, match="of the user"), pruning:
+        loop(model, pruning, 40, lambda p: torch.optim.SGD(p, lr=0.0), fails)
     assert all(p.equal(before[name]) for name, p in model.named_parameters())  # the trial undone
     F.cross_entropy(model(x), y).backward()
     with pytest.raises(errors.UsageError, match="no pruned module"):
@@ -185,17 +190,17 @@ def test_an_error_in_the_loop_leaves_the_model_usable() -> None:
 
 def test_a_loop_that_ends_early_is_told_so_and_can_be_finished() -> None:
     model, (x, _) = network(), batch()
-    with pytest.raises(errors.UsageError, match="5 of 40 steps"):
-        with gradually(model, "params=50%", (x[:8],), steps=40, sampling=2) as pruning:
-            loop(model, pruning, 5)
+    pruning = gradually(model, "params=50%", (x[:8],), steps=40, sampling=2)
+    with pytest.raises(errors.UsageError, match="5 of 40 steps"), pruning:
+        loop(model, pruning, 5)
     small = pruning.finish()
     model.eval()
     assert close(small.eval()(x), model(x))
     assert small.report["prune"]["params_after"] <= 0.5 * small.report["prune"]["params_before"]
 
 
-def test_a_pruned_model_is_pruned_on(x: Tensor = batch()[0]) -> None:
-    model = network()
+def test_a_pruned_model_is_pruned_on() -> None:
+    model, (x, _) = network(), batch()
     once = graphopt.optimize(model, "params=70%", (x[:8],))
     with gradually(once, "params=70%", (x[:8],), steps=12, periods=2, sampling=2) as pruning:
         loop(once, pruning, 12)
@@ -244,7 +249,6 @@ def test_bad_requests_are_refused(options: dict[str, Any], match: str) -> None:
 
 
 def test_a_step_without_gradients_says_where_it_belongs() -> None:
-    model = network()
-    with pytest.raises(errors.UsageError, match=r"after optimizer\.step"):
-        with gradually(model, "params=50%", (batch()[0],), steps=40) as pruning:
-            pruning.step()
+    pruning = gradually(network(), "params=50%", (batch()[0],), steps=40)
+    with pytest.raises(errors.UsageError, match=r"after optimizer\.step"), pruning:
+        pruning.step()
