@@ -28,7 +28,7 @@ from graphopt.training.objective import GroupWeights
 Pairs = list[tuple[Tensor, Tensor]]
 
 
-def network() -> nn.Module:
+def network() -> nn.Sequential:
     torch.manual_seed(0)
     return nn.Sequential(
         nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.2), nn.Linear(8, 3)
