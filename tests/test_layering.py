@@ -21,6 +21,7 @@ FLOORS = {
     "runtime": RUNTIME,
     "arguments": CORE,
     "batches": CORE,
+    "training": CORE,
     "budget": CORE,
     "comparison": CORE,
     "graphcheck": CORE,

@@ -122,7 +122,7 @@ class Chooser:
             ]
             problem, ranked = self._problem(scaled, alive, number / self.rounds)
             widths = self.allocator.allocation(problem, limits).widths
-            alive = _best(ranked, widths)
+            alive = best(ranked, widths)
             gone = [[*u[w:], *g] for u, w, g in zip(ranked, widths, gone, strict=True)]
         problem, ranked = self._problem(costs, alive)
         if self.options.round_to is None and self.latency is None:
@@ -147,7 +147,7 @@ class Chooser:
             allocation = self.allocator.allocation(problem, limits)
             if best is not None and allocation.widths == best.allocation.widths:
                 break
-            found = self._pruned(problem, ranked, allocation)
+            found = self._tried(problem, ranked, allocation)
             over = passed(found.have, limits)
             if over and (best is not None or ("latency" in over and found.is_least)):
                 break
@@ -162,15 +162,18 @@ class Chooser:
             raise self.allocator.infeasible(found.have, limits, proven=False)
         return best
 
-    def _pruned(self, problem: WidthProblem, ranked: Ranked, allocation: Allocation) -> Chosen:
-        """A network with some widths, counted, and timed where seconds are limited."""
-        removed = self.dimensions.removed(_best(ranked, allocation.widths))
+    def _tried(self, problem: WidthProblem, ranked: Ranked, allocation: Allocation) -> Chosen:
+        removed = self.dimensions.removed(best(ranked, allocation.widths))
+        return self.pruned(Chosen(problem, allocation, removed, self.program, [], {}))
+
+    def pruned(self, chosen: Chosen) -> Chosen:
+        """The choice with its program made of the present weights, counted, timed if limited."""
         compensated: list[str] = []
-        small = pruned(self.program, self.analysis, removed, compensated)
+        small = pruned(self.program, self.analysis, chosen.removed, compensated)
         have: dict[str, float] = dict(counted(small))
         if self.latency is not None:
             have["latency"] = self.latency.of(small)
-        return Chosen(problem, allocation, removed, small, compensated, have)
+        return replace(chosen, program=small, compensated=compensated, have=have)
 
     def _refined(self, start: Chosen, ranked: Ranked, limits: Mapping[str, float]) -> Chosen:
         """The best of the measured widths whose program, counted, keeps the limits."""
@@ -182,7 +185,7 @@ class Chooser:
         found = refined(
             WidthProblem(dimensions, problem.costs),
             start.allocation.widths,
-            lambda widths: self.dimensions.removed(_best(ranked, widths)),
+            lambda widths: self.dimensions.removed(best(ranked, widths)),
             Distortion(self.program, self.dimensions, self._batches),
             self.options.refine,
             self.context,
@@ -190,7 +193,7 @@ class Chooser:
         # The counts are exact, the polynomials nearly: the start at least keeps the limits.
         for widths, gained in reversed(found):
             taken = with_widths(start.allocation, problem, widths)
-            each = self._pruned(problem, ranked, taken)
+            each = self._tried(problem, ranked, taken)
             if not passed(each.have, limits):
                 return replace(each, refinement=gained)
         return start
@@ -298,6 +301,6 @@ class Chooser:
         return [FrozenAxis(path, axis, str(why)) for path, axis, why in self.analysis.frozen()]
 
 
-def _best(ranked: Ranked, widths: Sequence[int]) -> list[Sequence[int]]:
+def best(ranked: Ranked, widths: Sequence[int]) -> list[Sequence[int]]:
     """The units that are kept; of equal ones the first."""
     return [units[:width] for units, width in zip(ranked, widths, strict=True)]

@@ -108,13 +108,18 @@ class Prune(Pass):
             raise BudgetError(
                 "prune without a budget", hint="prune{flops=50%} or prune{params=50%}"
             )
-        return _Run(self, program, context).result()
+        return Run(self, program, context).result()
 
 
-class _Run:
-    """One run of the pass."""
+class Run:
+    """One run of the pass.
+
+    Attributes:
+        chooser: Says what is removed.
+    """
 
     def __init__(self, options: Prune, program: Program, context: PassContext) -> None:
+        """Analyse a program; nothing is chosen yet."""
         self.options, self.program, self.context = options, program, context
         context.progress("finding what can be pruned")
         self.analysis = analyse(program, compensates=options.norm == "exact")
@@ -123,7 +128,10 @@ class _Run:
 
     def result(self) -> PassResult:
         """Choose, rewrite, check, report."""
-        chosen = self.chooser.chosen()
+        return self.finished(self.chooser.chosen())
+
+    def finished(self, chosen: Chosen) -> PassResult:
+        """Check the program without what was chosen, and report."""
         self._check(chosen.program, chosen.removed)
         small = chosen.program.replace(slices=self._slices(chosen.removed))
         report = self._report(chosen)
@@ -145,7 +153,7 @@ class _Run:
         worst = unequal(
             expected,
             self._observe(small),
-            {"outputs": _rounding(small), "gradients": None, "buffers": None},
+            {"outputs": rounding(small), "gradients": None, "buffers": None},
             lambda: self._observe(twin),
         )
         if worst is not None:
@@ -200,7 +208,7 @@ class _Run:
         )
 
 
-def _rounding(program: Program) -> float:
+def rounding(program: Program) -> float:
     """The relative error that a program's least precise type explains."""
     values = (value for node in program.module.graph.nodes for value in values_of(node))
     types = {v.dtype for v in values if isinstance(v, torch.Tensor) and v.is_floating_point()}

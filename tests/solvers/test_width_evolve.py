@@ -39,7 +39,7 @@ def test_it_is_never_worse_and_keeps_to_what_was_asked(
     sizes: list[int], share: float, samples: int, evaluations: int, seed: int
 ) -> None:
     asked = problem(sizes, share)
-    start = uniform(asked)
+    start = by_rule(asked, "uniform")
     if start.status == "infeasible":
         return
     measured = 0
@@ -73,7 +73,7 @@ def test_it_finds_the_best_widths_of_a_small_problem() -> None:
         if cost((a, b, c)) <= asked.costs[0].limit
     )  # fmt: skip
     found = evolve(
-        asked, uniform(asked).widths, lambda w, _: -(3 * w[0] + w[1] + 2 * w[2]), 1,
+        asked, by_rule(asked, "uniform").widths, lambda w, _: -(3 * w[0] + w[1] + 2 * w[2]), 1,
         evaluations=60,
     )  # fmt: skip
     assert found.values[-1] == best[0]

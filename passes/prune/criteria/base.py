@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -27,12 +27,19 @@ class Calibration:
         batches: Batches; those without a loss are given `graphopt.comparison.probe_loss`, a fixed
             projection of the outputs: what is then estimated is how far the outputs move.
         seed: Of random scores, and of random draws in training mode.
+        known: Gradients that are known already, of one batch each, by the parameters' names.
     """
 
     program: Program
     source: Program
     batches: Sequence[Batch]
     seed: int
+    known: tuple[Mapping[str, Tensor], ...] = ()
+
+    @property
+    def count(self) -> int:
+        """Of how many batches there are gradients."""
+        return len(self.batches) + len(self.known)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import torch
@@ -68,7 +68,7 @@ def _mean_gradient(calibration: Calibration) -> dict[str, Tensor]:
     total: dict[str, Tensor] = {}
     for found in gradients(calibration):
         for name, gradient in found.items():
-            total[name] = total.get(name, 0.0) + gradient.double() / len(calibration.batches)
+            total[name] = total.get(name, 0.0) + gradient.double() / calibration.count
     return total
 
 
@@ -83,7 +83,7 @@ def _taylor(dimensions: Dimensions, calibration: Calibration, power: int) -> Sco
                 product = slot.tensor.detach().double() * gradient.double()
                 add(dimensions, slot, axis, product, total)
         for unit, value in total.items():
-            result[unit] += abs(value) ** power / len(calibration.batches)
+            result[unit] += abs(value) ** power / calibration.count
     return dict(result)
 
 
@@ -104,16 +104,17 @@ def _readers(dimensions: Dimensions, source: Program) -> list[tuple[Slot, int]]:
     return [*reading, *rest]
 
 
-def gradients(calibration: Calibration) -> Iterator[dict[str, Tensor]]:
-    """Gradients of the loss on each batch, the model in eval mode.
+def gradients(calibration: Calibration) -> Iterator[Mapping[str, Tensor]]:
+    """Gradients of the loss on each batch, the model in eval mode; first those that are known.
 
     Raises:
         UnsupportedError: No batch gives any parameter a gradient.
     """
+    yield from calibration.known
     module = calibration.program.emit().eval()
     names = {name: p for name, p in module.named_parameters() if p.is_floating_point()}
     wanted = {name: p for name, p in names.items() if p.requires_grad} or names
-    any_found = False
+    any_found = any(calibration.known)
     for batch in calibration.batches:
         with torch.random.fork_rng(devices=[]), torch.enable_grad():
             torch.manual_seed(calibration.seed)
