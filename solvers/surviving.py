@@ -1,9 +1,10 @@
 """How many weights of each layer survive: the least loss within a number of survivors.
 
 A multiple choice knapsack: for every layer one of its options, each of which keeps so many weights
-and loses so much.  Losses need not be convex.  After the layer-adaptive dynamic programming of
-Akimoto et al., "RD-ViT-Prune" (2024), whose table over the number of surviving weights is here a
-list of undominated states, cut by the bound of the linear relaxation (Sinha and Zoltners, "The
+and loses so much.  Losses need not be convex.  After the dynamic program
+of Xu et al., "Efficient Joint Optimization of Layer-Adaptive Weight Pruning in Deep Neural
+Networks" (ICCV 2023), whose table over the number of surviving weights is here a list of
+undominated states, cut by the bound of the linear relaxation (Sinha and Zoltners, "The
 multiple-choice knapsack problem", 1979), so that counts need no rounding and every answer has a
 proven bound.
 """
