@@ -1,5 +1,6 @@
-"""Structured pruning: smaller operators that compute what the masked network computes."""
+"""Pruning: smaller operators that compute what the masked network computes, and masks alone."""
 
+from graphopt.passes.prune.masks.sparsify import Sparsify
 from graphopt.passes.prune.prune import Prune
 
-__all__ = ["Prune"]
+__all__ = ["Prune", "Sparsify"]

@@ -20,6 +20,7 @@ from graphopt.errors import (
     UnsupportedError,
     VerificationError,
 )
+from graphopt.ir.masks import Masks
 from graphopt.ir.program import Program
 from graphopt.ir.slices import Slices, blank
 from graphopt.passes.prune.analysis import analyse
@@ -114,7 +115,8 @@ class _Run:
         compensated: list[str] = []
         chosen, small = self.chooser.chosen(compensated)
         self._check(small, chosen.removed)
-        small = small.replace(slices=self._slices(chosen.removed))
+        removed = chosen.removed
+        small = small.replace(slices=self._slices(removed), masks=self._masks(removed))
         report = self._report(small, chosen, compensated)
         return PassResult(small, changed=bool(chosen.removed), report={"prune": report})
 
@@ -164,6 +166,17 @@ class _Run:
         earlier = self.program.slices
         full = None if earlier is not None else blank(self.program.emit())
         return Slices(kept, shapes, full).after(earlier)
+
+    def _masks(self, removed: frozenset[int]) -> Masks | None:
+        """What earlier masks keep of what is left."""
+        found = dict(self.program.masks or {})
+        names = _names(self.program)
+        for key, slot in self.analysis.slots.items():
+            places = self.analysis.kept(slot, removed)
+            for name in names.get(key, []) if places else ():
+                if name in found:
+                    found[name] = found[name].narrow(places)
+        return found or None
 
     def _report(self, small: Program, chosen: Chosen, compensated: Sequence[str]) -> PruneReport:
         removed, allocation = chosen.removed, chosen.allocation

@@ -1,0 +1,1 @@
+"""Masks: weights that are zero, in operators of the sizes that they had."""
