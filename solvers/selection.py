@@ -34,6 +34,8 @@ _BLOCK = 256
 _TINY = 12  # a block of which all subsets are tried
 _REST = 8  # rounds for which the things of a block that gave nothing stay as they are
 _FAILURES = 12  # blocks in a row that give nothing: the descent is over
+_LITTLE = 1e-4  # a block that gains less, relatively, counts as one that gives nothing
+_LAST = 40  # small blocks that are tried in the end
 _RELAXED = 200  # corners of the relaxation
 _CORRECTIONS = 200  # moves between them before the next one
 _SHARE = 0.6  # of the time, after which the relaxation ends
@@ -137,7 +139,7 @@ def select(
     start: Mask | None = None,
     *,
     time_limit: float = 30.0,
-    blocks: int = 2_000,
+    blocks: int = 500,
     progress: OnProgress | None = None,
 ) -> Selection:
     """A cheap set, by block coordinate descent; never worse than the one that it starts with.
@@ -169,6 +171,7 @@ def select(
         bound, rounded = relaxed(problem, run.taken, lambda: run.late(_SHARE))
         run.restart(rounded)
         run.descend(_BLOCK)
+        run.left = min(run.left, _LAST)
         run.descend(_TINY)
     return run.selection(bound)
 
@@ -256,7 +259,7 @@ class _Descent:
         return ranked.T.ravel()
 
     def _solved(self, block: Indices, size: int) -> bool:
-        """Solve a block with everything else as it is; whether that made it cheaper."""
+        """Solve a block with everything else as it is; whether that made it notably cheaper."""
         self.blocks += 1
         if len(block) < 2:
             return False
@@ -272,10 +275,10 @@ class _Descent:
         taken = self.taken.copy()
         taken[block] = new
         cost = self.problem.cost(taken)
-        if cost >= self.cost - _EXACT * abs(self.cost):
-            return False
-        self._take(taken, cost)
-        return True
+        gain = self.cost - cost
+        if gain > 0:
+            self._take(taken, cost)
+        return gain > _LITTLE * abs(cost)
 
     def selection(self, bound: float) -> Selection:
         """The answer as it stands."""

@@ -73,7 +73,7 @@ class Pattern:
         """
         moved = scores.movedim(axis, -1)
         grouped = moved.reshape(-1, self.m)
-        order = grouped.argsort(1, descending=True, stable=True)
+        order = grouped.argsort(dim=1, descending=True, stable=True)
         kept = torch.zeros_like(grouped, dtype=torch.bool)
         kept.scatter_(1, order[:, : self.n], True)
         return kept.reshape(moved.shape).movedim(-1, axis).contiguous()

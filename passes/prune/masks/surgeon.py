@@ -4,10 +4,11 @@ Setting weights to zero changes the loss by ``g.d + d.H d / 2`` to second order,
 weights, g the mean gradient of examples and H the empirical Fisher information of their gradients,
 ``sum g_n g_n' / N``, plus a ridge that keeps changes small.  With z = 1 for each weight that goes
 this is the cost of a selection (`graphopt.solvers.selection`), which block coordinate descent
-lowers from the masks that it is given; then the model is drawn up anew at the masked weights, and the masks that give the
-least loss on the data are taken.  After Rosenberg et al., "Scalable iterative pruning of large
-language and vision models using block coordinate descent" (2024), on the problem of Yu et al., "The
-Combinatorial Brain Surgeon" (ICML 2022).  The weights that stay are not updated.
+lowers from the masks that it is given; then the model is drawn up anew at the masked weights, and
+the masks that give the least loss on the data are taken.  After Rosenberg et al., "Scalable
+iterative pruning of large language and vision models using block coordinate descent" (2024), on the
+problem of Yu et al., "The Combinatorial Brain Surgeon" (ICML 2022).  The weights that stay are not
+updated.
 
 Weights exchange places within their own matrix (or group of a pattern): how many each keeps is the
 allocation's business.  Of large models the weights nearest to being exchanged take part.
