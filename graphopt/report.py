@@ -301,9 +301,11 @@ class Report:
         Only parameters of which something was zeroed have one. What was zero by itself counts as
         kept.
         """
-        masks = None if self.module is None else self.module.program.masks
-        names = dict(self.module.named_parameters()) if masks else {}
-        return {name: masks[name].kept for name in names if masks and name in masks}
+        if self.module is None:
+            return {}
+        masks = self.module.program.masks or {}
+        names = [name for name, _ in self.module.named_parameters()]
+        return {name: masks[name].kept for name in names if name in masks}
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form; the keys of sections are stable within a ``schema_version``."""

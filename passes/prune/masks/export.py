@@ -111,7 +111,7 @@ def _compressed(matrix: Tensor) -> SparseSemiStructuredTensor:
     from torch.sparse._semi_structured_conversions import sparse_semi_structured_from_dense_cutlass
 
     packed, meta = sparse_semi_structured_from_dense_cutlass(matrix)
-    return SparseSemiStructuredTensorCUTLASS(
+    return SparseSemiStructuredTensorCUTLASS(  # type: ignore[call-overload]
         matrix.shape, packed=packed, meta=meta, packed_t=None, meta_t=None,
         compressed_swizzled_bitmask=None,
     )  # fmt: skip

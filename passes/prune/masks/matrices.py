@@ -215,7 +215,7 @@ def _reshaped(view: _View, node: fx.Node) -> _View:
 
 
 def _unsqueezed(view: _View, node: fx.Node) -> _View:
-    place = node.args[1] % (len(view.axes) + 1)  # type: ignore[operator]
+    place = int(node.args[1]) % (len(view.axes) + 1)  # type: ignore[arg-type]
     return _View(view.parameter, (*view.axes[:place], None, *view.axes[place:]))
 
 
@@ -224,7 +224,8 @@ def _parts(view: _View, node: fx.Node) -> tuple[_View, ...]:
 
 
 def _selected(view: _View, node: fx.Node) -> _View:
-    place = (node.args[1] if len(node.args) > 1 else 0) % len(view.axes)  # type: ignore[operator]
+    axis = int(node.args[1]) if len(node.args) > 1 else 0  # type: ignore[arg-type]
+    place = axis % len(view.axes)
     return _View(view.parameter, (*view.axes[:place], *view.axes[place + 1 :]))
 
 

@@ -94,7 +94,9 @@ def nonzero(module: nn.Module, names: tuple[str, ...] = WEIGHTS) -> int:
 def test_as_many_weights_stay_as_are_asked_for(
     model: nn.Module, x: Tensor, data: list[tuple[Tensor, Tensor]], method: str
 ) -> None:
-    sparse = sparsify(model, x, f"weights=40%,method={method},rounds=1", data=data, loss=F.cross_entropy)
+    sparse = sparsify(
+        model, x, f"weights=40%,method={method},rounds=1", data=data, loss=F.cross_entropy
+    )
     whole = sum(model.get_parameter(name).numel() for name in WEIGHTS)
     found = section(sparse)
     assert found["weights_before"] == whole
