@@ -172,7 +172,20 @@ class Chooser:
         kept = {name: best(self._scores[name], n) for name, n in counts.items()}
         if solved is None:
             return Chosen(kept)
-        return Chosen(kept, solved.loss, solved.bound)
+        plain = [
+            dict(zip(left, uniform(list(left.values()), count), strict=True)),
+            above_threshold(self._scores, count, least),
+        ]
+        return self._measured(Chosen(kept, solved.loss, solved.bound), plain)
+
+    def _measured(self, found: Chosen, others: list[dict[str, int]]) -> Chosen:
+        """The masks, or ones of plain counts where these measure better.
+
+        Distortions of single matrices need not add up; then nothing is predicted.
+        """
+        plain = [{n: best(self._scores[n], c) for n, c in counts.items()} for counts in others]
+        masks = [found, *map(Chosen, plain)]
+        return min(masks, key=lambda each: self.trial.distortion({**self.alive, **each.kept}))
 
     # -- with a pattern ----------------------------------------------------------------------------
 
