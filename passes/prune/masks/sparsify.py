@@ -34,8 +34,9 @@ class Sparsify(Pass):
             no multiple of m stay dense.
         method: ``uniform``: the same share of each matrix; ``global``: one threshold for all;
             ``layerwise``: by measured curves of distortion and dynamic programming (Xu et al.
-            2023), unless one of the former measures better; ``icbs``: ``global``, then block coordinate descent on a quadratic model of the
-            loss (Rosenberg et al. 2024); ``auto``: ``layerwise`` with data, else ``global``.
+            2023), unless one of the former measures better; ``icbs``: ``global``, then block
+            coordinate descent on a quadratic model of the loss (Rosenberg et al. 2024); ``auto``:
+            ``layerwise`` with data, else ``global``.
         criterion: How weights are ranked, see `graphopt.passes.prune.masks.criteria.score`;
             ``auto``: ``taylor2`` with data, else ``magnitude``.
         floor: The least that each matrix keeps, as a share of what ``uniform`` would leave of it.
