@@ -92,6 +92,7 @@ _RULES: Final[Mapping[str, _Rule]] = {
     "flops": _Rule("", "FLOPs of one forward"),
     "params": _Rule("", "parameters"),
     "bytes": _Rule("B", "bytes of the parameters"),
+    "weights": _Rule("", "weights that are not masked"),
     "latency": _Rule("s", "latency of one forward"),
     "gradient_error": _Rule("", "relative gradient error", zero=True),
 }
@@ -113,6 +114,7 @@ class Budget:
         pi_latency: Seconds of one private inference.
         flops: FLOPs of one forward (a multiply-add is 2).
         params: Number of parameters.
+        weights: Number of weights that are not masked, of those that products read.
         latency: Seconds of one forward.
         gradient_error: Allowed ``||g - g_exact|| / ||g_exact||``; absent means exact.
 
@@ -127,6 +129,7 @@ class Budget:
     flops: Quantity | None = None
     params: Quantity | None = None
     bytes: Quantity | None = None
+    weights: Quantity | None = None
     latency: Quantity | None = None
     gradient_error: Quantity | None = None
 

@@ -204,6 +204,41 @@ class PruneReport:
 
 
 @dataclass(frozen=True)
+class SparsifyReport:
+    """Section ``sparsify``: which weights were masked.
+
+    Attributes:
+        weights_before: Weights of all matrices that can be masked, masked already or not; a tied
+            one counts once.
+        weights_after: Those that no mask zeroes, counted in the module that is returned.
+        method: How it was decided how many each matrix keeps, and which.
+        criterion: How weights of a matrix were ranked.
+        pattern: ``n:m``, or empty.
+        matrices: Name, weights, and weights kept of each.
+        dense: Parameters of two or more axes of which nothing was masked, and why.
+        distortion: Measured: mean squared distance of the outputs from the dense model's on the
+            calibration data, relative to their spread.
+        objective: What the method brings down, as it predicts it: ``layerwise``: the distortion;
+            ``icbs``: the change of the loss from the masks that it starts with; with a pattern on
+            some matrices the loss of the criterion, or the distortion. None: nothing is predicted.
+        bound: Proven lower bound on ``objective`` under the method's own model.
+        gap: ``objective - bound``.
+    """
+
+    weights_before: int
+    weights_after: int
+    method: str
+    criterion: str
+    pattern: str
+    matrices: tuple[tuple[str, int, int], ...]
+    dense: tuple[tuple[str, str], ...]
+    distortion: float | None
+    objective: float | None = None
+    bound: float | None = None
+    gap: float | None = None
+
+
+@dataclass(frozen=True)
 class Report:
     """What was done to a model.
 
@@ -212,7 +247,7 @@ class Report:
         passes: One record per pass that ran, in order.
         predictor: ``predictor(args, kwargs)`` gives the plan's peak bytes for other inputs; not
             part of the JSON form.
-        module: The pruned module that the report is of, or None; likewise.
+        module: The pruned or masked module that the report is of, or None; likewise.
     """
 
     budget: Mapping[str, str] = field(default_factory=dict)
@@ -284,6 +319,18 @@ class Report:
         if self.module is None:
             raise UnsupportedError("nothing was pruned", hint="ask for fewer flops or params")
         return masked_twin(self.module)
+
+    def masks(self) -> dict[str, Any]:
+        """Which weights are kept: parameter name -> bool tensor of its shape, False where zeroed.
+
+        Only parameters of which something was zeroed have one. What was zero by itself counts as
+        kept.
+        """
+        if self.module is None:
+            return {}
+        masks = self.module.program.masks or {}
+        names = [name for name, _ in self.module.named_parameters()]
+        return {name: masks[name].kept for name in names if name in masks}
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form; the keys of sections are stable within a ``schema_version``."""

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from graphopt.errors import FileFormatError, UnsupportedError
+from graphopt.ir import masks
 from graphopt.ir.codec import Decoder, encode_module, encode_value
 from graphopt.ir.graphs import bind_graph
 from graphopt.ir.guards import compile_arithmetic
@@ -78,6 +79,7 @@ def encode_program(program: Program, table: TensorTable) -> dict[str, Json]:
         else [program.literals.dtype, program.literals.device],
         "branches": list(program.branches),
         "slices": None if program.slices is None else program.slices.to_dict(),
+        "masks": None if program.masks is None else masks.to_dict(program.masks, table.add),
     }
 
 
@@ -214,7 +216,7 @@ def _decode_program(
         for part in (data["module"], data["eval_module"])
     ]
     signature = _decode_signature(data["signature"], decoder)
-    second, slices = data["eval_signature"], data.get("slices")
+    second, slices, kept = data["eval_signature"], data.get("slices"), data.get("masks")
     if len(modules[0].graph.find_nodes(op="placeholder")) != len(signature.inputs):  # type: ignore[union-attr]
         raise FileFormatError("the graph's inputs don't fit the signature")
     return Program(
@@ -227,6 +229,7 @@ def _decode_program(
         branches=tuple(data["branches"]),
         eval_signature=None if second is None else _decode_signature(second, decoder),
         slices=None if slices is None else Slices.from_dict(slices),
+        masks=None if kept is None else masks.from_dict(kept, tensors),
     )
 
 

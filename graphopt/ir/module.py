@@ -19,6 +19,7 @@ from graphopt.ir.codegen import generate
 from graphopt.ir.document import TensorTable, decode_program, encode_program
 from graphopt.ir.graphs import bind_graph, copy_graph, lookup
 from graphopt.ir.literals import check_move
+from graphopt.ir.masks import masked_state
 from graphopt.ir.metadata import is_stale, refreshed
 from graphopt.ir.mode import runs_eval
 from graphopt.ir.program import Program
@@ -117,9 +118,13 @@ class OptimizedModule(Container):
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> Any:
-        """Load a state of this module, or one of the source model, of which it takes its slices."""
-        slices = self._program.slices
+        """Load a state of this module, or one of the source model.
+
+        Of that it takes its slices, and what its masks keep.
+        """
+        slices, masks = self._program.slices, self._program.masks
         state = state_dict if slices is None else slices.narrow(state_dict)
+        state = state if masks is None else masked_state(masks, state)
         return super().load_state_dict(state, strict=strict, assign=assign)
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -167,8 +172,10 @@ class OptimizedModule(Container):
     @property
     def report(self) -> Any:
         """What was done and what it cost, or None for a module that was only captured."""
-        report = self._program.report
-        if self._program.slices is None or not dataclasses.is_dataclass(report):
+        program = self._program
+        report = program.report
+        plain = program.slices is None and program.masks is None
+        if plain or not dataclasses.is_dataclass(report):
             return report
         return dataclasses.replace(report, module=self)  # type: ignore[type-var]
 

@@ -14,6 +14,7 @@ from graphopt.ir.signature import Signature
 
 if TYPE_CHECKING:
     from graphopt.ir.literals import Literals
+    from graphopt.ir.masks import Masks
     from graphopt.ir.module import OptimizedModule
     from graphopt.ir.skeleton import Skeleton
     from graphopt.ir.slices import Slices
@@ -79,6 +80,7 @@ class Program:
         eval_signature: Where there are two graphs: the signature of the second (its outputs may
             differ), else None.
         slices: Which places of the source's tensors are left, if something was pruned.
+        masks: Which weights are zero by choice, if any are.
     """
 
     module: fx.GraphModule
@@ -92,6 +94,7 @@ class Program:
     branches: tuple[str, ...] = ()
     eval_signature: Signature | None = None
     slices: Slices | None = None
+    masks: Masks | None = None
 
     def replace(self, **changes: Any) -> Program:
         """A copy with some fields changed."""

@@ -19,6 +19,7 @@ from graphopt.errors import (
     UnsupportedError,
     VerificationError,
 )
+from graphopt.ir.masks import Masks
 from graphopt.ir.program import Program
 from graphopt.ir.slices import Slices, blank
 from graphopt.passes.prune.analysis import analyse
@@ -133,7 +134,8 @@ class Run:
     def finished(self, chosen: Chosen) -> PassResult:
         """Check the program without what was chosen, and report."""
         self._check(chosen.program, chosen.removed)
-        small = chosen.program.replace(slices=self._slices(chosen.removed))
+        removed = chosen.removed
+        small = chosen.program.replace(slices=self._slices(removed), masks=self._masks(removed))
         report = self._report(chosen)
         return PassResult(small, changed=bool(chosen.removed), report={"prune": report})
 
@@ -183,6 +185,17 @@ class Run:
         earlier = self.program.slices
         full = None if earlier is not None else blank(self.program.emit())
         return Slices(kept, shapes, full).after(earlier)
+
+    def _masks(self, removed: frozenset[int]) -> Masks | None:
+        """What earlier masks keep of what is left."""
+        found = dict(self.program.masks or {})
+        names = _names(self.program)
+        for key, slot in self.analysis.slots.items():
+            places = self.analysis.kept(slot, removed)
+            for name in names.get(key, []) if places else ():
+                if name in found:
+                    found[name] = found[name].narrow(places)
+        return found or None
 
     def _report(self, chosen: Chosen) -> PruneReport:
         removed, allocation = chosen.removed, chosen.allocation

@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import fx, nn
 
-from graphopt.ir.graphs import bind_graph, copy_graph, lookup
+from graphopt.ir.graphs import lookup
 from graphopt.ir.metadata import refreshed
 from graphopt.ir.program import Program
-from graphopt.ir.skeleton import copy_tree
+from graphopt.ir.rebind import with_replaced
 from graphopt.passes.prune.analysis import Analysis, Slot
 from graphopt.passes.prune.rule import Edit, Value, adaptation_of
 
@@ -49,19 +49,7 @@ def with_tensors(
     program: Program, analysis: Analysis, change: Callable[[Slot], torch.Tensor]
 ) -> Program:
     """The program with other parameters, buffers and constants in place of its own."""
-    replaced: Mapping[int, Any] = {key: change(slot) for key, slot in analysis.slots.items()}
-    root = copy_tree(program.skeleton.root, type(program.skeleton.root), replaced)
-
-    def rebound(module: fx.GraphModule | None) -> fx.GraphModule | None:
-        return None if module is None else bind_graph(copy_graph(module), root)
-
-    module = rebound(program.module)
-    assert module is not None
-    return program.replace(
-        module=module,
-        eval_module=rebound(program.eval_module),
-        skeleton=program.skeleton.rebuilt(root),
-    )
+    return with_replaced(program, {key: change(s) for key, s in analysis.slots.items()})
 
 
 def graph_pairs(old: Program, new: Program) -> list[tuple[fx.GraphModule, fx.GraphModule]]:

@@ -1,0 +1,208 @@
+"""A copy of the model for trying masks: how far outputs move, what the loss's gradients are."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from graphopt.batches import Batch, read_batch
+from graphopt.comparison import probe_loss
+from graphopt.errors import (
+    GraphoptError,
+    InputMismatch,
+    NonFiniteError,
+    UnsupportedError,
+    UsageError,
+    first_line,
+)
+from graphopt.ir.program import Program
+from graphopt.passes.prune.masks.matrices import Matrix
+from graphopt.pipeline import PassContext
+
+_BATCHES = 64
+_EXAMPLES = 256
+"""Most examples of which gradients are taken."""
+
+Kept = Mapping[str, Tensor]
+"""Matrix -> bool tensor of what is kept; one that is missing is kept whole."""
+
+
+class Trial:
+    """A copy of a program's module in eval mode, with its batches.
+
+    Attributes:
+        batches: The data; without any the example inputs.
+    """
+
+    def __init__(self, program: Program, matrices: Sequence[Matrix], context: PassContext) -> None:
+        """Copies the module and reads the data.
+
+        Raises:
+            UsageError: The data is empty.
+        """
+        self.module = copy.deepcopy(program.emit()).eval()
+        self.seed = context.seed
+        self.weights = {m.name: self.module.get_parameter(m.name) for m in matrices}
+        self.batches = _batches(context)
+        self._exact: list[list[Tensor]] | None = None
+
+    @torch.no_grad()
+    def distortion(self, kept: Kept, rows: float = math.inf) -> float:
+        """Mean over batches of the outputs' squared distance from the dense model's.
+
+        Relative to their spread: 0 is the dense model, 1 as far as their mean is from them.
+
+        Args:
+            kept: The masks.
+            rows: Of the batches the first ones that hold as many examples are used.
+
+        Raises:
+            NonFiniteError: An output is NaN or infinite.
+        """
+        if self._exact is None:
+            self._exact = [self._outputs(batch) for batch in self.batches]
+        held = itertools.accumulate(map(_rows, self.batches), initial=0)
+        some = [number for number, before in enumerate(held) if before < rows]
+        some = some[: len(self.batches)]
+        with self._masked(kept):
+            found = sum(_distance(self._exact[i], self._outputs(self.batches[i])) for i in some)
+        if not math.isfinite(found):
+            raise NonFiniteError(
+                "the masked model's outputs are not finite on the calibration data",
+                hint="are the data and the model's own outputs finite?",
+            )
+        return found / len(some)
+
+    @torch.no_grad()
+    def loss(self, kept: Kept) -> float:
+        """The mean loss of the batches."""
+        with self._masked(kept):
+            values = [float(b.loss(self._called(b), probe_loss)) for b in self.batches]
+        return sum(values) / len(values)
+
+    def gradients(self, kept: Kept) -> Iterator[dict[str, Tensor]]:
+        """Gradients of the loss of single examples by the matrices, at the masked weights.
+
+        Where the model or the loss takes whole batches only, those of batches.
+
+        Raises:
+            UnsupportedError: None of the matrices gets a gradient.
+            NonFiniteError: A gradient is NaN or infinite.
+        """
+        with self._masked(kept):
+            for batch in self.examples():
+                yield self._gradient(batch)
+
+    def examples(self) -> list[Batch]:
+        """At most 256 single examples, from all batches in turn; batches if they can't be cut."""
+        singles = [_singles(batch) for batch in self.batches]
+        if any(len(each) > 1 for each in singles) and not self._takes(singles[0][0]):
+            singles = [[batch] for batch in self.batches]
+        in_turn = itertools.chain.from_iterable(itertools.zip_longest(*singles))
+        return list(itertools.islice((each for each in in_turn if each is not None), _EXAMPLES))
+
+    def _takes(self, example: Batch) -> bool:
+        try:
+            self._gradient(example)
+        except (GraphoptError, RuntimeError, ValueError, TypeError, IndexError):
+            return False
+        return True
+
+    def _gradient(self, batch: Batch) -> dict[str, Tensor]:
+        wanted = [w.requires_grad_() for w in self.weights.values()]
+        with torch.enable_grad():
+            value = batch.loss(self._called(batch), probe_loss)
+            if not value.requires_grad:
+                raise UnsupportedError(
+                    "a criterion of gradients: no weight matrix gets one",
+                    hint="give a loss that depends on them, or criterion=magnitude",
+                )
+            found = torch.autograd.grad(value, wanted, allow_unused=True)
+        pairs = zip(self.weights.items(), found, strict=True)
+        result = {n: torch.zeros_like(w) if g is None else g for (n, w), g in pairs}
+        for name, gradient in result.items():
+            if not bool(gradient.isfinite().all()):
+                raise NonFiniteError(
+                    f"the gradient of {name} holds NaN or infinities on the calibration data",
+                    hint="are the data, the loss and its gradients finite?",
+                )
+        return result
+
+    @contextmanager
+    def _masked(self, kept: Kept) -> Iterator[None]:
+        """Zeros where a mask keeps nothing, for a while."""
+        saved = {name: self.weights[name].detach().clone() for name in kept}
+        try:
+            with torch.no_grad():
+                for name, mask in kept.items():
+                    self.weights[name].masked_fill_(~mask.to(self.weights[name].device), 0)
+            yield
+        finally:
+            with torch.no_grad():
+                for name, values in saved.items():
+                    self.weights[name].copy_(values)
+
+    def _outputs(self, batch: Batch) -> list[Tensor]:
+        leaves = pytree.tree_leaves(self._called(batch))
+        return [t for t in leaves if isinstance(t, Tensor) and t.is_floating_point()]
+
+    def _called(self, batch: Batch) -> Any:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            try:
+                return self.module(*batch.args, **batch.kwargs)
+            except (RuntimeError, TypeError, ValueError) as error:
+                raise InputMismatch(
+                    f"the model fails on the calibration data: {first_line(error)}",
+                    hint="a batch is what the model takes, or a pair (inputs, targets)",
+                ) from error
+
+
+def _batches(context: PassContext) -> list[Batch]:
+    if context.data is None:
+        return [Batch(context.args, dict(context.kwargs), context.loss)]
+    some = itertools.islice(context.data, _BATCHES)
+    found = [read_batch(batch, context.data_loss, len(context.args)) for batch in some]
+    if not found:
+        raise UsageError(
+            "data yields no batches", hint="an iterator that was read before is empty: give a list"
+        )
+    return found
+
+
+def _singles(batch: Batch) -> list[Batch]:
+    """The examples of a batch, if all its tensors have as many rows."""
+    leaves, tree = pytree.tree_flatten((batch.args, batch.kwargs, batch.targets))
+    sizes = {t.shape[0] if t.dim() else 0 for t in leaves if isinstance(t, Tensor)}
+    if len(sizes) != 1 or sizes == {0}:
+        return [batch]
+
+    def single(row: int) -> Batch:
+        cut = [t[row : row + 1] if isinstance(t, Tensor) else t for t in leaves]
+        args, kwargs, targets = pytree.tree_unflatten(cut, tree)
+        return Batch(args, kwargs, batch.criterion, targets)
+
+    return [single(row) for row in range(sizes.pop())]
+
+
+def _rows(batch: Batch) -> int:
+    """Examples of a batch: the rows of its first tensor."""
+    leaves = pytree.tree_leaves((batch.args, batch.kwargs))
+    return next((t.shape[0] for t in leaves if isinstance(t, Tensor) and t.dim()), 1)
+
+
+def _distance(exact: Sequence[Tensor], got: Sequence[Tensor]) -> float:
+    total = 0.0
+    for a, b in zip(exact, got, strict=True):
+        wide = a.double()
+        spread = (wide - wide.mean()).square().sum().clamp_min(1e-30)
+        total += float((wide - b.double()).square().sum() / spread)
+    return total
