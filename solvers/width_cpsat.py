@@ -7,13 +7,13 @@ admits a little more than the problem, so its bound is one for the problem.
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Callable
 from fractions import Fraction
 
 import numpy as np
 from ortools.sat.python import cp_model
 
+from graphopt.solvers.interruptible import solve_interruptibly
 from graphopt.solvers.width_table import Choice, ExactCost, WidthTable
 
 _SCALE = 2**40  # of the value of everything
@@ -143,26 +143,11 @@ def prove(
     parameters = solver.parameters
     parameters.num_workers = 1
     parameters.random_seed = seed & (2**31 - 1)
-    parameters.catch_sigint_signal = False
     parameters.linearization_level = 2
     parameters.max_time_in_seconds = max(0.05, time_limit)
     parameters.max_deterministic_time = steps
-    watcher, status = _Watcher(model, found), []
-    # In its own thread: this one must be able to take an interrupt.
-    thread = threading.Thread(
-        target=lambda: status.append(solver.solve(model.model, watcher)), daemon=True
-    )
-    thread.start()
-    try:
-        while thread.is_alive():
-            thread.join(0.05)
-    finally:
-        while thread.is_alive():
-            solver.stop_search()
-            thread.join(0.05)
-    if status and status[0] == cp_model.MODEL_INVALID:
-        raise AssertionError(model.model.validate())
-    if status and status[0] == cp_model.INFEASIBLE:
+    status = solve_interruptibly(solver, model.model, _Watcher(model, found))
+    if status == cp_model.INFEASIBLE:
         return table.worth(best)
     proven = solver.best_objective_bound
-    return min(bound, proven / _SCALE) if status and abs(proven) < 2**60 else bound
+    return min(bound, proven / _SCALE) if abs(proven) < 2**60 else bound
