@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import inspect
 import os
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -32,6 +33,7 @@ from graphopt.ir.skeleton import (
     copy_tree,
 )
 
+_ADDED = "_graphopt."  # where passes put tensors that the source hasn't
 _OPAQUE = "a planned graphopt module runs as it is planned, and is not traced into"
 
 
@@ -117,9 +119,20 @@ class OptimizedModule(Container):
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> Any:
-        """Load a state of this module, or one of the source model, of which it takes its slices."""
+        """Load a state of this module, or one of the source model.
+
+        Of the latter it takes its slices; tensors that linearization has added keep their values.
+        """
         slices = self._program.slices
         state = state_dict if slices is None else slices.narrow(state_dict)
+        own = {name: t for name, t in self.state_dict().items() if name.startswith(_ADDED)}
+        if own and not own.keys() & state.keys():
+            warnings.warn(
+                "this state knows nothing of the replaced non-linearities: they keep what was "
+                "fitted to the weights before; linearize again for a fit to these",
+                stacklevel=2,
+            )
+            state = {**state, **own}
         return super().load_state_dict(state, strict=strict, assign=assign)
 
     def save(self, path: str | os.PathLike[str]) -> None:

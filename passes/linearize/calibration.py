@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from graphopt.batches import read_batch
-from graphopt.errors import InputMismatch, NonFiniteError, UnsupportedError, first_line
+from graphopt.errors import InputMismatch, NonFiniteError, UnsupportedError
 from graphopt.ir.graphs import lookup
 from graphopt.ir.program import Program
 from graphopt.pipeline import PassContext
@@ -164,8 +164,8 @@ def moments(*values: Tensor) -> tuple[Tensor, Tensor]:
     double = [v.double() for v in values]
     mean = sum(v.sum(a) for v, a in zip(double, axes, strict=True)) / count
     shape = [[-1 if i == 1 else 1 for i in range(v.dim())] for v in values]
-    variance = sum(
-        (v - mean.view(s)).square().sum(a)
-        for v, a, s in zip(double, axes, shape, strict=True)
-    ) / count
+    variance = (
+        sum((v - mean.view(s)).square().sum(a) for v, a, s in zip(double, axes, shape, strict=True))
+        / count
+    )
     return mean.to(values[0].dtype), variance.to(values[0].dtype)

@@ -43,7 +43,9 @@ def fisher(
         For each site and replacement ``[groups]``, float64.
     """
     generator = torch.Generator().manual_seed(seed)
-    total: Damage = {s: {k: torch.zeros((), dtype=torch.float64) for k in o} for s, o in options.items()}
+    total: Damage = {
+        s: {k: torch.zeros((), dtype=torch.float64) for k in o} for s, o in options.items()
+    }
     samples = 0
     for index in range(len(reference.inputs)):
         for part in _parts(reference, index):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -25,20 +27,28 @@ def fit_samples(x: Tensor, y: Tensor, degree: int, weights: Tensor | None = None
         Coefficients by rising power, ``[degree + 1, channels]``, float64.
     """
     x, y = x.double(), y.double()
-    w = torch.ones_like(x) if weights is None else weights.double().expand_as(x)
+    w = torch.ones_like(x) if weights is None else weights.double()
     total = w.sum(1).clamp_min(1.0)
     mean = (w * x).sum(1) / total
-    centred = x - mean[:, None]
-    deviation = ((w * centred.square()).sum(1) / total).sqrt().clamp_min(_LEAST_DEVIATION)
-    z = centred / deviation[:, None]
-    powers = torch.stack([z**k for k in range(degree + 1)], 1)  # [channels, degree + 1, samples]
-    weighted = powers * w[:, None]
-    gram = weighted @ powers.transpose(1, 2) / total[:, None, None]
-    right = (weighted @ y[:, :, None]).squeeze(-1) / total[:, None]
-    diagonal = gram.diagonal(dim1=1, dim2=2)
-    ridge = torch.diag_embed(_RIDGE * diagonal.clamp_min(_RIDGE))
-    solved = torch.linalg.solve(gram + ridge, right)
+    z = x - mean[:, None]
+    deviation = ((w * z.square()).sum(1) / total).sqrt().clamp_min(_LEAST_DEVIATION)
+    z /= deviation[:, None]
+    sums, products = [], []  # E[z^k] and E[z^k y]
+    for k in range(2 * degree + 1):
+        sums.append(w.sum(1) / total)
+        if k <= degree:
+            products.append((w * y).sum(1) / total)
+        w = w * z
+    gram = _hankel(sums, degree)
+    ridge = torch.diag_embed(_RIDGE * gram.diagonal(dim1=1, dim2=2).clamp_min(_RIDGE))
+    solved = torch.linalg.solve(gram + ridge, torch.stack(products, 1))
     return unscaled(solved.T.contiguous(), mean, deviation)
+
+
+def _hankel(sums: Sequence[Tensor], degree: int) -> Tensor:
+    """The matrix of moments ``E[z^(i + j)]``: ``[channels, degree + 1, degree + 1]``."""
+    rows = [torch.stack(list(sums[i : i + degree + 1]), 1) for i in range(degree + 1)]
+    return torch.stack(rows, 1)
 
 
 def evaluate(coefficients: Tensor, x: Tensor) -> Tensor:

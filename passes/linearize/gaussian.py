@@ -54,9 +54,7 @@ def _expected(piece: Piece, basis: sympy.Poly, z: sympy.Symbol) -> sympy.Expr:
     )
     product = sympy.Poly(sympy.expand(inner * basis.as_expr()), z)
     low, high = (_standardised(end) for end in (piece.low, piece.high))
-    return sum(
-        (c * _moment(j, low, high) for (j,), c in product.terms()), sympy.Integer(0)
-    )
+    return sum((c * _moment(j, low, high) for (j,), c in product.terms()), sympy.Integer(0))
 
 
 def _standardised(end: float) -> sympy.Expr:

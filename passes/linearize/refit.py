@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-import torch
 from torch import Tensor, fx
 
 from graphopt.ir.graphs import lookup
@@ -52,12 +51,14 @@ class Refitted:
     Attributes:
         replacements: By site.
         statistics: New running statistics of BatchNorms, by path.
+        here: The same for the calibration inputs, from which they differ where these are noise.
         largest: The largest magnitude that each site now reads.
         outputs: Of teacher and student, for each batch.
     """
 
     replacements: dict[Site, Replacement]
     statistics: dict[str, Tensor] = field(default_factory=dict)
+    here: dict[str, Tensor] = field(default_factory=dict)
     largest: dict[Site, float] = field(default_factory=dict)
     outputs: tuple[Values, Values] = ((), ())  # type: ignore[assignment]
 
@@ -119,6 +120,7 @@ def _recalibrated(
     result.statistics.update(zip(paths, _moved(real, own, new, node.args[7]), strict=True))
     here = [reference.attribute(node.args[place]) for place in (3, 4)]
     moved = _moved(here, own, new, node.args[7])
+    result.here.update(zip(paths, moved, strict=True))
     known = {node.args[3]: moved[0], node.args[4]: moved[1]}
 
     def value(batch: Tensor, each: fx.Node) -> object:

@@ -13,6 +13,8 @@ from graphopt.passes.linearize.fit import evaluate, fit_samples
 from graphopt.passes.linearize.sites import Site
 
 Kind = Literal["identity", "affine", "poly2", "poly3", "poly4"]
+# Samples of a channel that are fitted to.
+_MOST_SAMPLES = 1 << 16
 DEGREES: dict[Kind, int] = {"identity": 0, "affine": 1, "poly2": 2, "poly3": 3, "poly4": 4}
 
 
@@ -79,11 +81,22 @@ def approximated(site: Site, kind: Kind, coefficients: Tensor | None, x: Tensor)
 
 
 def by_channel(site: Site, values: Sequence[Tensor]) -> Tensor:
-    """Values of a site as ``[channels, samples]``."""
-    if site.channel is None:
-        return torch.cat([v.reshape(1, -1) for v in values], 1)
+    """Values of a site as ``[channels, samples]``, of so many samples that a fit needs."""
     axis = site.channel
-    return torch.cat([v.movedim(axis, 0).reshape(v.shape[axis], -1) for v in values], 1)
+    parts = [
+        v.reshape(1, -1) if axis is None else v.movedim(axis, 0).reshape(v.shape[axis], -1)
+        for v in values
+    ]
+    count = sum(part.shape[1] for part in parts)
+    if count > _MOST_SAMPLES:
+        generator = torch.Generator().manual_seed(count)  # the same places in every call
+        share = _MOST_SAMPLES / count
+        parts = [
+            part[:, torch.randint(n, (max(1, round(share * n)),), generator=generator)]
+            for part in parts
+            for n in (part.shape[1],)
+        ]
+    return torch.cat(parts, 1)
 
 
 def fitted(

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from graphopt.ir.graphs import bind_graph, copy_graph
+from graphopt.ir.graphs import assign, bind_graph, copy_graph
 from graphopt.ir.metadata import refreshed
 from graphopt.ir.program import Program
 from graphopt.ir.skeleton import Container, copy_tree
@@ -47,11 +47,10 @@ def linearized(
     nodes = {node.name: node for node in module.graph.nodes}
     for each in replacements:
         if not each.is_whole:
-            _Rewriting(module.graph, nodes[each.site.name], each, added).run()
-    module.graph.lint()
-    skeleton = program.skeleton.rebuilt(root)
-    changed = program.replace(module=bind_graph(module, root), skeleton=skeleton)
-    return refreshed(changed)
+            _Rewriting(module, nodes[each.site.name], each, added).run()
+    bound = bind_graph(module, root)
+    bound.graph.lint()
+    return refreshed(program.replace(module=bound, skeleton=program.skeleton.rebuilt(root)))
 
 
 def _with_statistics(program: Program, statistics: Mapping[str, Tensor]) -> Container:
@@ -77,9 +76,10 @@ class _Rewriting:
     """One site's rewriting."""
 
     def __init__(
-        self, graph: fx.Graph, node: fx.Node, replacement: Replacement, added: Container
+        self, module: fx.GraphModule, node: fx.Node, replacement: Replacement, added: Container
     ) -> None:
-        self.graph, self.node, self.replacement = graph, node, replacement
+        self.module, self.graph, self.node = module, module.graph, node
+        self.replacement = replacement
         self.site = replacement.site
         self.own = self._own_container(added)
 
@@ -112,9 +112,7 @@ class _Rewriting:
         beside = len(self.site.shape) - stop
         replaced = self._polynomial(parts[1], channels, beside)
         joined = self._call(aten.cat.default, [exact, replaced], start)
-        ordered = self._call(
-            aten.index_select.default, joined, start, self._tensor("order", order)
-        )
+        ordered = self._call(aten.index_select.default, joined, start, self._tensor("order", order))
         return self._call(aten.unflatten.int, ordered, start, list(self.site.sizes))
 
     def _exact(self, x: fx.Node, kept: Tensor) -> fx.Node:
@@ -170,16 +168,19 @@ class _Rewriting:
         return node
 
     def _parameter(self, name: str, value: Tensor) -> fx.Node:
-        self.own._parameters[name] = nn.Parameter(value)
-        return self._attribute(name)
+        parameter = nn.Parameter(value)
+        self.own._parameters[name] = parameter
+        return self._attribute(name, parameter)
 
     def _tensor(self, name: str, value: Tensor) -> fx.Node:
         self.own._buffers[name] = value
         self.own._non_persistent_buffers_set.add(name)
-        return self._attribute(name)
+        return self._attribute(name, value)
 
-    def _attribute(self, name: str) -> fx.Node:
-        return self.graph.create_node("get_attr", f"{self.own._path}.{name}")
+    def _attribute(self, name: str, value: Tensor) -> fx.Node:
+        path = f"{self.own._path}.{name}"
+        assign(self.module, path, value)
+        return self.graph.create_node("get_attr", path)
 
     def _own_container(self, added: Container) -> Container:
         name = self.site.name

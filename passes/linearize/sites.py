@@ -262,9 +262,7 @@ def _hint(size: Any) -> int:
     return size if isinstance(size, int) else int(size.node.hint)
 
 
-def _block(
-    shape: Sequence[int], free: Sequence[bool], channel: int | None
-) -> tuple[int, int]:
+def _block(shape: Sequence[int], free: Sequence[bool], channel: int | None) -> tuple[int, int]:
     """The fixed dimensions beside each other that hold the channel; else those with most places."""
     runs, start = [], None
     for place, is_free in enumerate([*free, True]):
