@@ -188,4 +188,4 @@ _NAMES = {
 
 
 def _renamed(keywords: Any) -> dict[str, Any]:
-    return {_NAMES.get(name, name): value for name, value in keywords.items()}
+    return {_NAMES.get(str(name), str(name)): value for name, value in keywords.items()}

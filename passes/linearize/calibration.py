@@ -69,8 +69,13 @@ def call(node: fx.Node, value: Callable[[fx.Node], Any]) -> Any:
     return node.target(*args, **kwargs)  # type: ignore[operator]
 
 
-def reference(program: Program, context: PassContext) -> Reference:
+def reference(program: Program, context: PassContext, most_samples: int) -> Reference:
     """Prepare calibration on the data, or on noise where there is none.
+
+    Args:
+        program: The program.
+        context: Its data.
+        most_samples: How many samples may be used.
 
     Raises:
         InputMismatch: The model doesn't take the data.
@@ -79,8 +84,9 @@ def reference(program: Program, context: PassContext) -> Reference:
     """
     module = program.specialize(False)
     if context.data is None:
-        return _without_data(program, module, context)
-    inputs = []
+        return _without_data(program, module, context, most_samples)
+    inputs: list[list[Tensor]] = []
+    room = most_samples
     for batch in itertools.islice(context.data, _MOST_BATCHES):
         read = read_batch(batch, context.data_loss, len(context.args))
         flat = program.signature.flatten_inputs(read.args, read.kwargs)
@@ -91,24 +97,51 @@ def reference(program: Program, context: PassContext) -> Reference:
                     hint="clean the data first",
                 )
         program.signature.check(flat)
-        inputs.append([t.detach().clone() for t in flat])
+        inputs.append([t.detach().clone()[:room] if t.dim() else t for t in flat])
+        room -= max((int(t.shape[0]) for t in flat if t.dim()), default=1)
+        if room <= 0:
+            break
     if not inputs:
         raise InputMismatch("data yields no batch", hint="give at least one, or data=None")
     return Reference(module, inputs)
 
 
-def batch_norms(graph: fx.Graph) -> list[fx.Node]:
-    """The BatchNorms that use running statistics."""
-    return [
-        node
-        for node in graph.nodes
-        if getattr(node.target, "overloadpacket", None) is aten.batch_norm
-        and isinstance(node.args[3], fx.Node)
-        and node.args[5] is False
-    ]
+@dataclass(frozen=True)
+class BatchNorm:
+    """A call of BatchNorm that uses running statistics.
+
+    Attributes:
+        value: What it normalises.
+        statistics: The nodes of running mean and variance.
+        eps: What it adds to the variance.
+    """
+
+    value: fx.Node
+    statistics: tuple[fx.Node, fx.Node]
+    eps: float
+
+    @property
+    def paths(self) -> tuple[str, str]:
+        """Where mean and variance are."""
+        mean, variance = self.statistics
+        return str(mean.target), str(variance.target)
 
 
-def _without_data(program: Program, module: fx.GraphModule, context: PassContext) -> Reference:
+def batch_norms(graph: fx.Graph) -> dict[fx.Node, BatchNorm]:
+    """The BatchNorms of an eval-mode graph that use running statistics."""
+    found = {}
+    for node in graph.nodes:
+        if getattr(node.target, "overloadpacket", None) is aten.batch_norm:
+            value, _, _, mean, variance, training, _, eps, *_ = node.args
+            if isinstance(mean, fx.Node) and isinstance(variance, fx.Node) and not training:
+                assert isinstance(value, fx.Node) and isinstance(eps, float)
+                found[node] = BatchNorm(value, (mean, variance), eps)
+    return found
+
+
+def _without_data(
+    program: Program, module: fx.GraphModule, context: PassContext, most_samples: int
+) -> Reference:
     norms = batch_norms(module.graph)
     if not norms:
         raise UnsupportedError(
@@ -118,16 +151,17 @@ def _without_data(program: Program, module: fx.GraphModule, context: PassContext
         )
     generator = torch.Generator().manual_seed(context.seed)
     examples = program.signature.flatten_inputs(context.args, context.kwargs)
-    noise = Reference(module, [[_noise(example, generator) for example in examples]])
+    count = min(_NOISE_SAMPLES, most_samples)
+    noise = Reference(module, [[_noise(example, count, generator) for example in examples]])
     statistics: dict[str, Tensor] = {}
     _observe_norms(noise, statistics)
     return Reference(module, noise.inputs, statistics)
 
 
-def _noise(example: Tensor, generator: torch.Generator) -> Tensor:
+def _noise(example: Tensor, count: int, generator: torch.Generator) -> Tensor:
     if not example.dim():
         return example
-    shape = (_NOISE_SAMPLES, *example.shape[1:])
+    shape = (count, *example.shape[1:])
     if example.is_floating_point():
         drawn = torch.randn(shape, generator=generator)
         return drawn.to(example.dtype).to(example.device)
@@ -143,17 +177,18 @@ def _observe_norms(noise: Reference, statistics: dict[str, Tensor]) -> None:
     """
     values: dict[fx.Node, Any] = {}
     placeholders = iter(noise.inputs[0])
+    norms = batch_norms(noise.module.graph)
     for node in noise.module.graph.nodes:
         if node.op == "placeholder":
             values[node] = next(placeholders)
         elif node.op == "get_attr":
             values[node] = noise.attribute(node)
         elif node.op == "call_function":
-            if node in batch_norms(noise.module.graph):
-                mean, variance = moments(values[node.args[0]])
-                values[node.args[3]], values[node.args[4]] = mean, variance
-                statistics[str(node.args[3].target)] = mean
-                statistics[str(node.args[4].target)] = variance
+            norm = norms.get(node)
+            if norm is not None:
+                own = moments(values[norm.value])
+                values.update(zip(norm.statistics, own, strict=True))
+                statistics.update(zip(norm.paths, own, strict=True))
             values[node] = call(node, values.__getitem__)
 
 

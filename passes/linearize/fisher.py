@@ -1,8 +1,8 @@
 """Sensitivity without labels: what the outputs lose when a position is replaced.
 
 With a gate h at each position, ``out = h f(x) + (1 - h) r(x)``, the loss changes to second order by
-``E[(dL/dh)^2] / 2``: the Fisher information of the gate, for labels drawn from what the model itself
-predicts. The score is taken against the replacement r that is really used.
+``E[(dL/dh)^2] / 2``: the Fisher information of the gate, for labels drawn from what the model
+itself predicts. The score is taken against the replacement r that is really used.
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ from torch import Tensor, fx
 
 from graphopt.passes.linearize.calibration import Reference, call
 from graphopt.passes.linearize.replacements import Kind, Replacement, approximated
-from graphopt.passes.linearize.sites import Site
+from graphopt.passes.linearize.sites import Site, read_by
 
 Damage = dict[Site, dict[Kind, Tensor]]
 # Labels drawn for each sample.
 _DRAWS = 4
-_SLICE = 64  # samples that are differentiated at once
+# Samples that are differentiated at once: at most so many, and so many elements of all sites.
+_MOST_AT_ONCE, _ELEMENTS_AT_ONCE = 64, 1 << 26
 
 
 def fisher(
@@ -38,17 +39,19 @@ def fisher(
         options: Replacements and their coefficients.
         granularity: ``element``, ``channel`` or ``site``.
         seed: Of the labels.
+        present: What some sites have become already; scores are then of going there or back.
 
     Returns:
         For each site and replacement ``[groups]``, float64.
     """
     generator = torch.Generator().manual_seed(seed)
-    total: Damage = {
-        s: {k: torch.zeros((), dtype=torch.float64) for k in o} for s, o in options.items()
-    }
+    zero = torch.zeros((), dtype=torch.float64)
+    total: Damage = {site: dict.fromkeys(kinds, zero) for site, kinds in options.items()}
+    elements = sum(site.per_sample for site in options)
+    at_once = max(1, min(_MOST_AT_ONCE, _ELEMENTS_AT_ONCE // max(elements, 1)))
     samples = 0
     for index in range(len(reference.inputs)):
-        for part in _parts(reference, index):
+        for part in _parts(reference, index, at_once):
             count = max((int(t.shape[0]) for t in part if t.dim()), default=1)
             samples += count
             for site, kind, gate in _gates(reference, part, options, generator, present or {}):
@@ -58,11 +61,11 @@ def fisher(
     return {s: {k: v.cpu() / scale for k, v in o.items()} for s, o in total.items()}
 
 
-def _parts(reference: Reference, index: int) -> list[list[Tensor]]:
+def _parts(reference: Reference, index: int, at_once: int) -> list[list[Tensor]]:
     flat, size = reference.inputs[index], reference.batch_size(index)
     if not all(t.dim() and t.shape[0] == size for t in flat):
         return [list(flat)]
-    return [list(part) for part in zip(*(t.split(_SLICE) for t in flat), strict=True)]
+    return [list(part) for part in zip(*(t.split(at_once) for t in flat), strict=True)]
 
 
 def _gates(
@@ -93,7 +96,7 @@ def _gates(
                 values[node] = call(node, values.__getitem__)
                 site = by_node.get(node.name)
                 if site is not None:
-                    x, exact = values[node.args[0]], values[node]
+                    x, exact = values[read_by(node)], values[node]
                     y = present[site].of(x, exact) if site in present else exact
                     values[node] = y if y.requires_grad else y.requires_grad_()
                     seen[site] = (x.detach(), exact.detach(), values[node])
@@ -117,8 +120,9 @@ def _drawn_loss(outputs: Sequence[Tensor], generator: torch.Generator) -> Tensor
         likely = logits.detach().float().softmax(1).cpu()
         labels = torch.multinomial(likely, 1, generator=generator).squeeze(1)
         return F.cross_entropy(logits, labels.to(logits.device), reduction="sum")
+    outputs = [o for o in outputs if o.dim()] or outputs
     noise = [torch.randn(o.shape, generator=generator).to(o) for o in outputs]
-    scales = [o.detach().std().clamp_min(1e-12) for o in outputs]
+    scales = [o.detach().square().mean().sqrt().clamp_min(1e-12) for o in outputs]
     terms = [(o * n).sum() / s for o, n, s in zip(outputs, noise, scales, strict=True)]
     return torch.stack(terms).sum()
 

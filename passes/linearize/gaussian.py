@@ -43,7 +43,7 @@ def closed_form(pieces: Pieces, degree: int) -> tuple[sympy.Expr, ...]:
     x = sympy.Symbol("x", real=True)
     polynomial = sympy.Poly(sympy.expand(total.subs(z, (x - MEAN) / DEVIATION)), x)
     found = polynomial.all_coeffs()[::-1]
-    return tuple([*found, *[sympy.Integer(0)] * (degree + 1 - len(found))])
+    return (*found, *[sympy.Integer(0)] * (degree + 1 - len(found)))
 
 
 def _expected(piece: Piece, basis: sympy.Poly, z: sympy.Symbol) -> sympy.Expr:

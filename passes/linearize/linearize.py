@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import warnings
 from collections.abc import Mapping, Sequence
@@ -23,6 +24,8 @@ from graphopt.passes.linearize.selection import METHODS, Selected, Task
 from graphopt.passes.linearize.sites import Site, sites
 from graphopt.pipeline import Pass, PassContext, PassResult, Position, Preserves
 
+# Elements of the largest site that calibration keeps at once, times some.
+_ELEMENTS = 1 << 26
 # Growth of a site's range that is told, and one that no fixed-point ring takes.
 _WARNED, _REFUSED = 10.0, 1e4
 
@@ -101,7 +104,8 @@ class _Run:
         context = self.context
         context.progress("calibrating")
         source = context if self.options.select != "datafree" else _without_data(context)
-        calibrated = reference(self.program, source)
+        largest = max(site.per_sample for site in self.free)
+        calibrated = reference(self.program, source, max(1, _ELEMENTS // largest))
         found = survey(calibrated, {site: self._kinds(site) for site in self.free})
         task = Task(
             calibrated, found, limits, self.options.granularity, self.options.rounds,
@@ -111,9 +115,8 @@ class _Run:
         selected = method(task)
         context.progress("fitting replacements one after the other")
         refitted = refit(calibrated, selected.replacements, self.options.norms)
-        changed = linearized(
-            self.program, list(refitted.replacements.values()), refitted.statistics
-        )
+        chosen = list(refitted.replacements.values())
+        changed = linearized(self.program, chosen, refitted.statistics)
         report = self._report(calibrated, found, selected, refitted)
         return PassResult(changed, changed=True, report={"linearize": report})
 
@@ -188,8 +191,6 @@ class _Run:
 
 
 def _without_data(context: PassContext) -> PassContext:
-    import dataclasses
-
     return dataclasses.replace(context, data=None)
 
 

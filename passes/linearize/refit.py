@@ -8,10 +8,10 @@ from dataclasses import dataclass, field, replace
 from torch import Tensor, fx
 
 from graphopt.ir.graphs import lookup
-from graphopt.passes.linearize.calibration import Reference, batch_norms, call, moments
+from graphopt.passes.linearize.calibration import BatchNorm, Reference, batch_norms, call, moments
 from graphopt.passes.linearize.lockstep import Known, Values, lockstep
 from graphopt.passes.linearize.replacements import Kind, Replacement, fitted
-from graphopt.passes.linearize.sites import Site
+from graphopt.passes.linearize.sites import Site, read_by
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ def survey(reference: Reference, wanted: Mapping[Site, tuple[Kind, ...]]) -> Sur
     def step(node: fx.Node, teacher: Known, student: Known) -> None:
         site = by_node.get(node.name)
         if site is not None:
-            x, y = teacher(node.args[0]), teacher(node)
+            x, y = teacher(read_by(node)), teacher(node)
             options[site] = {kind: fitted(site, kind, x, y) for kind in wanted[site]}
             largest[site] = _largest(x)
 
@@ -75,15 +75,16 @@ def refit(reference: Reference, chosen: Mapping[Site, Replacement], norms: bool 
         norms: Whether BatchNorms that see other values now get their statistics.
     """
     by_node = {site.name: site for site in chosen}
-    recalibrated = set(batch_norms(reference.module.graph)) if norms else set()
+    recalibrated = batch_norms(reference.module.graph) if norms else {}
     result = Refitted({})
 
     def step(node: fx.Node, teacher: Known, student: Known) -> Values | None:
         site = by_node.get(node.name)
         if site is not None:
             return _replaced(site, chosen[site], node, teacher, student, result)
-        if node in recalibrated and student(node.args[0]) is not teacher(node.args[0]):
-            return _recalibrated(reference, node, teacher, student, result)
+        norm = recalibrated.get(node)
+        if norm is not None and student(norm.value) is not teacher(norm.value):
+            return _recalibrated(reference, node, norm, teacher, student, result)
         return None
 
     outputs = lockstep(reference, step)
@@ -98,37 +99,48 @@ def _replaced(
     student: Known,
     result: Refitted,
 ) -> Values:
-    x, target = student(node.args[0]), teacher(node)
+    source = read_by(node)
+    x, target = student(source), teacher(node)
     result.largest[site] = _largest(x)
     found = wanted
     if not wanted.is_whole:
         found = replace(wanted, coefficients=fitted(site, wanted.kind, x, target, wanted.kept))
     result.replacements[site] = found
-    same = x is teacher(node.args[0])
-    exact = target if same else [call(node, {node.args[0]: v}.get) for v in x]
+    same = x is teacher(source)
+    exact = target if same else [_called(node, source, v, student) for v in x]
     return [found.of(*pair) for pair in zip(x, exact, strict=True)]
 
 
 def _recalibrated(
-    reference: Reference, node: fx.Node, teacher: Known, student: Known, result: Refitted
+    reference: Reference,
+    node: fx.Node,
+    norm: BatchNorm,
+    teacher: Known,
+    student: Known,
+    result: Refitted,
 ) -> Values:
     """BatchNorm by statistics that have moved as much as the values that it reads have."""
-    x = student(node.args[0])
-    own, new = moments(*teacher(node.args[0])), moments(*x)
-    paths = [str(node.args[place].target) for place in (3, 4)]
-    real = [lookup(reference.module, path) for path in paths]
-    result.statistics.update(zip(paths, _moved(real, own, new, node.args[7]), strict=True))
-    here = [reference.attribute(node.args[place]) for place in (3, 4)]
-    moved = _moved(here, own, new, node.args[7])
-    result.here.update(zip(paths, moved, strict=True))
-    known = {node.args[3]: moved[0], node.args[4]: moved[1]}
+    x = student(norm.value)
+    own, new = moments(*teacher(norm.value)), moments(*x)
+    real = [lookup(reference.module, path) for path in norm.paths]
+    result.statistics.update(zip(norm.paths, _moved(real, own, new, norm.eps), strict=True))
+    here = [reference.attribute(each) for each in norm.statistics]
+    moved = _moved(here, own, new, norm.eps)
+    result.here.update(zip(norm.paths, moved, strict=True))
+    known = dict(zip(norm.statistics, moved, strict=True))
 
     def value(batch: Tensor, each: fx.Node) -> object:
-        if each is node.args[0]:
+        if each is norm.value:
             return batch
         return known[each] if each in known else student(each)[0]
 
     return [call(node, lambda each, b=batch: value(b, each)) for batch in x]
+
+
+def _called(node: fx.Node, source: fx.Node, x: Tensor, student: Known) -> Tensor:
+    """A call of a non-linearity on another value."""
+    found: Tensor = call(node, lambda each: x if each is source else student(each)[0])
+    return found
 
 
 def _moved(

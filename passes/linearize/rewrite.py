@@ -24,6 +24,7 @@ from graphopt.ir.metadata import refreshed
 from graphopt.ir.program import Program
 from graphopt.ir.skeleton import Container, copy_tree
 from graphopt.passes.linearize.replacements import Replacement
+from graphopt.passes.linearize.sites import read_by
 
 aten = torch.ops.aten
 
@@ -86,8 +87,7 @@ class _Rewriting:
     def run(self) -> None:
         """Put the replacement in the node's place."""
         with self.graph.inserting_before(self.node):
-            x = self.node.args[0]
-            assert isinstance(x, fx.Node)
+            x = read_by(self.node)
             result = self._all(x) if not len(self.replacement.kept) else self._some(x)
         self.node.replace_all_uses_with(result)
         self.graph.erase_node(self.node)

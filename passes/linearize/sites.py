@@ -120,10 +120,17 @@ class Site:
         return places.view(beside).expand(self.sizes).reshape(-1)
 
     def flat(self, value: torch.Tensor) -> torch.Tensor:
-        """A value of the site as ``[free..., positions, free...]`` with both ends flattened to one."""
+        """A value as ``[free, positions, free]``, the dimensions before and behind flattened."""
         start, stop = self.block
         before = math.prod(value.shape[:start])
         return value.reshape(before, self.positions, math.prod(value.shape[stop:]))
+
+
+def read_by(node: fx.Node) -> fx.Node:
+    """The value that a call of a non-linearity reads."""
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    return source
 
 
 def sites(program: Program) -> list[Site]:
