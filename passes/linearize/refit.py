@@ -13,6 +13,9 @@ from graphopt.passes.linearize.lockstep import Known, Values, lockstep
 from graphopt.passes.linearize.replacements import Kind, Replacement, fitted
 from graphopt.passes.linearize.sites import Site, read_by
 
+# A norm's new variance, as a share of the one before: channels that barely move say little.
+_LEAST_VARIANCE = 0.1
+
 
 @dataclass(frozen=True)
 class Survey:
@@ -121,11 +124,12 @@ def _recalibrated(
 ) -> Values:
     """BatchNorm by statistics that have moved as much as the values that it reads have."""
     x = student(norm.value)
-    own, new = moments(*teacher(norm.value)), moments(*x)
-    real = [lookup(reference.module, path) for path in norm.paths]
-    result.statistics.update(zip(norm.paths, _moved(real, own, new, norm.eps), strict=True))
     here = [reference.attribute(each) for each in norm.statistics]
-    moved = _moved(here, own, new, norm.eps)
+    real = [lookup(reference.module, path) for path in norm.paths]
+    scale = (real[1] + norm.eps) / (here[1] + norm.eps)  # of the data's values to these
+    change = [b - a for a, b in zip(moments(*teacher(norm.value)), moments(*x), strict=True)]
+    result.statistics.update(zip(norm.paths, _moved(real, change, scale), strict=True))
+    moved = _moved(here, change, torch.ones_like(scale))
     result.here.update(zip(norm.paths, moved, strict=True))
     known = dict(zip(norm.statistics, moved, strict=True))
 
@@ -144,12 +148,11 @@ def _called(node: fx.Node, source: fx.Node, x: Tensor, student: Known) -> Tensor
 
 
 def _moved(
-    known: Sequence[Tensor], own: Sequence[Tensor], new: Sequence[Tensor], eps: float
+    known: Sequence[Tensor], change: Sequence[Tensor], scale: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Known mean and variance, moved as samples' ones have moved."""
-    scale = (known[1] + eps) / (own[1] + eps)
-    mean = known[0] + (new[0] - own[0]) * scale.sqrt()
-    return mean, (new[1] + eps) * scale - eps
+    variance = known[1] + change[1] * scale
+    return known[0] + change[0] * scale.sqrt(), variance.clamp_min(_LEAST_VARIANCE * known[1])
 
 
 def _largest(values: Values) -> float:
