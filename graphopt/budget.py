@@ -88,6 +88,7 @@ class _Rule:
 _RULES: Final[Mapping[str, _Rule]] = {
     "memory": _Rule("B", "peak bytes of a training step"),
     "relus": _Rule("", "element-wise non-linearities evaluated", zero=True),
+    "relu_sites": _Rule("", "calls of non-linearities", zero=True),
     "pi_latency": _Rule("s", "latency of private inference"),
     "flops": _Rule("", "FLOPs of one forward"),
     "params": _Rule("", "parameters"),
@@ -111,6 +112,7 @@ class Budget:
         memory_scope: ``activations`` (default), or ``step``: parameters, gradients and optimizer
             state count too.
         relus: Element-wise non-linearities evaluated per example.
+        relu_sites: Calls of non-linearities that evaluate any.
         pi_latency: Seconds of one private inference.
         flops: FLOPs of one forward (a multiply-add is 2).
         params: Number of parameters.
@@ -125,6 +127,7 @@ class Budget:
     memory: Quantity | None = None
     memory_scope: str | None = None
     relus: Quantity | None = None
+    relu_sites: Quantity | None = None
     pi_latency: Quantity | None = None
     flops: Quantity | None = None
     params: Quantity | None = None

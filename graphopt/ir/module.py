@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import inspect
 import os
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -33,6 +34,7 @@ from graphopt.ir.skeleton import (
     copy_tree,
 )
 
+_ADDED = "_graphopt."  # where passes put tensors that the source hasn't
 _OPAQUE = "a planned graphopt module runs as it is planned, and is not traced into"
 
 
@@ -120,11 +122,20 @@ class OptimizedModule(Container):
     ) -> Any:
         """Load a state of this module, or one of the source model.
 
-        Of that it takes its slices, and what its masks keep.
+        Of the latter it takes its slices, and what its masks keep; tensors that linearization has
+        added keep their values.
         """
         slices, masks = self._program.slices, self._program.masks
         state = state_dict if slices is None else slices.narrow(state_dict)
         state = state if masks is None else masked_state(masks, state)
+        own = {name: t for name, t in self.state_dict().items() if name.startswith(_ADDED)}
+        if own and not own.keys() & state.keys():
+            warnings.warn(
+                "this state knows nothing of the replaced non-linearities: they keep what was "
+                "fitted to the weights before; linearize again for a fit to these",
+                stacklevel=2,
+            )
+            state = {**state, **own}
         return super().load_state_dict(state, strict=strict, assign=assign)
 
     def save(self, path: str | os.PathLike[str]) -> None:

@@ -1,0 +1,89 @@
+"""Sites and their damage as a selection problem, and its answer as replacements."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from graphopt.passes.linearize.fisher import Damage
+from graphopt.passes.linearize.replacements import Kind, Replacement
+from graphopt.passes.linearize.sites import Site
+from graphopt.solvers import nonlinearity as solver
+
+Granularity = Literal["element", "channel", "site"]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What may be kept.
+
+    Attributes:
+        relus: Elements of all sites, those that have to stay included.
+        relu_sites: Sites with a kept element, those that have to stay included.
+    """
+
+    relus: int | None = None
+    relu_sites: int | None = None
+
+    def without(self, fixed: Sequence[Site]) -> Limits:
+        """What is left for sites that can be replaced."""
+        spent = sum(site.per_sample for site in fixed)
+        return Limits(
+            None if self.relus is None else self.relus - spent,
+            None if self.relu_sites is None else self.relu_sites - len(fixed),
+        )
+
+    def eased(self, sites: Sequence[Site], share: float) -> Limits:
+        """Limits on the way from everything to these: geometrically, ``share`` of it gone."""
+
+        def between(limit: int | None, full: int) -> int | None:
+            if limit is None or limit >= full:
+                return limit
+            return round(full * (max(limit, 1) / full) ** share)
+
+        elements = sum(site.per_sample for site in sites)
+        return Limits(between(self.relus, elements), between(self.relu_sites, len(sites)))
+
+
+def groups(site: Site, granularity: Granularity) -> Tensor:
+    """The group of each position, int64 ``[positions]``."""
+    if granularity == "element":
+        return torch.arange(site.positions)
+    if granularity == "channel" and site.channel is not None:
+        return site.channel_of_positions()
+    return torch.zeros(site.positions, dtype=torch.int64)
+
+
+def problem(damage: Damage, limits: Limits, granularity: Granularity) -> solver.NonlinearityProblem:
+    """What to keep, as plain data."""
+    described = []
+    for site, options in damage.items():
+        count = int(groups(site, granularity).max()) + 1
+        offered = tuple(
+            solver.Option(kind, values.double().numpy()) for kind, values in options.items()
+        )
+        described.append(solver.Site(site.name, count, site.per_sample // count, offered))
+    return solver.NonlinearityProblem(tuple(described), limits.relus, limits.relu_sites)
+
+
+def replacements(
+    selection: solver.Selection,
+    damage: Damage,
+    coefficients: Mapping[Site, Mapping[Kind, Tensor | None]],
+    granularity: Granularity,
+) -> dict[Site, Replacement]:
+    """A selection as what becomes of each site."""
+    found = {}
+    for site, option, kept in zip(damage, selection.options, selection.kept, strict=True):
+        kinds = list(damage[site])
+        kind = kinds[0 if option is None else option]
+        own = groups(site, granularity).numpy()
+        chosen = np.ones(len(own), bool) if option is None else np.isin(own, kept)
+        positions = torch.from_numpy(chosen.nonzero()[0])
+        found[site] = Replacement(site, positions, kind, coefficients[site][kind])
+    return found

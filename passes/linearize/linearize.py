@@ -1,0 +1,237 @@
+"""The pass `linearize`: fewer non-linearities, gathered so that a protocol pays for them alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from torch import Tensor
+
+from graphopt.budget import Quantity
+from graphopt.errors import BudgetError, BudgetInfeasible, UnsupportedError, VerificationError
+from graphopt.ir.program import Program
+from graphopt.passes.linearize.calibration import Reference, reference
+from graphopt.passes.linearize.choice import Granularity, Limits
+from graphopt.passes.linearize.refit import Refitted, Survey, refit, survey
+from graphopt.passes.linearize.replacements import Kind, Replacement
+from graphopt.passes.linearize.report import LinearizeReport, SiteReport
+from graphopt.passes.linearize.rewrite import linearized
+from graphopt.passes.linearize.selection import METHODS, Selected, Task
+from graphopt.passes.linearize.sites import Site, sites
+from graphopt.pipeline import Pass, PassContext, PassResult, Position, Preserves
+
+# Elements of the largest site that calibration keeps at once, times some.
+_ELEMENTS = 1 << 26
+# Growth of a site's range that is told, and one that no fixed-point ring takes.
+_WARNED, _REFUSED = 10.0, 1e4
+
+
+@dataclass(frozen=True)
+class Linearize(Pass):
+    """Replaces non-linearities by polynomials until a budget is kept.
+
+    What is kept of a site is gathered, evaluated and put back, so that only it is compared.
+    Replacements are fitted on calibration data one after the other; no weight is trained.
+
+    Attributes:
+        relus: Elements of one sample that non-linearities may evaluate.
+        relu_sites: Calls of non-linearities that may evaluate any.
+        replacement: ``auto`` (the least damage of ``affine`` and ``poly2``), or one of them.
+        select: How what is kept is chosen: ``fisher`` (scores that need no labels); ``datafree``
+            (the same on noise, by BatchNorm's statistics, even where there is data); ``random``.
+        granularity: What is kept or replaced as one.
+        rounds: In how many rounds ``fisher`` scores anew on what is left.
+        norms: Whether BatchNorms that see other values get new running statistics.
+    """
+
+    name: ClassVar[str] = "linearize"
+    serves: ClassVar[tuple[str, ...]] = ("relus", "relu_sites")
+    position: ClassVar[int] = Position.FORWARD
+    preserves: ClassVar[Preserves] = Preserves(
+        outputs=None, gradients=None, buffers=None, state_dict_keys=False
+    )
+
+    relus: Quantity | None = None
+    relu_sites: Quantity | None = None
+    replacement: Literal["auto", "identity", "affine", "poly2", "poly3", "poly4"] = "auto"
+    select: Literal["fisher", "datafree", "random"] = "fisher"
+    granularity: Granularity = "element"
+    rounds: int = 4
+    norms: bool = True
+
+    def run(self, program: Program, context: PassContext) -> PassResult:
+        """Chooses what to keep, fits the rest, rewrites, and counts.
+
+        Raises:
+            BudgetInfeasible: What can't be replaced takes more; carries the smallest budget.
+            BudgetError: There is no budget.
+            UnsupportedError: A plan, two graphs, or neither data nor BatchNorm.
+            VerificationError: Activations escape.
+        """
+        if program.planner is not None:
+            raise UnsupportedError(
+                "linearizing a program that carries a memory plan",
+                hint="linearize first: optimize(model, 'relus=25%,memory=60%') does",
+            )
+        if program.eval_module is not None:
+            raise UnsupportedError(
+                "linearizing a model whose forward branches on self.training",
+                hint="branch on an argument or a constant instead",
+            )
+        if self.relus is None and self.relu_sites is None:
+            raise BudgetError("linearize without a budget", hint="linearize{relus=10%}")
+        return _Run(self, program, context).result()
+
+
+class _Run:
+    """One run of the pass."""
+
+    def __init__(self, options: Linearize, program: Program, context: PassContext) -> None:
+        self.options, self.program, self.context = options, program, context
+        self.sites = [site for site in sites(program) if site.family.name != "softmax"]
+        self.free = [site for site in self.sites if site.fixed is None]
+        self.total = sum(site.per_sample for site in self.sites)
+
+    def result(self) -> PassResult:
+        """Choose, fit, rewrite, report."""
+        limits = self._limits()
+        if self._kept_already(limits):
+            return PassResult(self.program, changed=False, report={})
+        context = self.context
+        context.progress("calibrating")
+        source = context if self.options.select != "datafree" else _without_data(context)
+        largest = max(site.per_sample for site in self.free)
+        calibrated = reference(self.program, source, max(1, _ELEMENTS // largest))
+        found = survey(calibrated, {site: self._kinds(site) for site in self.free})
+        task = Task(
+            calibrated, found, limits, self.options.granularity, self.options.rounds,
+            context.time_limit / self.options.rounds, context.seed, context.progress,
+        )  # fmt: skip
+        method = METHODS["fisher" if self.options.select == "datafree" else self.options.select]
+        selected = method(task)
+        context.progress("fitting replacements one after the other")
+        refitted = refit(calibrated, selected.replacements, self.options.norms)
+        chosen = list(refitted.replacements.values())
+        changed = linearized(self.program, chosen, refitted.statistics)
+        report = self._report(calibrated, found, selected, refitted)
+        return PassResult(changed, changed=True, report={"linearize": report})
+
+    def _limits(self) -> Limits:
+        relus, relu_sites = self.options.relus, self.options.relu_sites
+        limits = Limits(
+            None if relus is None else math.floor(relus.of(self.total) + 1e-9),
+            None if relu_sites is None else math.floor(relu_sites.of(len(self.sites)) + 1e-9),
+        )
+        fixed = [site for site in self.sites if site.fixed is not None]
+        left = limits.without(fixed)
+        for field, limit, least in (
+            ("relus", left.relus, sum(site.per_sample for site in fixed)),
+            ("relu_sites", left.relu_sites, len(fixed)),
+        ):
+            if limit is not None and limit < 0:
+                raise BudgetInfeasible(
+                    f"no linearization keeps {field} at {getattr(limits, field):,}",
+                    field=field,
+                    requested=getattr(limits, field),
+                    smallest=least,
+                    obstacle="; ".join(f"{s.name}: {s.fixed}" for s in fixed[:5]),
+                    proven=True,
+                )
+        return left
+
+    def _kept_already(self, limits: Limits) -> bool:
+        elements = sum(site.per_sample for site in self.free)
+        return (limits.relus is None or elements <= limits.relus) and (
+            limits.relu_sites is None or len(self.free) <= limits.relu_sites
+        )
+
+    def _kinds(self, site: Site) -> tuple[Kind, ...]:
+        asked = self.options.replacement
+        if site.is_pool:
+            return ("identity",) if asked == "identity" else ("affine",)
+        return ("affine", "poly2") if asked == "auto" else (asked,)
+
+    def _report(
+        self, calibrated: Reference, found: Survey, selected: Selected, refitted: Refitted
+    ) -> LinearizeReport:
+        growth = {s: refitted.largest[s] / (found.largest[s] or 1.0) for s in self.free}
+        escaping = _escaping(growth)
+        told = [self._site(site, refitted.replacements, growth) for site in self.sites]
+        error, agreement = compared(*refitted.outputs)
+        for text in escaping:
+            warnings.warn(text, stacklevel=2)
+        return LinearizeReport(
+            relus_before=self.total,
+            relus_after=sum(site.kept for site in told),
+            sites=tuple(told),
+            select=self.options.select,
+            granularity=self.options.granularity,
+            damage=selected.answer.objective,
+            bound=selected.answer.bound,
+            greedy_damage=selected.answer.greedy_objective,
+            output_error=error,
+            agreement=agreement,
+            warnings=tuple(escaping),
+        )
+
+    def _site(
+        self, site: Site, chosen: Mapping[Site, Replacement], growth: Mapping[Site, float]
+    ) -> SiteReport:
+        each = chosen.get(site)
+        whole = each is None or each.is_whole
+        kept = site.per_sample if each is None else len(each.kept) * site.weight
+        return SiteReport(
+            site.name, site.family.name, kept, site.per_sample,
+            "keep" if whole or each is None else each.kind, growth.get(site, 1.0), site.fixed,
+        )  # fmt: skip
+
+
+def _without_data(context: PassContext) -> PassContext:
+    return dataclasses.replace(context, data=None)
+
+
+def _escaping(growth: Mapping[Site, float]) -> list[str]:
+    """What to warn of.
+
+    Raises:
+        VerificationError: A range grows beyond what any fixed-point arithmetic holds.
+    """
+    found = []
+    for site, ratio in growth.items():
+        if not ratio < _REFUSED:
+            raise VerificationError(
+                f"activations escape at {site.name}: {ratio:.3g} times the source's range",
+                claim="outputs",
+                pass_name=Linearize.name,
+                hint="keep more, take replacement=affine, or fine-tune between smaller steps",
+            )
+        if ratio > _WARNED:
+            found.append(f"the range at {site.name} grew to {ratio:.1f} times the source's")
+    return found
+
+
+def compared(expected: Sequence[object], got: Sequence[object]) -> tuple[float, float | None]:
+    """Relative error of outputs, and how often the largest one is the same.
+
+    Args:
+        expected: The source's flat outputs for each batch.
+        got: The same of the result.
+    """
+    off = size = 0.0
+    same = rows = 0
+    for one, other in zip(expected, got, strict=True):
+        pairs = [
+            (a.double(), b.double()) for a, b in zip(one, other, strict=True)  # type: ignore[call-overload]
+            if isinstance(a, Tensor) and a.is_floating_point()
+        ]  # fmt: skip
+        off += sum(float((a - b).square().sum()) for a, b in pairs)
+        size += sum(float(a.square().sum()) for a, _ in pairs)
+        if len(pairs) == 1 and pairs[0][0].dim() == 2:
+            a, b = pairs[0]
+            same += int((a.argmax(1) == b.argmax(1)).sum())
+            rows += len(a)
+    return math.sqrt(off / size) if size else 0.0, same / rows if rows else None
