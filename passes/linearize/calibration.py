@@ -134,7 +134,8 @@ def batch_norms(graph: fx.Graph) -> dict[fx.Node, BatchNorm]:
         if getattr(node.target, "overloadpacket", None) is aten.batch_norm:
             value, _, _, mean, variance, training, _, eps, *_ = node.args
             if isinstance(mean, fx.Node) and isinstance(variance, fx.Node) and not training:
-                assert isinstance(value, fx.Node) and isinstance(eps, float)
+                assert isinstance(value, fx.Node)
+                assert isinstance(eps, float)
                 found[node] = BatchNorm(value, (mean, variance), eps)
     return found
 
