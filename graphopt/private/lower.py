@@ -1,0 +1,197 @@
+"""From a captured graph to the circuit that an engine runs."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.utils import _pytree as pytree
+
+from graphopt.errors import GraphoptError, UnsupportedError, first_line, user_line_of
+from graphopt.ir.capture import capture
+from graphopt.ir.functionalize import functionalize
+from graphopt.ir.graphs import copy_graph, lookup
+from graphopt.ir.inline import inline_regions
+from graphopt.ir.module import OptimizedModule
+from graphopt.ir.program import Program
+from graphopt.private import movement
+from graphopt.private.builder import Builder, Plain, Shared
+from graphopt.private.circuit import Circuit, Site
+from graphopt.private.rules import find_rule
+
+Model = nn.Module | Program | fx.GraphModule
+
+
+def lower(
+    model: Model,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    weights: str = "secret",
+    public: Sequence[str] = (),
+) -> Circuit:
+    """Bring a model in eval mode into the form that secure-computation engines run.
+
+    Inputs are secret.  What depends on weights alone is computed in the clear by their owner and
+    then shared: a batch norm in eval mode is one product and one sum.  Integer and Boolean tensors
+    of the model, such as the indices of kept activations, are public, as is the graph.
+
+    Args:
+        model: A model, a captured program, or a graph module of ATen ops whose placeholders are
+            tensors.
+        args: Example positional inputs; their sizes are the circuit's.
+        kwargs: Example keyword inputs.
+        weights: ``"secret"``: floating parameters and buffers belong to the model's owner and are
+            shared; ``"public"``: both parties know them.
+        public: Names of parameters and buffers that are public nevertheless, with ``*``.
+
+    Raises:
+        UnsupportedError: Ops have no rule; the message names each with its node and line.
+    """
+    graph, flat = _graph_of(model, tuple(args), dict(kwargs or {}))
+    lowering = _Lowering(graph, weights == "secret", tuple(public))
+    return lowering.run(flat)
+
+
+def _graph_of(
+    model: Model, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[fx.GraphModule, list[Any]]:
+    program: Program | None = None
+    if isinstance(model, Program):
+        program = model
+    elif isinstance(model, OptimizedModule):
+        program = model.program
+    elif not isinstance(model, fx.GraphModule):
+        program = capture(model, args, kwargs)
+    if program is None:
+        assert isinstance(model, fx.GraphModule)
+        return _plain_graph(model), list(pytree.tree_leaves((args, kwargs)))
+    signature = program.eval_signature or program.signature
+    return _plain_graph(program.specialize(False)), signature.flatten_inputs(args, kwargs)
+
+
+def _plain_graph(module: fx.GraphModule) -> fx.GraphModule:
+    """A copy without in-place ops and regions."""
+    copied = copy_graph(module)
+    changed = 1
+    while changed:
+        changed = inline_regions(copied)[0] + functionalize(copied)[0]
+    copied.graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output"))
+    return copied
+
+
+class _Lowering:
+    """One walk over a graph."""
+
+    def __init__(self, module: fx.GraphModule, secret: bool, public: tuple[str, ...]) -> None:
+        self.module = module
+        self.secret = secret
+        self.public = public
+        self.builder = Builder()
+        self.values: dict[fx.Node, Any] = {}
+        self.missing: list[tuple[fx.Node, str]] = []
+
+    def run(self, inputs: Sequence[Any]) -> Circuit:
+        waiting = iter(inputs)
+        for node in self.module.graph.nodes:
+            self.builder.site = Site(node.name, str(node.target), user_line_of(node))
+            if node.op == "placeholder":
+                self.values[node] = self._input(node, next(waiting))
+            elif node.op == "get_attr":
+                self.values[node] = self._attribute(str(node.target))
+            elif node.op == "output":
+                self._refuse_missing()
+                return self._finish(node)
+            elif all(n in self.values for n in node.all_input_nodes):
+                self._run(node)
+        raise UnsupportedError("the graph has no output")
+
+    def _input(self, node: fx.Node, value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return value
+        if not value.is_floating_point():
+            raise UnsupportedError(
+                f"the input {node.name!r} holds {value.dtype}: a secret index can't be looked up",
+                node=node,
+                hint="start from floating values, such as the output of the embedding, "
+                "which its owner computes before sharing",
+            )
+        return self.builder.input(node.name, value.shape)
+
+    def _attribute(self, name: str) -> Any:
+        value = lookup(self.module, name)
+        if not isinstance(value, torch.Tensor):
+            return value
+        shown = any(fnmatchcase(name, pattern) for pattern in self.public)
+        return Plain(value.detach(), value.is_floating_point() and self.secret and not shown)
+
+    def _run(self, node: fx.Node) -> None:
+        args, kwargs = fx.map_arg((node.args, node.kwargs), self.values.__getitem__)
+        given = pytree.tree_leaves((args, kwargs))
+        try:
+            if not any(isinstance(v, Shared) for v in given) or _reads_sizes_only(node.target):
+                self.values[node] = _in_the_clear(node, args, kwargs)
+            else:
+                self.values[node] = self._on_secrets(node, args, kwargs)
+        except (GraphoptError, TypeError, AttributeError, RuntimeError) as error:
+            why = error.message if isinstance(error, GraphoptError) else first_line(error)
+            self.missing.append((node, why))  # whatever reads it is left out as well
+
+    def _on_secrets(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
+        target: Any = node.target
+        found = find_rule(target)
+        if found is not None:
+            kept = {k: v for k, v in kwargs.items() if k not in _LAYOUT}
+            return found(self.builder, *args, **kept)
+        if target is operator.getitem:
+            return args[0][args[1]]
+        raise UnsupportedError("no rule for it")
+
+    def _refuse_missing(self) -> None:
+        if not self.missing:
+            return
+        lines = [
+            f"{node.name}: {node.target}: {why} (at {user_line_of(node) or 'an unknown line'})"
+            for node, why in self.missing
+        ]
+        raise UnsupportedError(
+            f"{len(lines)} ops can't run on secret values:\n  " + "\n  ".join(lines),
+            node=self.missing[0][0],
+            hint="replace them in the model, or register a rule with graphopt.private.rules.rule",
+        )
+
+    def _finish(self, node: fx.Node) -> Circuit:
+        outputs = []
+        for value in pytree.tree_leaves(fx.map_arg(node.args[0], self.values.__getitem__)):
+            if isinstance(value, (Shared, Plain)):
+                outputs.append(self.builder.shared(value).name)
+        return self.builder.circuit(outputs)
+
+
+_LAYOUT = frozenset({"memory_format", "device", "layout", "pin_memory", "non_blocking", "copy"})
+
+
+def _reads_sizes_only(target: Any) -> bool:
+    return getattr(target, "overloadpacket", None) in movement.SHAPE_ONLY
+
+
+def _in_the_clear(node: fx.Node, args: Any, kwargs: Any) -> Any:
+    secret = any(isinstance(v, Plain) and v.secret for v in pytree.tree_leaves((args, kwargs)))
+    target: Any = node.target
+
+    def concrete(value: Any) -> Any:
+        if isinstance(value, Shared):
+            return torch.zeros(value.shape)
+        return value.tensor if isinstance(value, Plain) else value
+
+    args, kwargs = pytree.tree_map(concrete, (args, kwargs))
+    with torch.no_grad():
+        result = target(*args, **kwargs)
+    sizes_only = _reads_sizes_only(target)
+    return pytree.tree_map(
+        lambda v: Plain(v, secret and not sizes_only) if isinstance(v, torch.Tensor) else v, result
+    )
