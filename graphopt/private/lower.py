@@ -52,14 +52,15 @@ def lower(
     Raises:
         UnsupportedError: Ops have no rule; the message names each with its node and line.
     """
-    graph, flat = _graph_of(model, tuple(args), dict(kwargs or {}))
+    graph, flat = graph_of(model, tuple(args), dict(kwargs or {}))
     lowering = _Lowering(graph, weights == "secret", tuple(public))
     return lowering.run(flat)
 
 
-def _graph_of(
+def graph_of(
     model: Model, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[fx.GraphModule, list[Any]]:
+    """The eval-mode graph of a model without in-place ops, and its flat inputs."""
     program: Program | None = None
     if isinstance(model, Program):
         program = model

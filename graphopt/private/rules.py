@@ -65,9 +65,16 @@ def _mul(b: Builder, x: Value, y: Any) -> Value:
 @rule(aten.div.Tensor, aten.div.Scalar)
 def _div(b: Builder, x: Value, y: Any) -> Value:
     if isinstance(y, Shared):
-        return b.multiply(x, b.unary("reciprocal", y))
+        return b.multiply(x, _inverse(b, y))
     inverse = 1.0 / y if not isinstance(y, Plain) else Plain(1.0 / y.tensor.double(), y.secret)
     return b.multiply(x, inverse)
+
+
+@rule(aten.reciprocal)
+def _inverse(b: Builder, x: Value) -> Value:
+    """Engines invert positive values; the sign is taken out and put back."""
+    sign = b.sub(1.0, b.multiply(b.unary("negative", x), 2.0))
+    return b.multiply(sign, b.unary("reciprocal", b.multiply(sign, x)))
 
 
 @rule(aten.neg)
@@ -85,7 +92,7 @@ def _pow(b: Builder, x: Value, exponent: float) -> Value:
     if exponent == -0.5:
         return b.unary("rsqrt", x)
     if exponent == -1:
-        return b.unary("reciprocal", x)
+        return _inverse(b, x)
     if exponent == 0.5:
         return b.multiply(x, b.unary("rsqrt", x))
     if exponent != int(exponent) or exponent < 1:
@@ -112,7 +119,7 @@ def _unary(op: str) -> Rule:
     return lambda b, x: b.unary(op, x)
 
 
-for _op in ("relu", "exp", "reciprocal", "rsqrt", "sigmoid", "tanh"):
+for _op in ("relu", "exp", "rsqrt", "sigmoid", "tanh"):
     rule(getattr(aten, _op))(_unary(_op))
 
 
