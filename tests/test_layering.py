@@ -28,6 +28,7 @@ FLOORS = {
     "measure": CORE,
     "persist": CORE,
     "pipeline": CORE,
+    "private": CORE,
     "registry": CORE,
     "report": CORE,
     "requests": CORE,

@@ -11,7 +11,7 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from graphopt.errors import GraphoptError, UnsupportedError, first_line, user_line_of
+from graphopt.errors import GraphoptError, UnsupportedError, UsageError, first_line, user_line_of
 from graphopt.ir.capture import capture
 from graphopt.ir.functionalize import functionalize
 from graphopt.ir.graphs import copy_graph, lookup
@@ -53,8 +53,20 @@ def lower(
         UnsupportedError: Ops have no rule; the message names each with its node and line.
     """
     graph, flat = graph_of(model, tuple(args), dict(kwargs or {}))
-    lowering = _Lowering(graph, weights == "secret", tuple(public))
-    return lowering.run(flat)
+    return lower_graph(graph, flat, weights=weights, public=public)
+
+
+def lower_graph(
+    graph: fx.GraphModule,
+    flat: Sequence[Any],
+    *,
+    weights: str = "secret",
+    public: Sequence[str] = (),
+) -> Circuit:
+    """`lower` for a graph as `graph_of` gives it, and its flat inputs."""
+    if weights not in ("secret", "public"):
+        raise UsageError(f"weights are secret or public, not {weights!r}")
+    return _Lowering(graph, weights == "secret", tuple(public)).run(flat)
 
 
 def graph_of(
