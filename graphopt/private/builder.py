@@ -274,7 +274,7 @@ class Builder:
         return [self._moved(moved, result) for result in results]
 
     def _moved(self, values: Sequence[Value], places: torch.Tensor) -> Value:
-        index = places.round().long()
+        values, index = _used(values, places.round().long())
         shape = tuple(index.shape)
         if all(isinstance(v, Plain) for v in values):
             flat = [v.tensor.double().reshape(-1) for v in values]  # type: ignore[union-attr]
@@ -288,6 +288,21 @@ class Builder:
             return self.emit("reshape", [self.shared(values[0])], shape)
         names: list[Shared | str] = [self.shared(value) for value in values]
         return self.emit("move", [*names, self.constant(index, False)], shape)
+
+
+def _used(values: Sequence[Value], index: torch.Tensor) -> tuple[list[Value], torch.Tensor]:
+    """Those values of which something is taken, and the index into them alone."""
+    kept, renewed, start, shift = [], index.clone(), 1, 0
+    for value in values:
+        end = start + math.prod(value.shape)
+        inside = (index >= start) & (index < end)
+        if bool(inside.any()):
+            kept.append(value)
+            renewed[inside] -= shift
+        else:
+            shift += end - start
+        start = end
+    return kept, renewed
 
 
 def both(a: Plain, b: Plain, function: Callable[..., torch.Tensor]) -> Plain:

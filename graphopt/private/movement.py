@@ -13,7 +13,8 @@ from graphopt.private.builder import Builder, Plain, Shared, Value
 from graphopt.private.rules import aten, rule
 
 _MOVING = (
-    aten.view, aten.reshape, aten._unsafe_view, aten.flatten, aten.unflatten, aten.permute,
+    aten.view, aten.view_as, aten.reshape, aten.reshape_as, aten.broadcast_to, aten.ravel,
+    aten._unsafe_view, aten.flatten, aten.unflatten, aten.permute,
     aten.transpose, aten.t, aten.movedim, aten.squeeze, aten.unsqueeze, aten.expand,
     aten.expand_as, aten.select, aten.slice, aten.narrow, aten.index_select, aten.gather,
     aten.index.Tensor, aten.take, aten.take_along_dim, aten.cat, aten.stack, aten.flip, aten.roll,

@@ -50,6 +50,7 @@ class PrivateCost:
         depth: Rounds along the longest path: what an engine that ran independent nodes at once
             would need.
         seconds: Of communication, without computation.
+        levels: Multiplicative depth, under homomorphic encryption.
         excluded: What the protocol's figures leave out.
     """
 
@@ -60,6 +61,7 @@ class PrivateCost:
     rounds: int
     depth: int
     seconds: float
+    levels: int = 0
     excluded: str = ""
 
     def by_node(self) -> dict[str, SiteCost]:
@@ -99,13 +101,10 @@ def predict(
 def predict_circuit(circuit: Circuit, under: Protocol, link: Network) -> PrivateCost:
     """`predict` for a circuit."""
     check(circuit, under)
-    costs = {step.name: under.step(circuit, step) for step in circuit.steps}
-    sites = [
-        _site(site, cost, under, link) for site, cost in _by_site(circuit, costs) if cost.rounds
-    ]
-    revealed = sum(circuit.elements(name) for name in circuit.outputs)
-    opening = under.unit(REVEAL).cost(revealed, revealed)
-    opening = Cost(opening.bytes, opening.rounds * len(circuit.outputs))
+    costs = under.steps(circuit)
+    talking = [(site, cost) for site, cost in _by_site(circuit, costs) if cost.rounds]
+    sites = [_site(site, cost, under, link) for site, cost in talking]
+    opening = _opening(circuit, under)
     sites.append(_site(Site(REVEAL), opening, under, link))
     total = sum(costs.values(), opening)
     return PrivateCost(
@@ -116,8 +115,20 @@ def predict_circuit(circuit: Circuit, under: Protocol, link: Network) -> Private
         total.rounds,
         _depth(circuit, costs) + opening.rounds,
         link.seconds(total, under.trips),
+        under.levels(circuit),
         under.excluded,
     )
+
+
+def _opening(circuit: Circuit, under: Protocol) -> Cost:
+    """What it costs to hand the inputs in, where that costs anything, and to open the outputs."""
+    unit, total = under.unit(REVEAL), Cost()
+    for name in circuit.outputs:
+        total += unit.cost(circuit.elements(name), circuit.elements(name))
+    if "input" in under.units:
+        for name in circuit.inputs:
+            total += under.unit("input").cost(circuit.elements(name), 0)
+    return total
 
 
 def check(circuit: Circuit, under: Protocol) -> None:

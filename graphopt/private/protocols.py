@@ -8,9 +8,8 @@ again); protocols without an engine here carry the figures of their papers.
 from __future__ import annotations
 
 import functools
-import math
 import tomllib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from typing import Any
@@ -18,6 +17,7 @@ from typing import Any
 from graphopt.errors import UnsupportedError, UsageError, suggest
 from graphopt.private.circuit import LOCAL_OPS, Circuit, Step
 from graphopt.private.cost import Cost
+from graphopt.private.products import Packing, TriplePool, is_depthwise, product
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,7 @@ class Unit:
         result: Bytes for each element of the result.
         operand: Bytes for each element of the operands (of the secret ones).
         fixed: Bytes of a call.
+        levels: Multiplicative depth that a call uses up under homomorphic encryption.
         source: Where the figures come from.
     """
 
@@ -38,6 +39,7 @@ class Unit:
     result: float = 0.0
     operand: float = 0.0
     fixed: float = 0.0
+    levels: int = 0
     source: str = ""
 
     def cost(self, result: int, operands: int) -> Cost:
@@ -57,6 +59,9 @@ class Protocol:
         trips: One-way trips that a round takes.
         title: What it is, for people.
         excluded: What the figures leave out.
+        patches: Whether convolutions run as products over patches of the input.
+        packing: How matrix products are packed into ciphertexts, or None.
+        pool: Batches in which multiplication triples are made, or None.
         units: Cost by kind of op.
     """
 
@@ -65,6 +70,9 @@ class Protocol:
     trips: float
     title: str
     excluded: str = ""
+    patches: bool = False
+    packing: Packing | None = None
+    pool: TriplePool | None = None
     units: Mapping[str, Unit] = field(default_factory=dict)
 
     def unit(self, kind: str) -> Unit:
@@ -113,6 +121,15 @@ class Protocol:
             total += self._elementwise("square" if power % 2 == 0 else "multiply", n)
         return total
 
+    def levels(self, circuit: Circuit) -> int:
+        """Multiplicative depth of a circuit, which sets the size of CKKS parameters."""
+        depth: dict[str, int] = {}
+        for step in circuit.steps:
+            unit = self.units.get(self._sizes(circuit, step)[0])
+            before = max((depth.get(name, 0) for name in step.inputs), default=0)
+            depth[step.name] = before + (unit.levels if unit else 0)
+        return max((depth.get(name, 0) for name in circuit.outputs), default=0)
+
     def linear(self, operands: int, result: int, kind: str = "matmul") -> Cost:
         """Cost of a linear map with secret weights.
 
@@ -129,18 +146,57 @@ class Protocol:
         Raises:
             UnsupportedError: The table has no figures for this op.
         """
-        if step.op in LOCAL_OPS:
+        if step.op in LOCAL_OPS and not self._scales(step):
             return Cost()
+        kind, result, operands, calls = self._sizes(circuit, step)
+        if kind not in self.units and kind == "scale":
+            return Cost()  # parties scale their own shares
+        cost = self.unit(kind).cost(result, operands)
+        if self.packing is not None and kind in ("matmul", "conv"):
+            cost += Cost(self.packing.bytes(product(circuit, step)))
+        return Cost(cost.bytes, cost.rounds * calls)
+
+    def steps(self, circuit: Circuit) -> dict[str, Cost]:
+        """Cost of every step of a circuit by name, as it runs when everything is set up.
+
+        Where triples are made in batches, the call that finds too few pays for a batch.
+        """
+        costs = {step.name: self.step(circuit, step) for step in circuit.steps}
+        if self.pool is None:
+            return costs
+        left = 0
+        for turn in range(2):  # what the first turn leaves over serves the second
+            for step in circuit.steps:
+                kind, result, _, _ = self._sizes(circuit, step)
+                if kind in ("multiply", "square") and result:
+                    left, extra = self.pool.take(left, result)
+                    if turn:
+                        online = self.unit("online").cost(result, 0)
+                        base = online.bytes if result < self.pool.direct else 0.0
+                        costs[step.name] = Cost(base + extra, costs[step.name].rounds)
+        return costs
+
+    def _sizes(self, circuit: Circuit, step: Step) -> tuple[str, int, int, int]:
+        """Kind, elements of the result and of the secret operands, calls one after the other."""
         secret = [name for name in step.inputs if not circuit.is_public(name)]
-        if step.op in ("matmul", "conv") and len(secret) < 2:
-            return self.unit(f"{step.op}_public").cost(step.elements, 0) if (
-                f"{step.op}_public" in self.units
-            ) else Cost()
         operands = sum(circuit.elements(name) for name in secret)
-        shaped = _SHAPED.get((self.name, step.op))
-        if shaped is not None:
-            return shaped(self, circuit, step)
-        return self.unit(step.op).cost(step.elements, operands)
+        if self._scales(step):
+            return "scale", step.elements, operands, 1
+        if step.op not in ("matmul", "conv"):
+            spread = self.patches and step.op == "multiply"  # broadcast before it is shared
+            return step.op, step.elements, 2 * step.elements if spread else operands, 1
+        if len(secret) < 2:
+            return "scale", step.elements, operands, 1
+        if not self.patches:
+            return step.op, step.elements, operands, 1
+        p = product(circuit, step)
+        if is_depthwise(circuit, step):
+            return "multiply", p.result * p.k, 2 * p.result * p.k, 1
+        return step.op, p.result, p.operands, p.count
+
+    @staticmethod
+    def _scales(step: Step) -> bool:
+        return step.op == "scale" or (step.op == "sum" and step.attributes["divisor"] != 1)
 
     def _elementwise(self, kind: str, n: int) -> Cost:
         return self.unit(kind).cost(n, 2 * n if kind == "multiply" else n)
@@ -160,10 +216,6 @@ _COMPOUND: dict[str, Sequence[tuple[str, int]]] = {
     "hardsigmoid": (("relu", 2),),
     "hardswish": (("relu", 2), ("multiply", 1)),
 }
-
-Shaped = Callable[[Protocol, Circuit, Step], Cost]
-_SHAPED: dict[tuple[str, str], Shaped] = {}
-
 
 def protocol(name: str | Protocol) -> Protocol:
     """A protocol by name: ``crypten``, ``cheetah``, ``semi2k``, ``aby3``, ``gc``, ``ckks``.
@@ -197,4 +249,6 @@ def _read(name: str, table: dict[str, Any]) -> Protocol:
         for kind, figures in table.pop("units").items()
     }
     table.pop("source")
-    return Protocol(name=name, units=units, **table)
+    packing = Packing(**table.pop("packing")) if "packing" in table else None
+    pool = TriplePool(**table.pop("pool")) if "pool" in table else None
+    return Protocol(name=name, units=units, packing=packing, pool=pool, **table)
