@@ -1,10 +1,10 @@
 """Private inference: what a network costs under secure computation, predicted and measured.
 
-    from graphopt.private import predict, private_cost, protocol
+from graphopt.private import predict, private_cost, protocol
 
-    predict(model, "cheetah", "wan", (x,)).seconds
-    private_cost(model, (x,), engine="crypten").bytes
-    protocol("crypten").nonlinearity("relu", 6752)
+predict(model, "cheetah", "wan", (x,)).seconds
+private_cost(model, (x,), engine="crypten").bytes
+protocol("crypten").nonlinearity("relu", 6752)
 """
 
 from __future__ import annotations

@@ -173,7 +173,9 @@ class Builder:
         """Matrix product, batched and broadcast as in ``torch.matmul``."""
         if isinstance(a, Plain) and isinstance(b, Plain):
             return both(a, b, torch.matmul)
-        shape = torch.matmul(torch.empty(a.shape, device="meta"), torch.empty(b.shape, device="meta"))
+        shape = torch.matmul(
+            torch.empty(a.shape, device="meta"), torch.empty(b.shape, device="meta")
+        )
         return self.emit("matmul", [self.shared(a), self.shared(b)], shape.shape)
 
     def unary(self, op: str, x: Value) -> Value:
@@ -203,9 +205,7 @@ class Builder:
         first, second = self.moves(torch.unbind, [above], whole=False)
         return self.add(self.sub(first, second), low)
 
-    def sum(
-        self, x: Value, dims: Sequence[int], keepdim: bool = False, divisor: int = 1
-    ) -> Value:
+    def sum(self, x: Value, dims: Sequence[int], keepdim: bool = False, divisor: int = 1) -> Value:
         """Sum over dimensions, divided by an integer."""
         rank = len(x.shape)
         axes = tuple(sorted(d % rank for d in dims))

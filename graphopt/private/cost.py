@@ -79,6 +79,7 @@ def network(given: str | tuple[float, float] | Network) -> Network:
         bandwidth, rtt = 0.0, 0.0
     if not (0 < bandwidth < float("inf") and 0 <= rtt < float("inf")):
         raise UsageError(
-            f"no network {given!r}", hint="lan, wan, or bandwidth,rtt in bits/s and seconds: 1e8,0.02"
+            f"no network {given!r}",
+            hint="lan, wan, or bandwidth,rtt in bits/s and seconds: 1e8,0.02",
         )
     return Network(f"{bandwidth:g} bit/s, {rtt:g} s", bandwidth, rtt)

@@ -12,12 +12,14 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from graphopt.errors import GraphoptError, UnsupportedError, UsageError, first_line, user_line_of
-from graphopt.ir.capture import capture
 from graphopt.ir.functionalize import functionalize
 from graphopt.ir.graphs import copy_graph, lookup
 from graphopt.ir.inline import inline_regions
 from graphopt.ir.module import OptimizedModule
 from graphopt.ir.program import Program
+from graphopt.ir.signature import bind
+from graphopt.ir.trace import trace
+from graphopt.ir.untouched import ordinary, untouched
 from graphopt.private import movement
 from graphopt.private.builder import Builder, Plain, Shared
 from graphopt.private.circuit import Circuit, Site
@@ -73,18 +75,17 @@ def graph_of(
     model: Model, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[fx.GraphModule, list[Any]]:
     """The eval-mode graph of a model without in-place ops, and its flat inputs."""
-    program: Program | None = None
+    if isinstance(model, OptimizedModule):
+        model = model.program
     if isinstance(model, Program):
-        program = model
-    elif isinstance(model, OptimizedModule):
-        program = model.program
-    elif not isinstance(model, fx.GraphModule):
-        program = capture(model, args, kwargs)
-    if program is None:
-        assert isinstance(model, fx.GraphModule)
+        signature = model.eval_signature or model.signature
+        return _plain_graph(model.specialize(False)), signature.flatten_inputs(args, kwargs)
+    if isinstance(model, fx.GraphModule):
         return _plain_graph(model), list(pytree.tree_leaves((args, kwargs)))
-    signature = program.eval_signature or program.signature
-    return _plain_graph(program.specialize(False)), signature.flatten_inputs(args, kwargs)
+    signature, flat = bind(model, args, kwargs)
+    with untouched(model):
+        found = trace(model, signature, [ordinary(x) for x in flat], None, training=False)
+    return _plain_graph(found.graph), flat
 
 
 def _plain_graph(module: fx.GraphModule) -> fx.GraphModule:

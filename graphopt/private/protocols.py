@@ -217,6 +217,7 @@ _COMPOUND: dict[str, Sequence[tuple[str, int]]] = {
     "hardswish": (("relu", 2), ("multiply", 1)),
 }
 
+
 def protocol(name: str | Protocol) -> Protocol:
     """A protocol by name: ``crypten``, ``cheetah``, ``semi2k``, ``aby3``, ``gc``, ``ckks``.
 

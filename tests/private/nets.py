@@ -131,3 +131,9 @@ def build(name: str, batch: int = 1) -> tuple[nn.Module, Tensor]:
     factory, shape = NETS[name]
     model = factory().eval()
     return model, torch.randn(batch, *shape[1:])
+
+
+def gathered() -> tuple[nn.Module, tuple[Tensor, ...]]:
+    """For the command line: ``tests/private/nets.py:gathered``."""
+    model, x = build("gathered")
+    return model, (x,)

@@ -33,9 +33,8 @@ class Function(nn.Module):
 
 
 @pytest.mark.parametrize("name", NETS)
-@pytest.mark.parametrize("batch", [1, 3])
-def test_a_circuit_computes_what_the_model_computes(name: str, batch: int) -> None:
-    model, x = build(name, batch)
+def test_a_circuit_computes_what_the_model_computes(name: str) -> None:
+    model, x = build(name, 3)
     circuit = lower(model, (x,))
     assert {step.op for step in circuit.steps} <= OPS
     tolerance = 2e-3 if name == "attention" else 1e-5  # GELU by tanh
@@ -52,15 +51,16 @@ ELEMENTWISE: dict[str, Callable[[Tensor], Tensor]] = {
     "where": lambda x: torch.where(x > 0, x, 0.1 * x), "inverse": lambda x: 1 / (x + 3 * x.sign()),
     "compare": lambda x: (x >= 0).float() - (x < 0.5).float() + (x <= -1) * 2.0,
     "softmax": lambda x: x.softmax(-1), "amax": lambda x: x.amax((1, 2), keepdim=True),
-    "prelu": lambda x: F.prelu(x, torch.tensor([0.2, 0.3, 0.4])), "tanh": torch.tanh,
-    "group_norm": lambda x: F.group_norm(x, 3), "tril": lambda x: x.tril(1),
-    "pad": lambda x: F.pad(x, (1, 2, 0, 1)), "nearest": lambda x: F.interpolate(x[None], scale_factor=2.0)[0],
+    "prelu": lambda x: F.prelu(x, torch.tensor([0.2, 0.3, 0.4, 0.1])), "tanh": torch.tanh,
+    "group_norm": lambda x: F.group_norm(x, 2), "tril": lambda x: x.tril(1),
+    "pad": lambda x: F.pad(x, (1, 2, 0, 1)),
+    "nearest": lambda x: F.interpolate(x[None], scale_factor=2.0)[0],
     "roll": lambda x: x.roll(2, -1).flip(0), "split": lambda x: torch.cat(x.split(2, -1)[::-1], -1),
     "masked": lambda x: x.masked_fill(torch.ones(4, 6).tril() == 0, 2.5),
     "masked_out": lambda x: (x + torch.full((4, 6), float("-inf")).triu(1)).softmax(-1),
     "maximum": lambda x: torch.maximum(x, x.flip(-1)) - torch.minimum(x, x.roll(1, -1)),
     "scatter_add": lambda x: torch.zeros(3, 4, 9).index_add(2, torch.tensor([8, 0, 2, 5, 1, 3]), x),
-    "index_put": lambda x: x.clone().index_put((None, torch.tensor([1, 3])), x[:, :2] * 2),
+    "index_put": lambda x: x.clone().index_put((torch.tensor([2, 0]), torch.tensor([1, 3])), x[0, :2] * 2),
 }  # fmt: skip
 
 
@@ -77,7 +77,7 @@ def test_ops_compute_what_torch_computes(name: str) -> None:
     kernel=st.integers(1, 3), stride=st.integers(1, 3), padding=st.integers(0, 1),
     dilation=st.integers(1, 2), groups=st.sampled_from([1, 2, 4]), size=st.integers(6, 9),
 )  # fmt: skip
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=6, deadline=None)
 def test_convolutions_and_pooling_of_any_geometry(
     kernel: int, stride: int, padding: int, dilation: int, groups: int, size: int
 ) -> None:

@@ -94,9 +94,7 @@ def _linear(party: Party, name: str, a: Any, b: Any, **options: Any) -> Any:
 
 def _conv(party: Party, step: Any, x: Any, weight: Any) -> Any:
     rank = len(step["shape"]) - 2
-    options = {
-        k: tuple(v) if isinstance(v, list) else v for k, v in step["attributes"].items()
-    }
+    options = {k: tuple(v) if isinstance(v, list) else v for k, v in step["attributes"].items()}
     return _linear(party, f"conv{rank}d", x, weight, **options)
 
 

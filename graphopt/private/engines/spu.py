@@ -101,16 +101,14 @@ def run(
         UnsupportedError: The environment is not set up.
         EngineError: The process failed, or the time is up.
     """
-    if not (is_set_up() or python().is_file()):
+    if not is_set_up():
         raise UnsupportedError(
             "the engine spu is not there",
             hint="graphopt private-cost --engine spu makes it; "
             "so does graphopt.private.engines.spu.set_up()",
         )
     values = {n: c.tensor for n, c in circuit.constants.items()}
-    values.update(
-        {n: x.detach().double() for n, x in zip(circuit.inputs, inputs, strict=True)}
-    )
+    values.update({n: x.detach().double() for n, x in zip(circuit.inputs, inputs, strict=True)})
     with tempfile.TemporaryDirectory(prefix="graphopt-spu-") as name:
         folder = Path(name)
         write_job(folder, circuit, values, protocol=protocol)

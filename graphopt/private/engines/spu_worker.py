@@ -17,8 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from spu import api
-from spu import libspu
+from spu import api, libspu
 from spu.utils import frontend
 
 PROTOCOLS = {
