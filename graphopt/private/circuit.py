@@ -8,11 +8,11 @@ by `graphopt.private.lower`.  The ops:
 | ``add``, ``sub`` | elementwise, broadcast | nobody |
 | ``shift``, ``scale`` | plus, times a public constant | nobody |
 | ``sum`` | over dimensions, divided by a public integer | nobody |
-| ``move``, ``reshape`` | data movement: gather, scatter, permute, pad with zeros, concatenate | nobody |
+| ``move``, ``reshape`` | gather, scatter, permute, pad with zeros, concatenate | nobody |
 | ``multiply``, ``square`` | elementwise product of secrets | the parties |
 | ``matmul``, ``conv`` | linear maps; with a public operand nobody talks | the parties |
 | ``relu``, ``negative`` | ``max(x, 0)``; the bit ``x < 0`` | the parties |
-| ``exp``, ``reciprocal``, ``rsqrt``, ``sigmoid``, ``tanh`` | the engine's approximations | the parties |
+| ``exp``, ``reciprocal``, ``rsqrt``, ``sigmoid``, ``tanh`` | approximated | the parties |
 """
 
 from __future__ import annotations

@@ -34,8 +34,8 @@ def comparisons(model: Model, *inputs: Any, **kwargs: Any) -> dict[str, float]:
 
     The elements of a node are those of its largest tensor operand that depends on the inputs: a
     ReLU counts its input, a max-pool the elements that it pools, a comparison of two tensors the
-    pairs.  Ops on parameters and constants alone, and a ``where`` or ``masked_fill`` whose condition
-    is one, count nothing.
+    pairs.  Ops on parameters and constants alone count nothing, nor does a ``where`` or a
+    ``masked_fill`` with such a condition.
 
     Args:
         model: A module, a program or a graph module.

@@ -179,11 +179,9 @@ class _Lowering:
         )
 
     def _finish(self, node: fx.Node) -> Circuit:
-        outputs = []
-        for value in pytree.tree_leaves(fx.map_arg(node.args[0], self.values.__getitem__)):
-            if isinstance(value, (Shared, Plain)):
-                outputs.append(self.builder.shared(value).name)
-        return self.builder.circuit(outputs)
+        results = pytree.tree_leaves(fx.map_arg(node.args[0], self.values.__getitem__))
+        tensors = [value for value in results if isinstance(value, (Shared, Plain))]
+        return self.builder.circuit([self.builder.shared(value).name for value in tensors])
 
 
 _LAYOUT = frozenset({"memory_format", "device", "layout", "pin_memory", "non_blocking", "copy"})

@@ -108,7 +108,7 @@ def test_when_one_party_fails_the_other_ends(tmp_path: Path) -> None:
 def test_a_party_that_does_not_finish_is_ended(tmp_path: Path) -> None:
     marker = tmp_path / "pid"
     start = time.monotonic()
-    with pytest.raises(EngineError, match="1.5 seconds"):
+    with pytest.raises(EngineError, match=r"1\.5 seconds"):
         run_parties(
             [[sys.executable, "-c", WAITING, str(marker)]],
             environment={}, timeout=1.5, progress=lambda *_: None,

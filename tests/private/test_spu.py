@@ -15,7 +15,7 @@ from tests.private.runs import compared_bytes, run_together, totals
 
 needs_spu = pytest.mark.skipif(
     not spu.is_set_up(),
-    reason="SPU's environment is not set up: graphopt private-cost --engine spu",
+    reason="SPU has no environment: graphopt private-cost --engine spu",
 )
 NAMES = ["plain", "gathered", "polynomial", "pooled", "residual"]
 

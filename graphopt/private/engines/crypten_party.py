@@ -1,4 +1,4 @@
-"""One party of a CrypTen computation: ``python -m graphopt.private.engines.crypten_party FOLDER``."""
+"""One party of a computation: ``python -m graphopt.private.engines.crypten_party FOLDER``."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def _import_crypten() -> Any:
     names = ("from_onnx", "from_pytorch", "from_tensorflow")
     stub.__dict__.update(dict.fromkeys(names), TF_AND_TF2ONNX=False)
     sys.modules["crypten.nn.onnx_converter"] = stub
-    import crypten
+    import crypten  # pyright: ignore[reportMissingImports]
 
     return crypten
 
@@ -64,9 +64,7 @@ class Party:
 
 
 def _encoder(crypten: Any) -> Any:
-    from crypten.encoder import FixedPointEncoder
-
-    return FixedPointEncoder()
+    return crypten.encoder.FixedPointEncoder()
 
 
 def _truncated(share: torch.Tensor, divisor: int) -> torch.Tensor:

@@ -29,6 +29,7 @@ LINK = re.compile(r"Link details: total send bytes (\d+), recv bytes (\d+), send
 
 
 def move(step, *given):
+    """Elements by their places; place 0 is a zero."""
     *values, index = given
     index = np.asarray(index)
     flat = jnp.concatenate([jnp.zeros(1, jnp.float32), *[v.reshape(-1) for v in values]])
@@ -36,6 +37,7 @@ def move(step, *given):
 
 
 def total(step, x):
+    """Sum over dimensions, divided by an integer."""
     how = step["attributes"]
     result = jnp.sum(x, tuple(how["dims"]), keepdims=how["keepdim"]) if how["dims"] else x
     return result if how["divisor"] == 1 else result * np.float32(1.0 / how["divisor"])
@@ -47,13 +49,16 @@ def patches(x, kernel, how):
     x = lax.pad(x, jnp.float32(0), pads) if any(how["padding"]) else x
     sizes = [
         (n - d * (k - 1) - 1) // s + 1
-        for n, k, s, d in zip(x.shape[2:], kernel, how["stride"], how["dilation"])
+        for n, k, s, d in zip(x.shape[2:], kernel, how["stride"], how["dilation"], strict=True)
     ]
     found = []
     for place in np.ndindex(*kernel):
-        start = [0, 0, *[p * d for p, d in zip(place, how["dilation"])]]
+        start = [0, 0, *[p * d for p, d in zip(place, how["dilation"], strict=True)]]
         steps = [1, 1, *how["stride"]]
-        end = [*x.shape[:2], *[b + (n - 1) * s + 1 for b, n, s in zip(start[2:], sizes, steps[2:])]]
+        end = [
+            *x.shape[:2],
+            *[b + (n - 1) * s + 1 for b, n, s in zip(start[2:], sizes, steps[2:], strict=True)],
+        ]
         found.append(lax.slice(x, start, end, steps).reshape(*x.shape[:2], -1))
     return jnp.stack(found, -1)
 
@@ -124,7 +129,7 @@ class Simulation:
                 args.append(np.zeros(self.shapes[name], np.float32))
 
         def function(*secrets):
-            given = dict(zip(names, secrets))
+            given = dict(zip(names, secrets, strict=True))
             operands = [fixed[n] if n in fixed else given[n] for n in step["inputs"]]
             result = OPS[step["op"]](step, *operands)
             return jnp.broadcast_to(result, step["shape"])
@@ -138,6 +143,7 @@ class Simulation:
         return executable
 
     def run(self):
+        """Outputs, and (bytes, messages, seconds) by step."""
         steps = self.document["steps"]
         compiled = {}
         for done, step in enumerate(steps):
@@ -201,6 +207,7 @@ class Simulation:
 
 
 def main(folder):
+    """Run the job in a folder and write its result there."""
     document = json.loads((folder / "circuit.json").read_text())
     names = json.loads((folder / "names.json").read_text())
     with np.load(folder / "values.npz", allow_pickle=False) as arrays:
