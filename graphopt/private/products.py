@@ -96,11 +96,13 @@ def blocks(m: int, k: int, n: int, degree: int) -> tuple[int, int, int]:
     results are packed into one ciphertext (Huang et al., Cheetah, USENIX Security 2022, section 3,
     with the packing of Lu et al., BumbleBee, NDSS 2025).  Among equal traffic the cheaper
     arithmetic wins: an automorphism counts as a thousandth of a ciphertext, a product as a tenth
-    of that.
+    of that.  Operands that fit one polynomial together are neither cut nor packed.
 
     Returns:
         Ciphertexts sent, ciphertexts received, result polynomials before packing.
     """
+    if m * k * n <= degree:
+        return 1, 1, 1
     best = (math.inf, 0, 0, 0)
     for a in range(1, min(degree, m) + 1):
         rows = -(-m // a)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch.utils import _pytree as pytree
 
 from graphopt.errors import InputMismatch, UsageError
 from graphopt.plain import human_bytes, to_plain
@@ -150,12 +152,12 @@ def private_cost(
     inputs = [x for x in flat if isinstance(x, torch.Tensor)]
     report = PrivateReport(engine, under.name, link.name, weights, predicted)
     if engine == "none":
-        return _with(report, sites=_rows(circuit, predicted, {}))
+        return dataclasses.replace(report, sites=_rows(circuit, predicted, {}))
     _refuse_other_devices(inputs)
     run = _run(engine, under.name, circuit, inputs, timeout, progress)
     expected = _expected(graph, flat)
     errors = [_error(got, want) for got, want in zip(run.outputs, expected, strict=True)]
-    return _with(
+    return dataclasses.replace(
         report,
         bytes=run.cost.bytes,
         rounds=run.cost.rounds,
@@ -167,12 +169,6 @@ def private_cost(
         sites=_rows(circuit, predicted, run.steps),
         outputs=run.outputs,
     )
-
-
-def _with(report: PrivateReport, **changes: Any) -> PrivateReport:
-    import dataclasses
-
-    return dataclasses.replace(report, **changes)
 
 
 def _protocol(engine: str, name: str | None) -> Protocol:
@@ -210,7 +206,7 @@ def _refuse_other_devices(inputs: Sequence[torch.Tensor]) -> None:
 def _expected(graph: torch.fx.GraphModule, flat: Sequence[Any]) -> list[torch.Tensor]:
     with torch.no_grad():
         results = graph(*flat)
-    leaves = torch.utils._pytree.tree_leaves(results)
+    leaves = pytree.tree_leaves(results)
     return [leaf.double() for leaf in leaves if isinstance(leaf, torch.Tensor)]
 
 

@@ -5,6 +5,8 @@ environment doesn't have.  The parties are threads; each step is compiled and ru
 the link's counters are read between steps.
 """
 
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false
+
 import json
 import os
 import re
@@ -32,8 +34,12 @@ def move(step, *given):
     """Elements by their places; place 0 is a zero."""
     *values, index = given
     index = np.asarray(index)
-    flat = jnp.concatenate([jnp.zeros(1, jnp.float32), *[v.reshape(-1) for v in values]])
-    return jnp.take(flat, index.reshape(-1), axis=0).reshape(index.shape)
+    flat = [v.reshape(-1) for v in values]
+    if index.all():  # a zero to take from would have to be shared first
+        index = index - 1
+    else:
+        flat = [jnp.zeros(1, jnp.float32), *flat]
+    return jnp.take(jnp.concatenate(flat), index.reshape(-1), axis=0).reshape(index.shape)
 
 
 def total(step, x):
