@@ -39,7 +39,9 @@ from graphopt.cli.models import load_model
     show_default=True,
     help="Whether the parameters are shared, as the input is, or known to both parties.",
 )
-@click.option("--public", multiple=True, metavar="NAME", help="A parameter known to all, with *.")
+@click.option(
+    "--public", multiple=True, metavar="NAME", help="An input or parameter known to all, with *."
+)
 @click.option(
     "--timeout",
     type=click.FloatRange(min=0, min_open=True),

@@ -31,6 +31,14 @@ class Shared:
         return math.prod(self.shape)
 
 
+@dataclass(frozen=True)
+class Ids:
+    """Integers that one party knows, such as tokens: good for looking something up."""
+
+    name: str
+    shape: tuple[int, ...]
+
+
 @dataclass(frozen=True, eq=False)
 class Plain:
     """A value that its owner knows in the clear.
@@ -58,8 +66,10 @@ class Builder:
     def __init__(self) -> None:
         """Start an empty circuit."""
         self.inputs: dict[str, tuple[int, ...]] = {}
+        self.classes: dict[str, int] = {}
         self.constants: dict[str, Constant] = {}
         self.steps: list[Step] = []
+        self.places: dict[str, int] = {}
         self.site = Site("")
         self._known: dict[tuple[int, bool], tuple[str, torch.Tensor]] = {}
         self._taken: set[str] = set()
@@ -72,13 +82,28 @@ class Builder:
                 kept.append(step)
                 needed.update(step.inputs)
         constants = {name: c for name, c in self.constants.items() if name in needed}
-        return Circuit(dict(self.inputs), constants, tuple(reversed(kept)), tuple(outputs))
+        inputs = {n: self.inputs[n] for n in sorted(self.inputs, key=self._place)}
+        sources = tuple(self._place(name) for name in inputs)
+        steps = tuple(reversed(kept))
+        return Circuit(inputs, constants, steps, tuple(outputs), sources, self.classes)
+
+    def _place(self, name: str) -> int:
+        return self.places.get(name, 0)
 
     def input(self, name: str, shape: Sequence[int]) -> Shared:
         """A secret input."""
         name = self._fresh(name)
         self.inputs[name] = tuple(shape)
         return Shared(name, tuple(shape))
+
+    def one_hot(self, ids: Ids, classes: int) -> Shared:
+        """Integers as their owner shares them: ``(*shape, classes)`` of zeros and ones."""
+        if self.classes.setdefault(ids.name, classes) != classes:
+            raise UnsupportedError(f"{ids.name!r} is looked up in tables of different sizes")
+        shape = (*ids.shape, classes)
+        if ids.name not in self.inputs:
+            self.input(ids.name, shape)
+        return Shared(ids.name, shape)
 
     def emit(
         self, op: str, inputs: Sequence[Shared | str], shape: Sequence[int], **attributes: Any

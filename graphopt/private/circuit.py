@@ -18,11 +18,12 @@ by `graphopt.private.lower`.  The ops:
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch.nn.functional import one_hot
 
 LOCAL_OPS = frozenset({"add", "sub", "shift", "scale", "sum", "move", "reshape"})
 PRODUCT_OPS = frozenset({"multiply", "square", "matmul", "conv"})
@@ -97,12 +98,25 @@ class Circuit:
         constants: Weights and public tensors by name.
         steps: In the order in which they run.
         outputs: Names of the results.
+        sources: For each input, which of the model's flat inputs it comes from.
+        classes: Inputs that hold integers, such as tokens, by name: their owner shares them one-hot
+            over so many classes, in a last dimension.
     """
 
     inputs: Mapping[str, tuple[int, ...]]
     constants: Mapping[str, Constant]
     steps: tuple[Step, ...]
     outputs: tuple[str, ...]
+    sources: tuple[int, ...] = ()
+    classes: Mapping[str, int] = field(default_factory=dict)
+
+    def encode(self, flat: Sequence[Any]) -> list[torch.Tensor]:
+        """The circuit's inputs from the model's flat inputs."""
+        chosen = zip(self.inputs, (flat[i] for i in self.sources), strict=True)
+        return [
+            one_hot(value, self.classes[name]).double() if name in self.classes else value
+            for name, value in chosen
+        ]
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Sizes of a value."""

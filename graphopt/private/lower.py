@@ -21,7 +21,7 @@ from graphopt.ir.signature import bind
 from graphopt.ir.trace import trace
 from graphopt.ir.untouched import ordinary, untouched
 from graphopt.private import movement
-from graphopt.private.builder import Builder, Plain, Shared
+from graphopt.private.builder import Builder, Ids, Plain, Shared
 from graphopt.private.circuit import Circuit, Site
 from graphopt.private.rules import find_rule
 
@@ -38,7 +38,7 @@ def lower(
 ) -> Circuit:
     """Bring a model in eval mode into the form that secure-computation engines run.
 
-    Inputs are secret.  What depends on weights alone is computed in the clear by their owner and
+    Inputs are secret; integers can be looked up in an embedding, one-hot.  What depends on weights alone is computed in the clear by their owner and
     then shared: a batch norm in eval mode is one product and one sum.  Integer and Boolean tensors
     of the model, such as the indices of kept activations, are public, as is the graph.
 
@@ -49,7 +49,8 @@ def lower(
         kwargs: Example keyword inputs.
         weights: ``"secret"``: floating parameters and buffers belong to the model's owner and are
             shared; ``"public"``: both parties know them.
-        public: Names of parameters and buffers that are public nevertheless, with ``*``.
+        public: Names of inputs, parameters and buffers that are public nevertheless, with ``*``;
+            of a public input, the example's values are built in.
 
     Raises:
         UnsupportedError: Ops have no rule; the message names each with its node and line.
@@ -110,11 +111,11 @@ class _Lowering:
         self.missing: list[tuple[fx.Node, str]] = []
 
     def run(self, inputs: Sequence[Any]) -> Circuit:
-        waiting = iter(inputs)
+        waiting = iter(enumerate(inputs))
         for node in self.module.graph.nodes:
             self.builder.site = Site(node.name, str(node.target), user_line_of(node))
             if node.op == "placeholder":
-                self.values[node] = self._input(node, next(waiting))
+                self.values[node] = self._input(node, *next(waiting))
             elif node.op == "get_attr":
                 self.values[node] = self._attribute(str(node.target))
             elif node.op == "output":
@@ -124,30 +125,33 @@ class _Lowering:
                 self._run(node)
         raise UnsupportedError("the graph has no output")
 
-    def _input(self, node: fx.Node, value: Any) -> Any:
+    def _input(self, node: fx.Node, place: int, value: Any) -> Any:
         if not isinstance(value, torch.Tensor):
             return value
+        if self._is_shown(node.name):
+            return Plain(value.detach())
+        self.builder.places[node.name] = place
         if not value.is_floating_point():
-            raise UnsupportedError(
-                f"the input {node.name!r} holds {value.dtype}: a secret index can't be looked up",
-                node=node,
-                hint="start from floating values, such as the output of the embedding, "
-                "which its owner computes before sharing",
-            )
+            return Ids(node.name, tuple(value.shape))
         return self.builder.input(node.name, value.shape)
 
     def _attribute(self, name: str) -> Any:
         value = lookup(self.module, name)
         if not isinstance(value, torch.Tensor):
             return value
-        shown = any(fnmatchcase(name, pattern) for pattern in self.public)
-        return Plain(value.detach(), value.is_floating_point() and self.secret and not shown)
+        secret = value.is_floating_point() and self.secret and not self._is_shown(name)
+        return Plain(value.detach(), secret)
+
+    def _is_shown(self, name: str) -> bool:
+        return any(fnmatchcase(name, pattern) for pattern in self.public)
 
     def _run(self, node: fx.Node) -> None:
         args, kwargs = fx.map_arg((node.args, node.kwargs), self.values.__getitem__)
         given = pytree.tree_leaves((args, kwargs))
         try:
-            if not any(isinstance(v, Shared) for v in given) or _reads_sizes_only(node.target):
+            if not any(isinstance(v, (Shared, Ids)) for v in given) or _reads_sizes_only(
+                node.target
+            ):
                 self.values[node] = _in_the_clear(node, args, kwargs)
             else:
                 self.values[node] = self._on_secrets(node, args, kwargs)
@@ -158,6 +162,12 @@ class _Lowering:
     def _on_secrets(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
         target: Any = node.target
         found = find_rule(target)
+        held = [v.name for v in pytree.tree_leaves((args, kwargs)) if isinstance(v, Ids)]
+        if held and getattr(target, "overloadpacket", None) not in movement.TAKES_IDS:
+            raise UnsupportedError(
+                f"the integer input {held[0]!r} is secret: it can only be looked up in an "
+                "embedding, unless it is named as public"
+            )
         if found is not None:
             kept = {k: v for k, v in kwargs.items() if k not in _LAYOUT}
             return found(self.builder, *args, **kept)
@@ -196,6 +206,8 @@ def _in_the_clear(node: fx.Node, args: Any, kwargs: Any) -> Any:
     target: Any = node.target
 
     def concrete(value: Any) -> Any:
+        if isinstance(value, Ids):
+            return torch.zeros(value.shape, dtype=torch.long)
         if isinstance(value, Shared):
             return torch.zeros(value.shape)
         return value.tensor if isinstance(value, Plain) else value

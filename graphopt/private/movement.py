@@ -9,7 +9,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from graphopt.errors import UnsupportedError
-from graphopt.private.builder import Builder, Plain, Shared, Value
+from graphopt.private.builder import Builder, Ids, Plain, Shared, Value
 from graphopt.private.rules import aten, rule
 
 _MOVING = (
@@ -74,6 +74,18 @@ def _same(b: Builder, x: Value, *args: Any, **kwargs: Any) -> Value:
     return x
 
 
+@rule(aten.embedding)
+def _embedding(b: Builder, weight: Value, ids: Ids, *options: Any) -> Value:
+    return b.matmul(b.one_hot(ids, weight.shape[0]), weight)
+
+
+@rule(aten.dropout, aten.dropout_, aten.feature_dropout, aten.alpha_dropout)
+def _dropout(b: Builder, x: Value, p: float, train: bool) -> Value:
+    if train and p:
+        raise UnsupportedError("dropout in training mode", hint="use eval mode")
+    return x
+
+
 @rule(aten.constant_pad_nd, aten.pad)
 def _pad(
     b: Builder, x: Value, pad: Sequence[int], mode: Any = "constant", value: float | None = 0.0
@@ -118,6 +130,9 @@ def _placed(b: Builder, put: Any, x: Value, values: Value, accumulate: bool) -> 
     blank = Plain(torch.zeros(x.shape, dtype=torch.float64))
     return b.add(x, b.move(put, [blank, values], whole=False))
 
+
+TAKES_IDS = frozenset({aten.embedding, aten.clone, aten.detach, aten.alias, aten.dropout})
+"""Ops that may be given secret integers."""
 
 SHAPE_ONLY = frozenset(
     {

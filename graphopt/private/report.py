@@ -149,7 +149,7 @@ def private_cost(
     graph, flat = graph_of(model, tuple(args), dict(kwargs or {}))
     circuit = lower_graph(graph, flat, weights=weights, public=public)
     predicted = predict_circuit(circuit, under, link)
-    inputs = [x for x in flat if isinstance(x, torch.Tensor)]
+    inputs = circuit.encode(flat)
     report = PrivateReport(engine, under.name, link.name, weights, predicted)
     if engine == "none":
         return dataclasses.replace(report, sites=_rows(circuit, predicted, {}))

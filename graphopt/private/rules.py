@@ -304,8 +304,34 @@ def _convolution(
     dilation: Any, transposed: bool, output_padding: Any, groups: int,
 ) -> Value:  # fmt: skip
     if transposed:
-        raise UnsupportedError("a transposed convolution")
+        return _transposed(b, x, weight, bias, stride, padding, output_padding, groups, dilation)
     return _conv(b, x, weight, bias, stride, padding, dilation, groups)
+
+
+@rule(aten.conv_transpose1d, aten.conv_transpose2d.input)
+def _transposed(
+    b: Builder, x: Value, weight: Value, bias: Value | None = None, stride: Any = 1,
+    padding: Any = 0, output_padding: Any = 0, groups: int = 1, dilation: Any = 1,
+) -> Value:  # fmt: skip
+    """A convolution, by the flipped kernel, of the input with zeros in between."""
+    rank = len(weight.shape) - 2
+    stride, padding, dilation = (_wide(v, rank) for v in (stride, padding, dilation))
+    before = [d * (k - 1) - p for d, k, p in zip(dilation, weight.shape[2:], padding, strict=True)]
+    after = [p + extra for p, extra in zip(before, _wide(output_padding, rank), strict=True)]
+    pads = [p for pair in zip(reversed(before), reversed(after), strict=True) for p in pair]
+
+    def spread(t: torch.Tensor) -> torch.Tensor:
+        sizes = [(n - 1) * s + 1 for n, s in zip(t.shape[2:], stride, strict=True)]
+        apart = t.new_zeros(*t.shape[:2], *sizes)
+        apart[(..., *[slice(None, None, s) for s in stride])] = t
+        return torch.nn.functional.pad(apart, pads)
+
+    def flip(w: torch.Tensor) -> torch.Tensor:
+        split = w.reshape(groups, -1, *w.shape[1:]).transpose(1, 2)
+        return split.reshape(-1, split.shape[2], *w.shape[2:]).flip(tuple(range(2, rank + 2)))
+
+    x = b.move(spread, [x], whole=False)
+    return _conv(b, x, b.move(flip, [weight], whole=False), bias, 1, 0, dilation, groups)
 
 
 def _wide(value: Any, rank: int) -> tuple[int, ...]:

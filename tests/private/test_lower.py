@@ -132,9 +132,36 @@ def test_all_ops_that_cannot_run_are_named_with_their_lines() -> None:
         assert word in str(caught.value)
 
 
-def test_integer_inputs_are_refused_by_name() -> None:
-    with pytest.raises(UnsupportedError, match="input"):
-        lower(nn.Embedding(10, 4), (torch.tensor([1, 2]),))
+def test_tokens_are_looked_up_one_hot_and_nothing_else_is_done_with_them() -> None:
+    table, tokens = nn.Embedding(10, 4), torch.tensor([[1, 2, 9], [0, 4, 4]])
+    circuit = lower(table, (tokens,))
+    assert [circuit.shape(name) for name in circuit.inputs] == [(2, 3, 10)]
+    out = computed(circuit, *circuit.encode([tokens]))
+    torch.testing.assert_close(out, table(tokens).detach().double())
+    parity = Function(lambda t: (t % 2).float())
+    with pytest.raises(UnsupportedError, match="public"):
+        lower(parity, (tokens,))
+
+
+def test_a_public_input_is_built_in() -> None:
+    class Masked(nn.Module):
+        def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+            return x.masked_fill(mask == 0, 0.0).relu()
+
+    x, mask = torch.randn(2, 5), torch.tensor([[1, 1, 0, 1, 0], [0, 1, 1, 1, 1]])
+    circuit = lower(Masked(), (x, mask), public=("mask",))
+    assert list(circuit.inputs) == ["x"]
+    inputs = circuit.encode([x, mask])
+    torch.testing.assert_close(computed(circuit, *inputs), Masked()(x, mask).double())
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_transposed_convolutions(groups: int) -> None:
+    conv = nn.ConvTranspose2d(4, 6, 3, 2, 1, 1, groups=groups)
+    x = torch.randn(2, 4, 5, 4)
+    torch.testing.assert_close(
+        computed(lower(conv, (x,)), x), conv(x).detach().double(), atol=1e-5, rtol=1e-5
+    )
 
 
 def test_training_mode_batch_statistics_are_refused() -> None:
