@@ -16,6 +16,7 @@ from graphopt.ir.functionalize import functionalize
 from graphopt.ir.graphs import copy_graph, lookup
 from graphopt.ir.inline import inline_regions
 from graphopt.ir.module import OptimizedModule
+from graphopt.ir.ops import is_effectful
 from graphopt.ir.program import Program
 from graphopt.ir.signature import bind
 from graphopt.ir.trace import trace
@@ -38,7 +39,8 @@ def lower(
 ) -> Circuit:
     """Bring a model in eval mode into the form that secure-computation engines run.
 
-    Inputs are secret; integers can be looked up in an embedding, one-hot.  What depends on weights alone is computed in the clear by their owner and
+    Inputs are secret; integers can be looked up in an embedding, one-hot.  What depends on weights
+    alone is computed in the clear by their owner and
     then shared: a batch norm in eval mode is one product and one sum.  Integer and Boolean tensors
     of the model, such as the indices of kept activations, are public, as is the graph.
 
@@ -95,8 +97,13 @@ def _plain_graph(module: fx.GraphModule) -> fx.GraphModule:
     changed = 1
     while changed:
         changed = inline_regions(copied)[0] + functionalize(copied)[0]
-    copied.graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output"))
+    copied.graph.eliminate_dead_code(is_impure_node=_stays)
+    copied.recompile()
     return copied
+
+
+def _stays(node: fx.Node) -> bool:
+    return node.op in ("placeholder", "output") or is_effectful(node)
 
 
 class _Lowering:
@@ -149,13 +156,13 @@ class _Lowering:
         args, kwargs = fx.map_arg((node.args, node.kwargs), self.values.__getitem__)
         given = pytree.tree_leaves((args, kwargs))
         try:
-            if not any(isinstance(v, (Shared, Ids)) for v in given) or _reads_sizes_only(
-                node.target
-            ):
+            _refuse_writes(node)
+            known = not any(isinstance(v, (Shared, Ids)) for v in given)
+            if known or _reads_sizes_only(node.target):
                 self.values[node] = _in_the_clear(node, args, kwargs)
             else:
                 self.values[node] = self._on_secrets(node, args, kwargs)
-        except (GraphoptError, TypeError, AttributeError, RuntimeError) as error:
+        except (GraphoptError, TypeError, AttributeError, RuntimeError, IndexError) as error:
             why = error.message if isinstance(error, GraphoptError) else first_line(error)
             self.missing.append((node, why))  # whatever reads it is left out as well
 
@@ -195,6 +202,11 @@ class _Lowering:
 
 
 _LAYOUT = frozenset({"memory_format", "device", "layout", "pin_memory", "non_blocking", "copy"})
+
+
+def _refuse_writes(node: fx.Node) -> None:
+    if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
+        raise UnsupportedError("a write into a tensor that others may see")
 
 
 def _reads_sizes_only(target: Any) -> bool:

@@ -168,3 +168,28 @@ def test_training_mode_batch_statistics_are_refused() -> None:
     model = nn.BatchNorm2d(3, track_running_stats=False)
     with pytest.raises(UnsupportedError, match="batch_norm"):
         lower(model, (torch.randn(2, 3, 4, 4),))
+
+
+class Counter(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls.add_(1)
+        return x * 2
+
+
+class Slices(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        y = x * 2
+        y.view(-1, 2)[:, 0].sub_(1.0)
+        return y.sigmoid()
+
+
+@pytest.mark.parametrize(("model", "op"), [(Counter(), "add_"), (Slices(), "sub_")])
+def test_writes_that_others_see_are_refused_and_change_nothing(model: nn.Module, op: str) -> None:
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(UnsupportedError, match=op):
+        lower(model, (torch.randn(2, 4),))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
