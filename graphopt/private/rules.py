@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch.nn.functional import unfold
+from torch.nn.functional import interpolate, unfold
 
 from graphopt.errors import UnsupportedError
 from graphopt.private.builder import Builder, Plain, Shared, Value
@@ -529,3 +529,19 @@ def _averages(size: int, count: int) -> torch.Tensor:
     """(count, size): each row averages the elements of one adaptive window."""
     identity = torch.eye(size, dtype=torch.float64)
     return torch.nn.functional.adaptive_avg_pool1d(identity, count).t()
+
+
+@rule(aten.upsample_bilinear2d.vec)
+def _bilinear(
+    b: Builder, x: Value, size: Any, align_corners: bool, scale_factors: Any = None
+) -> Value:
+    """Separable and linear: a public matrix from each side, made of interpolated unit vectors."""
+    factors = [None, None] if scale_factors is None else scale_factors
+    sides = []
+    for axis in (0, 1):
+        unit = torch.eye(x.shape[axis - 2], dtype=torch.float64)[None]
+        how = {"size": size[axis]} if size is not None else {"scale_factor": factors[axis]}
+        made = interpolate(unit, mode="linear", align_corners=align_corners, **how)
+        sides.append(Plain(made[0]))
+    left = b.move(lambda t: t.transpose(0, 1), [sides[0]], whole=False)
+    return b.matmul(b.matmul(left, x), sides[1])

@@ -55,6 +55,8 @@ ELEMENTWISE: dict[str, Callable[[Tensor], Tensor]] = {
     "group_norm": lambda x: F.group_norm(x, 2), "tril": lambda x: x.tril(1),
     "pad": lambda x: F.pad(x, (1, 2, 0, 1)),
     "nearest": lambda x: F.interpolate(x[None], scale_factor=2.0)[0],
+    "bilinear": lambda x: F.interpolate(x[None], scale_factor=2.0, mode="bilinear")[0],
+    "corners": lambda x: F.interpolate(x[None], (7, 5), mode="bilinear", align_corners=True)[0],
     "roll": lambda x: x.roll(2, -1).flip(0), "split": lambda x: torch.cat(x.split(2, -1)[::-1], -1),
     "masked": lambda x: x.masked_fill(torch.ones(4, 6).tril() == 0, 2.5),
     "masked_out": lambda x: (x + torch.full((4, 6), float("-inf")).triu(1)).softmax(-1),
