@@ -540,7 +540,9 @@ def _bilinear(
     sides = []
     for axis in (0, 1):
         unit = torch.eye(x.shape[axis - 2], dtype=torch.float64)[None]
-        how = {"size": size[axis]} if size is not None else {"scale_factor": factors[axis]}
+        how: dict[str, Any] = (
+            {"size": size[axis]} if size is not None else {"scale_factor": factors[axis]}
+        )
         made = interpolate(unit, mode="linear", align_corners=align_corners, **how)
         sides.append(Plain(made[0]))
     left = b.move(lambda t: t.transpose(0, 1), [sides[0]], whole=False)
