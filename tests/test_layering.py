@@ -29,6 +29,7 @@ FLOORS = {
     "measure": CORE,
     "persist": CORE,
     "pipeline": CORE,
+    "private": CORE,
     "registry": CORE,
     "report": CORE,
     "requests": CORE,

@@ -18,6 +18,7 @@ COMMANDS = {
     "diff": "graphopt.cli.views",
     "passes": "graphopt.cli.passes",
     "solve": "graphopt.cli.solve",
+    "private-cost": "graphopt.cli.private",
 }
 
 
@@ -31,7 +32,9 @@ class LazyGroup(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """The command called ``cmd_name``, or None."""
         module = COMMANDS.get(cmd_name)
-        return None if module is None else getattr(importlib.import_module(module), cmd_name)
+        if module is None:
+            return None
+        return getattr(importlib.import_module(module), cmd_name.replace("-", "_"))
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
         """As in click, but with the closest command for a misspelt one."""

@@ -1,0 +1,36 @@
+"""Private inference: what a network costs under secure computation, predicted and measured.
+
+from graphopt.private import predict, private_cost, protocol
+
+predict(model, "cheetah", "wan", (x,)).seconds
+private_cost(model, (x,), engine="crypten").bytes
+protocol("crypten").nonlinearity("relu", 6752)
+"""
+
+from __future__ import annotations
+
+from graphopt.private.comparisons import comparisons
+from graphopt.private.cost import LAN, WAN, Cost, Network, network
+from graphopt.private.lower import lower
+from graphopt.private.predict import PrivateCost, SiteCost, predict
+from graphopt.private.protocols import Protocol, Unit, protocol, protocols
+from graphopt.private.report import PrivateReport, private_cost
+
+__all__ = [
+    "LAN",
+    "WAN",
+    "Cost",
+    "Network",
+    "PrivateCost",
+    "PrivateReport",
+    "Protocol",
+    "SiteCost",
+    "Unit",
+    "comparisons",
+    "lower",
+    "network",
+    "predict",
+    "private_cost",
+    "protocol",
+    "protocols",
+]
