@@ -71,6 +71,7 @@ def test_a_second_batch_size(model: nn.Module, x: Tensor) -> None:
     assert torch.equal(sparse(more), by_hand(more))
 
 
+@pytest.mark.slow
 def test_pruned_and_planned_afterwards(model: nn.Module, x: Tensor) -> None:
     sparse = masked(model, x, "weights=50%")
     small = graphopt.optimize(sparse, "params=60%", (x,))

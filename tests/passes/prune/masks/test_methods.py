@@ -90,6 +90,7 @@ def test_curves_are_no_worse_than_a_threshold(model: nn.Module, data: Data, shar
         assert section["bound"] == pytest.approx(section["objective"])
 
 
+@pytest.mark.slow
 def test_exchanges_lower_the_loss(model: nn.Module, data: Data) -> None:
     start = sparsify(model, data, "weights=25%,method=global")
     exchanged = sparsify(model, data, "weights=25%,method=icbs,rounds=1")
