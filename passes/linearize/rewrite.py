@@ -13,6 +13,7 @@ mask instead, ``m relu(x) + (1 - m) p(x)``, would compare every element.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -119,7 +120,8 @@ class _Rewriting:
         """The non-linearity itself on what is kept."""
         others = list(self.node.args[1:])
         if self.site.has_slopes:
-            channels = self._tensor("slopes", self.site.channel_of_positions()[kept])
+            # along dimension 1, the block's first one, whatever dimension has the channels
+            channels = self._tensor("slopes", kept // math.prod(self.site.sizes[1:]))
             others[0] = self._call(aten.index_select.default, others[0], 0, channels)
         copied = self.graph.node_copy(self.node)
         copied.args = (x, *others)

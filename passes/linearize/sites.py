@@ -112,7 +112,7 @@ class Site:
 
     def channel_of_positions(self) -> torch.Tensor:
         """The channel of each position: ``[positions]``, int64."""
-        if self.channel is None:
+        if self.channel is None or self.is_pool:
             return torch.zeros(self.positions, dtype=torch.int64)
         places = torch.arange(self.channels)
         beside = [1] * len(self.sizes)
