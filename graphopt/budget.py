@@ -97,7 +97,11 @@ _RULES: Final[Mapping[str, _Rule]] = {
     "latency": _Rule("s", "latency of one forward"),
     "gradient_error": _Rule("", "relative gradient error", zero=True),
 }
-_CHOICES: Final[Mapping[str, tuple[str, ...]]] = {"memory_scope": ("activations", "step")}
+_CHOICES: Final[Mapping[str, tuple[str, ...]]] = {
+    "memory_scope": ("activations", "step"),
+    "protocol": ("crypten", "cheetah", "semi2k", "aby3", "gc"),
+    "network": ("lan", "wan"),
+}
 
 
 @dataclass(frozen=True)
@@ -113,7 +117,9 @@ class Budget:
             state count too.
         relus: Element-wise non-linearities evaluated per example.
         relu_sites: Calls of non-linearities that evaluate any.
-        pi_latency: Seconds of one private inference.
+        pi_latency: Seconds of one private inference: communication, as predicted.
+        protocol: Under which protocol: ``crypten`` (default), ``cheetah``, ``semi2k``, ...
+        network: ``lan`` (default) or ``wan``.
         flops: FLOPs of one forward (a multiply-add is 2).
         params: Number of parameters.
         weights: Number of weights that are not masked, of those that products read.
@@ -129,6 +135,8 @@ class Budget:
     relus: Quantity | None = None
     relu_sites: Quantity | None = None
     pi_latency: Quantity | None = None
+    protocol: str | None = None
+    network: str | None = None
     flops: Quantity | None = None
     params: Quantity | None = None
     bytes: Quantity | None = None
@@ -136,7 +144,12 @@ class Budget:
     latency: Quantity | None = None
     gradient_error: Quantity | None = None
 
-    MODIFIERS: ClassVar[tuple[str, ...]] = ("memory_scope", "gradient_error")
+    MODIFIERS: ClassVar[tuple[str, ...]] = (
+        "memory_scope",
+        "gradient_error",
+        "protocol",
+        "network",
+    )
 
     def __post_init__(self) -> None:
         for name, value in self._raw():

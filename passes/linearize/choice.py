@@ -19,16 +19,35 @@ Granularity = Literal["element", "channel", "site"]
 
 
 @dataclass(frozen=True)
+class SitePrices:
+    """What a site costs.
+
+    Attributes:
+        keep: Its kept elements.
+        replace: Its replaced ones, by what replaces them.
+    """
+
+    keep: solver.Price
+    replace: Mapping[Kind, solver.Price]
+
+
+Prices = Mapping[Site, SitePrices]
+_FREE = solver.Price()
+
+
+@dataclass(frozen=True)
 class Limits:
     """What may be kept.
 
     Attributes:
         relus: Elements of all sites, those that have to stay included.
         relu_sites: Sites with a kept element, those that have to stay included.
+        cost: What all sites may cost by their prices.
     """
 
     relus: int | None = None
     relu_sites: int | None = None
+    cost: int | None = None
 
     def without(self, fixed: Sequence[Site]) -> Limits:
         """What is left for sites that can be replaced."""
@@ -36,9 +55,10 @@ class Limits:
         return Limits(
             None if self.relus is None else self.relus - spent,
             None if self.relu_sites is None else self.relu_sites - len(fixed),
+            self.cost,
         )
 
-    def eased(self, sites: Sequence[Site], share: float) -> Limits:
+    def eased(self, sites: Sequence[Site], prices: Prices, share: float) -> Limits:
         """Limits on the way from everything to these: geometrically, ``share`` of it gone."""
 
         def between(limit: int | None, full: int) -> int | None:
@@ -47,7 +67,12 @@ class Limits:
             return round(full * (max(limit, 1) / full) ** share)
 
         elements = sum(site.per_sample for site in sites)
-        return Limits(between(self.relus, elements), between(self.relu_sites, len(sites)))
+        keep = [(prices[site].keep, site.per_sample) for site in sites if site in prices]
+        return Limits(
+            between(self.relus, elements),
+            between(self.relu_sites, len(sites)),
+            between(self.cost, sum(p.fixed + p.element * count for p, count in keep)),
+        )
 
 
 def groups(site: Site, granularity: Granularity) -> Tensor:
@@ -59,16 +84,23 @@ def groups(site: Site, granularity: Granularity) -> Tensor:
     return torch.zeros(site.positions, dtype=torch.int64)
 
 
-def problem(damage: Damage, limits: Limits, granularity: Granularity) -> solver.NonlinearityProblem:
+def problem(
+    damage: Damage, limits: Limits, granularity: Granularity, prices: Prices
+) -> solver.NonlinearityProblem:
     """What to keep, as plain data."""
     described = []
     for site, options in damage.items():
-        count = int(groups(site, granularity).max()) + 1
+        own = prices.get(site, SitePrices(_FREE, {}))
         offered = tuple(
-            solver.Option(kind, values.double().numpy()) for kind, values in options.items()
+            solver.Option(kind, values.double().numpy(), own.replace.get(kind, _FREE))
+            for kind, values in options.items()
         )
-        described.append(solver.Site(site.name, count, site.per_sample // count, offered))
-    return solver.NonlinearityProblem(tuple(described), limits.relus, limits.relu_sites)
+        count = int(groups(site, granularity).max()) + 1
+        size = site.per_sample // count
+        described.append(solver.Site(site.name, count, size, offered, own.keep))
+    return solver.NonlinearityProblem(
+        tuple(described), limits.relus, limits.relu_sites, limits.cost
+    )
 
 
 def replacements(

@@ -7,25 +7,31 @@ import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from functools import cached_property
+from typing import Any, ClassVar, Literal
 
+import torch
 from torch import Tensor
 
 from graphopt.budget import Quantity
 from graphopt.errors import BudgetError, BudgetInfeasible, UnsupportedError, VerificationError
 from graphopt.ir.program import Program
-from graphopt.passes.linearize.calibration import Reference, reference
-from graphopt.passes.linearize.choice import Granularity, Limits
+from graphopt.passes.linearize.calibration import reference
+from graphopt.passes.linearize.choice import Granularity, Limits, Prices, SitePrices
+from graphopt.passes.linearize.latency import PrivateLatency
 from graphopt.passes.linearize.refit import Refitted, Survey, refit, survey
-from graphopt.passes.linearize.replacements import Kind, Replacement
+from graphopt.passes.linearize.replacements import DEGREES, Kind, Replacement
 from graphopt.passes.linearize.report import LinearizeReport, SiteReport
 from graphopt.passes.linearize.rewrite import linearized
-from graphopt.passes.linearize.selection import METHODS, Selected, Task
+from graphopt.passes.linearize.selection import METHODS, Selected, Task, solved
 from graphopt.passes.linearize.sites import Site, sites
 from graphopt.pipeline import Pass, PassContext, PassResult, Position, Preserves
+from graphopt.private import PrivateCost
 
 # Elements of the largest site that calibration keeps at once, times some.
 _ELEMENTS = 1 << 26
+# How often a selection is made anew where the program costs more than its sites were priced.
+_ATTEMPTS = 5
 # Growth of a site's range that is told, and one that no fixed-point ring takes.
 _WARNED, _REFUSED = 10.0, 1e4
 
@@ -40,6 +46,10 @@ class Linearize(Pass):
     Attributes:
         relus: Elements of one sample that non-linearities may evaluate.
         relu_sites: Calls of non-linearities that may evaluate any.
+        pi_latency: Communication seconds of one private inference on the example inputs, as
+            `graphopt.private.predict` tells them; a percentage is one of the source's.
+        protocol: For `pi_latency`.
+        network: For `pi_latency`: ``lan``, ``wan``, or ``bits a second,round-trip seconds``.
         replacement: ``auto`` (the least damage of ``affine`` and ``poly2``), or one of them.
         select: How what is kept is chosen: ``fisher`` (scores that need no labels); ``datafree``
             (the same on noise, by BatchNorm's statistics, even where there is data); ``random``.
@@ -49,7 +59,7 @@ class Linearize(Pass):
     """
 
     name: ClassVar[str] = "linearize"
-    serves: ClassVar[tuple[str, ...]] = ("relus", "relu_sites")
+    serves: ClassVar[tuple[str, ...]] = ("relus", "relu_sites", "pi_latency")
     position: ClassVar[int] = Position.FORWARD
     preserves: ClassVar[Preserves] = Preserves(
         outputs=None, gradients=None, buffers=None, state_dict_keys=False
@@ -57,6 +67,9 @@ class Linearize(Pass):
 
     relus: Quantity | None = None
     relu_sites: Quantity | None = None
+    pi_latency: Quantity | None = None
+    protocol: Literal["crypten", "cheetah", "semi2k", "aby3", "gc"] = "crypten"
+    network: str = "lan"
     replacement: Literal["auto", "identity", "affine", "poly2", "poly3", "poly4"] = "auto"
     select: Literal["fisher", "datafree", "random"] = "fisher"
     granularity: Granularity = "element"
@@ -82,7 +95,7 @@ class Linearize(Pass):
                 "linearizing a model whose forward branches on self.training",
                 hint="branch on an argument or a constant instead",
             )
-        if self.relus is None and self.relu_sites is None:
+        if self.relus is None and self.relu_sites is None and self.pi_latency is None:
             raise BudgetError("linearize without a budget", hint="linearize{relus=10%}")
         return _Run(self, program, context).result()
 
@@ -99,7 +112,7 @@ class _Run:
     def result(self) -> PassResult:
         """Choose, fit, rewrite, report."""
         limits = self._limits()
-        if self._kept_already(limits):
+        if self.latency is None and self._kept_already(limits):
             return PassResult(self.program, changed=False, report={})
         context = self.context
         context.progress("calibrating")
@@ -108,16 +121,17 @@ class _Run:
         calibrated = reference(self.program, source, max(1, _ELEMENTS // largest))
         found = survey(calibrated, {site: self._kinds(site) for site in self.free})
         task = Task(
-            calibrated, found, limits, self.options.granularity, self.options.rounds,
-            context.time_limit / self.options.rounds, context.seed, context.progress,
+            calibrated, found, limits, self._prices(), self.options.granularity,
+            self.options.rounds, context.time_limit / self.options.rounds, context.seed,
+            context.progress,
         )  # fmt: skip
         method = METHODS["fisher" if self.options.select == "datafree" else self.options.select]
-        selected = method(task)
+        selected = self._within_seconds(task, method(task))
         context.progress("fitting replacements one after the other")
         refitted = refit(calibrated, selected.replacements, self.options.norms)
         chosen = list(refitted.replacements.values())
         changed = linearized(self.program, chosen, refitted.statistics)
-        report = self._report(calibrated, found, selected, refitted)
+        report = self._report(changed, found, selected, refitted)
         return PassResult(changed, changed=True, report={"linearize": report})
 
     def _limits(self) -> Limits:
@@ -125,6 +139,7 @@ class _Run:
         limits = Limits(
             None if relus is None else math.floor(relus.of(self.total) + 1e-9),
             None if relu_sites is None else math.floor(relu_sites.of(len(self.sites)) + 1e-9),
+            self._cost(self._seconds()),
         )
         fixed = [site for site in self.sites if site.fixed is not None]
         left = limits.without(fixed)
@@ -143,6 +158,84 @@ class _Run:
                 )
         return left
 
+    @cached_property
+    def latency(self) -> PrivateLatency | None:
+        """What a limit on seconds says of programs; None without one."""
+        if self.options.pi_latency is None:
+            return None
+        protocol, network = self.options.protocol, self.options.network
+        return PrivateLatency(self.program, self.context, protocol, network)
+
+    def _seconds(self) -> float:
+        """The limit on seconds."""
+        limit = self.options.pi_latency
+        if limit is None or self.latency is None:
+            return math.inf
+        return limit.of(self.latency.before.seconds)
+
+    def _cost(self, seconds: float) -> int | None:
+        """What is left of a limit for the sites that can be replaced."""
+        if self.latency is None:
+            return None
+        left = seconds - self.latency.rest(self.free)
+        if left < 0:
+            raise self._too_slow(self.latency.rest(self.free))
+        return self.latency.units(left)
+
+    def _prices(self) -> Prices:
+        if self.latency is None:
+            return {}
+        return {
+            site: SitePrices(
+                self.latency.kept(site),
+                {kind: self.latency.replaced(site, kind) for kind in self._kinds(site)},
+            )
+            for site in self.free
+        }
+
+    def _within_seconds(self, task: Task, selected: Selected) -> Selected:
+        """The selection whose program, predicted whole, keeps the limit on seconds."""
+        if self.latency is None:
+            return selected
+        limit = asked = self._seconds()
+        for _ in range(_ATTEMPTS):
+            if selected.answer.found:
+                program = linearized(self.program, list(selected.replacements.values()), {})
+                seconds = self.latency.of(program).seconds
+                if seconds <= asked:
+                    return selected
+                limit -= seconds - asked
+            if not selected.answer.found or limit < self.latency.rest(self.free):
+                break
+            limits = dataclasses.replace(task.limits, cost=self._cost(limit))
+            selected = solved(task, selected.damage, limits)
+        raise self._too_slow(self._fewest(task).seconds)
+
+    def _fewest(self, task: Task) -> PrivateCost:
+        """What the network costs with every site replaced by what is cheapest."""
+        assert self.latency is not None
+        none = torch.zeros(0, dtype=torch.int64)
+        cheapest: dict[Site, Kind] = {
+            site: min(kinds, key=lambda kind: DEGREES[kind])
+            for site, kinds in task.survey.options.items()
+        }
+        replaced = [
+            Replacement(site, none, kind, task.survey.options[site][kind])
+            for site, kind in cheapest.items()
+        ]
+        return self.latency.of(linearized(self.program, replaced, {}))
+
+    def _too_slow(self, least: float) -> BudgetInfeasible:
+        asked = self._seconds()
+        return BudgetInfeasible(
+            f"no linearization keeps pi_latency at {asked:.4g} s",
+            field="pi_latency",
+            requested=asked,
+            smallest=least,
+            obstacle="linear layers and what can't be replaced",
+            proven=False,
+        )
+
     def _kept_already(self, limits: Limits) -> bool:
         elements = sum(site.per_sample for site in self.free)
         return (limits.relus is None or elements <= limits.relus) and (
@@ -156,7 +249,7 @@ class _Run:
         return ("affine", "poly2") if asked == "auto" else (asked,)
 
     def _report(
-        self, calibrated: Reference, found: Survey, selected: Selected, refitted: Refitted
+        self, changed: Program, found: Survey, selected: Selected, refitted: Refitted
     ) -> LinearizeReport:
         growth = {s: refitted.largest[s] / (found.largest[s] or 1.0) for s in self.free}
         escaping = _escaping(growth)
@@ -176,7 +269,22 @@ class _Run:
             output_error=error,
             agreement=agreement,
             warnings=tuple(escaping),
+            **self._told_latency(changed),
         )
+
+    def _told_latency(self, changed: Program) -> dict[str, Any]:
+        if self.latency is None:
+            return {}
+        before, after = self.latency.before, self.latency.of(changed)
+        return {
+            "protocol": self.options.protocol,
+            "seconds_before": before.seconds,
+            "seconds_after": after.seconds,
+            "rounds_before": before.rounds,
+            "rounds_after": after.rounds,
+            "bytes_before": before.bytes,
+            "bytes_after": after.bytes,
+        }
 
     def _site(
         self, site: Site, chosen: Mapping[Site, Replacement], growth: Mapping[Site, float]

@@ -45,6 +45,14 @@ class LinearizeReport:
         output_error: ``||y - y_source|| / ||y_source||`` over the calibration outputs.
         agreement: Share of calibration samples with the same largest output; None where the
             output isn't one row of numbers for each.
+        protocol: With a limit on seconds of private inference: the protocol; else None, as what
+            follows.
+        seconds_before: Predicted communication of the source on the example inputs.
+        seconds_after: The same of the result.
+        rounds_before: Rounds of the source.
+        rounds_after: Rounds of the result.
+        bytes_before: Bytes of the source.
+        bytes_after: Bytes of the result.
         warnings: What a user should know, such as growing ranges.
     """
 
@@ -59,3 +67,10 @@ class LinearizeReport:
     output_error: float
     agreement: float | None
     warnings: tuple[str, ...] = ()
+    protocol: str | None = None
+    seconds_before: float | None = None
+    seconds_after: float | None = None
+    rounds_before: int | None = None
+    rounds_after: int | None = None
+    bytes_before: float | None = None
+    bytes_after: float | None = None

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from graphopt.passes.linearize.calibration import Reference
-from graphopt.passes.linearize.choice import Granularity, Limits, problem, replacements
+from graphopt.passes.linearize.choice import Granularity, Limits, Prices, problem, replacements
 from graphopt.passes.linearize.fisher import Damage, fisher
 from graphopt.passes.linearize.refit import Refitted, Survey, refit
 from graphopt.passes.linearize.replacements import Replacement
@@ -24,6 +24,7 @@ class Task:
         reference: The graph in eval mode and calibration inputs.
         survey: Replacements fitted to the model itself.
         limits: Of the sites that can be replaced.
+        prices: What sites cost, where that is limited.
         granularity: What is kept or replaced as one.
         rounds: In how many rounds, for methods that score anew on what is left.
         time_limit: Seconds for the solver.
@@ -34,6 +35,7 @@ class Task:
     reference: Reference
     survey: Survey
     limits: Limits
+    prices: Prices
     granularity: Granularity
     rounds: int
     time_limit: float
@@ -48,10 +50,12 @@ class Selected:
     Attributes:
         replacements: What becomes of each site; coefficients are fitted anew afterwards.
         answer: The solver's last answer.
+        damage: By which it was chosen.
     """
 
     replacements: Mapping[Site, Replacement]
     answer: solver.Selection
+    damage: Damage
 
 
 Method = Callable[[Task], Selected]
@@ -64,16 +68,18 @@ def by_fisher(task: Task) -> Selected:
     """
     damage = _scored(task, 0, None)
     for number in range(1, task.rounds):
-        eased = task.limits.eased(list(task.survey.options), number / task.rounds)
-        chosen = _solved(task, damage, eased)
+        sites = list(task.survey.options)
+        eased = task.limits.eased(sites, task.prices, number / task.rounds)
+        chosen = solved(task, damage, eased)
         damage = _scored(task, number, refit(task.reference, chosen.replacements))
-    return _solved(task, damage, task.limits)
+    return solved(task, damage, task.limits)
 
 
 def by_random(task: Task) -> Selected:
     """At random: what any method has to beat."""
     damage = _scored(task, 0, None)
-    answer = solver.by_random(problem(damage, task.limits, task.granularity), task.seed)
+    question = problem(damage, task.limits, task.granularity, task.prices)
+    answer = solver.by_random(question, task.seed)
     return _selected(task, damage, answer)
 
 
@@ -95,13 +101,15 @@ def _scored(task: Task, number: int, refitted: Refitted | None) -> Damage:
     return fisher(reference, options, task.granularity, task.seed + number, present)
 
 
-def _solved(task: Task, damage: Damage, limits: Limits) -> Selected:
+def solved(task: Task, damage: Damage, limits: Limits) -> Selected:
+    """The least damage within limits."""
     task.progress("choosing non-linearities")
-    question = problem(damage, limits, task.granularity)
+    question = problem(damage, limits, task.granularity, task.prices)
     answer = solver.select(question, time_limit=task.time_limit, seed=task.seed)
     return _selected(task, damage, answer)
 
 
 def _selected(task: Task, damage: Damage, answer: solver.Selection) -> Selected:
     options = task.survey.options
-    return Selected(replacements(answer, damage, options, task.granularity), answer)
+    found = replacements(answer, damage, options, task.granularity)
+    return Selected(found, answer, damage)

@@ -1,0 +1,82 @@
+"""Seconds of private inference: what each site's elements and rounds cost under a protocol."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+
+from graphopt.ir.program import Program
+from graphopt.passes.linearize.replacements import DEGREES, Kind
+from graphopt.passes.linearize.sites import Site
+from graphopt.pipeline import PassContext
+from graphopt.private import Cost, PrivateCost, network, predict, protocol
+from graphopt.solvers.nonlinearity import Price
+
+# The solver counts in whole units of this many seconds.
+_UNIT = 1e-12
+# Coefficients of replacements tell about activations' ranges, not about weights: they are public.
+_PUBLIC = ("_graphopt.*",)
+
+
+@dataclass(frozen=True)
+class PrivateLatency:
+    """Predicts communication seconds of one evaluation on the example inputs.
+
+    Attributes:
+        program: The source.
+        context: The example inputs.
+        protocol: Name of the protocol.
+        network: ``lan``, ``wan``, or bandwidth and round-trip time as text.
+    """
+
+    program: Program
+    context: PassContext
+    protocol: str
+    network: str
+
+    def of(self, program: Program) -> PrivateCost:
+        """What a program costs.
+
+        Raises:
+            UnsupportedError: An op without figures under this protocol; all are named.
+        """
+        return predict(
+            program, self.protocol, self.network, self.context.args,
+            kwargs=self.context.kwargs, public=_PUBLIC,
+        )  # fmt: skip
+
+    @cached_property
+    def before(self) -> PrivateCost:
+        """What the source costs."""
+        return self.of(self.program)
+
+    def units(self, seconds: float) -> int:
+        """Seconds in the solver's unit, rounded up."""
+        return math.ceil(seconds / _UNIT)
+
+    @cached_property
+    def samples(self) -> int:
+        """Samples among the example inputs."""
+        flat = self.program.signature.flatten_inputs(self.context.args, self.context.kwargs)
+        return max((int(t.shape[0]) for t in flat if t.dim()), default=1)
+
+    def kept(self, site: Site) -> Price:
+        """Price of the kept elements, for all samples together."""
+        row = self.before.by_node().get(site.name)
+        return Price() if row is None else self._price(Cost(row.bytes, row.rounds), site)
+
+    def replaced(self, site: Site, kind: Kind) -> Price:
+        """Price of the replaced ones."""
+        elements = site.per_sample * self.samples
+        return self._price(protocol(self.protocol).polynomial(DEGREES[kind], elements), site)
+
+    def rest(self, sites: list[Site]) -> float:
+        """Seconds of everything but these sites."""
+        rows = self.before.by_node()
+        return self.before.seconds - sum(rows[s.name].seconds for s in sites if s.name in rows)
+
+    def _price(self, cost: Cost, site: Site) -> Price:
+        link, trips = network(self.network), protocol(self.protocol).trips
+        each = link.seconds(Cost(cost.bytes), trips) / site.per_sample
+        return Price(self.units(each), self.units(link.seconds(Cost(0.0, cost.rounds), trips)))
