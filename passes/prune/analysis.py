@@ -53,7 +53,6 @@ class Analysis:
         units: The store of units.
         slots: Parameters, buffers and constants by the identity of their tensors.
         values: What is known of each node of all graphs.
-        consumed: Identities of the label arrays that a product sums over.
         compensates: Whether norms may lose places of the axes that they normalise.
         names: The first name of each parameter, by its identity.
     """
@@ -61,7 +60,6 @@ class Analysis:
     units: Units = field(default_factory=Units)
     slots: dict[int, Slot] = field(default_factory=dict)
     values: dict[fx.Node, Result] = field(default_factory=dict)
-    consumed: set[int] = field(default_factory=set)
     compensates: bool = True
     names: dict[int, str] = field(default_factory=dict)
 
@@ -183,13 +181,7 @@ class _Walk:
         return self.analysis.slot(str(node.target), tensor).value
 
     def _called(self, node: fx.Node) -> Result:
-        call = Call(
-            node,
-            self.units,
-            self.values,
-            consumed=self.analysis.consumed,
-            compensates=self.analysis.compensates,
-        )
+        call = Call(node, self.units, self.values, compensates=self.analysis.compensates)
         if getattr(node.target, "_name", "") in _REGIONS:
             return self._region(node)
         if not call.inputs and _is_number(node):

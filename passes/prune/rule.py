@@ -139,7 +139,6 @@ class Call(Arguments):
         node: The node.
         units: The store.
         values: What is known of the nodes before it.
-        consumed: Identities of the label arrays that a product sums over.
         compensates: Whether norms may lose places of the axes that they normalise.
     """
 
@@ -149,13 +148,11 @@ class Call(Arguments):
         units: Units,
         values: Mapping[fx.Node, Result],
         *,
-        consumed: set[int] | None = None,
         compensates: bool = True,
     ) -> None:
         super().__init__(node)
         self.units = units
         self.values = values
-        self.consumed = set() if consumed is None else consumed
         self.compensates = compensates
 
     def __getitem__(self, name: str) -> Any:
