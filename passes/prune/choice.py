@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from graphopt.batches import Batch, read_batch
-from graphopt.errors import InputMismatch, UsageError, first_line
+from graphopt.batches import Batch, calibration_batches
+from graphopt.errors import UsageError
 from graphopt.ir.program import Program
 from graphopt.passes.prune.alignment import vector_step
 from graphopt.passes.prune.allocation import Allocator, Scheme, with_widths
@@ -34,7 +33,6 @@ _ATTEMPTS = 8
 # Networks that take less than this share of the seconds allowed leave room for wider ones, which
 # are tried so often.
 _USED, _WIDER = 0.95, 2
-_BATCHES = 64
 
 Ranked = Sequence[Sequence[int]]
 """The units of each dimension, the best first."""
@@ -224,25 +222,13 @@ class Chooser:
         batches = self._batches if self.criterion.reads_data else ()
         removed = self.dimensions.removed(alive)
         program = masked(self.program, self.analysis, removed) if removed else self.program
-        try:
-            calibration = Calibration(program, self.program, batches, self.context.seed)
-            return score(self.criterion, self.dimensions, calibration)
-        except (RuntimeError, TypeError, ValueError) as error:
-            if not batches:
-                raise
-            raise InputMismatch(
-                f"the model fails on the calibration data: {first_line(error)}",
-                hint="a batch is what the model takes, or a pair (inputs, targets)",
-            ) from error
+        calibration = Calibration(program, self.program, batches, self.context.seed)
+        return score(self.criterion, self.dimensions, calibration)
 
     @cached_property
     def _batches(self) -> list[Batch]:
         """The data; without any the example inputs."""
-        context = self.context
-        if context.data is None:
-            return [Batch(context.args, dict(context.kwargs), context.loss)]
-        some = itertools.islice(context.data, _BATCHES)
-        return [read_batch(batch, context.data_loss, len(context.args)) for batch in some]
+        return calibration_batches(self.context)
 
     def _problem(
         self, costs: Sequence[Cost], alive: Ranked, done: float = 1.0

@@ -118,7 +118,7 @@ def gradients(calibration: Calibration) -> Iterator[Mapping[str, Tensor]]:
     for batch in calibration.batches:
         with torch.random.fork_rng(devices=[]), torch.enable_grad():
             torch.manual_seed(calibration.seed)
-            value = batch.loss(module(*batch.args, **batch.kwargs), probe_loss)
+            value = batch.loss(batch.outputs(module), probe_loss)
             found = torch.autograd.grad(value, list(wanted.values()), allow_unused=True)
         result = {n: g for n, g in zip(wanted, found, strict=True) if g is not None}
         any_found = any_found or bool(result)
