@@ -113,12 +113,8 @@ class Chooser:
         alive: Ranked = [dim.units for dim in self.dimensions.all]
         gone: list[list[int]] = [[] for _ in alive]
         for number in range(1, self.rounds):
-            left = [1 - (1 - self._share(c)) * number / self.rounds for c in costs]
-            scaled = [
-                Cost(c.name, c.terms, c.limit * share / self._share(c))
-                for c, share in zip(costs, left, strict=True)
-            ]
-            problem, ranked = self._problem(scaled, alive, number / self.rounds)
+            done = number / self.rounds
+            problem, ranked = self._problem(self._towards(costs, done), alive, done)
             widths = self.allocator.allocation(problem, limits).widths
             alive = best(ranked, widths)
             gone = [[*u[w:], *g] for u, w, g in zip(ranked, widths, gone, strict=True)]
@@ -184,7 +180,7 @@ class Chooser:
             WidthProblem(dimensions, problem.costs),
             start.allocation.widths,
             lambda widths: self.dimensions.removed(best(ranked, widths)),
-            Distortion(self.program, self.dimensions, self._batches),
+            Distortion(self.program, self.dimensions, self._batches, self.context.seed),
             self.options.refine,
             self.context,
         )
@@ -208,9 +204,18 @@ class Chooser:
         quantity = self.options.latency
         return None if quantity is None else Latency(self.program, self.context, quantity)
 
+    def _towards(self, costs: Sequence[Cost], done: float) -> list[Cost]:
+        """The costs with limits that have come down so far: 0 is the whole program, 1 the limit."""
+        shares = [self._share(cost) for cost in costs]
+        return [
+            replace(cost, limit=cost.limit * (1 - (1 - share) * done) / share)
+            for cost, share in zip(costs, shares, strict=True)
+        ]
+
     def _share(self, cost: Cost) -> float:
         """A limit as a share of what the program has, at most all of it."""
-        return min(1.0, cost.limit / (self.full[cost.name] or 1))
+        full = self.full[cost.name]
+        return min(1.0, cost.limit / full) if full else 1.0
 
     def _limits(self) -> dict[str, float]:
         asked = {name: getattr(self.options, name) for name in self.full}
@@ -253,7 +258,7 @@ class Chooser:
         """What each unit more of each dimension is worth."""
         if not self.criterion.measured:
             return [tuple(scores[unit] for unit in units) for units in ranked]
-        measured = Distortion(self.program, self.dimensions, self._batches)
+        measured = Distortion(self.program, self.dimensions, self._batches, self.context.seed)
         curves = measured.curves(ranked, self.context.progress)
         return [
             curve_gains(dim, *curve) for dim, curve in zip(self.dimensions.all, curves, strict=True)

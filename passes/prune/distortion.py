@@ -18,10 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from graphopt.batches import Batch
-from graphopt.comparison import probe_loss
 from graphopt.ir.program import Program
 from graphopt.passes.prune.dimensions import Dimension, Dimensions
-from graphopt.passes.prune.outputs import distance, floating_outputs
+from graphopt.passes.prune.outputs import distance, floating_outputs, loss_of
 from graphopt.passes.prune.rewrite import zero_
 from graphopt.pipeline import Progress
 
@@ -32,16 +31,18 @@ _GRID = (0.0, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875)
 class Distortion:
     """Measures how far outputs move when units are masked."""
 
-    def __init__(self, program: Program, dimensions: Dimensions, batches: Sequence[Batch]) -> None:
+    def __init__(
+        self, program: Program, dimensions: Dimensions, batches: Sequence[Batch], seed: int
+    ) -> None:
         self.module = program.emit().eval()
-        self.dimensions, self.batches = dimensions, batches
+        self.dimensions, self.batches, self.seed = dimensions, batches, seed
         self.parameters = [
             (slot, self.module.get_parameter(slot.path))
             for slot in dimensions.analysis.slots.values()
             if slot.is_trained
         ]
         with torch.no_grad():
-            self.exact = [floating_outputs(self.module, batch) for batch in batches]
+            self.exact = [floating_outputs(self.module, batch, seed) for batch in batches]
 
     def curves(
         self, ranked: Sequence[Sequence[int]], progress: Progress
@@ -71,7 +72,7 @@ class Distortion:
         chosen = range(len(self.batches)) if some is None else some
         with self._masked(removed):
             return statistics.fmean(
-                distance(self.exact[i], floating_outputs(self.module, self.batches[i]))
+                distance(self.exact[i], floating_outputs(self.module, self.batches[i], self.seed))
                 for i in chosen
             )
 
@@ -81,8 +82,7 @@ class Distortion:
         chosen = range(len(self.batches)) if some is None else some
         with self._masked(removed):
             return statistics.fmean(
-                float(b.loss(b.outputs(self.module), probe_loss))
-                for b in (self.batches[i] for i in chosen)
+                float(loss_of(self.module, self.batches[i], self.seed)) for i in chosen
             )
 
     @contextmanager

@@ -20,11 +20,11 @@ import torch
 from torch import Tensor, fx
 
 from graphopt.batches import Batch
-from graphopt.comparison import probe_loss
 from graphopt.passes.prune.criteria.base import Calibration, Scores
 from graphopt.passes.prune.criteria.ends import calls, copies, ends
 from graphopt.passes.prune.criteria.gradients import taylor2
 from graphopt.passes.prune.dimensions import Dimensions
+from graphopt.passes.prune.outputs import gradients_of, loss_of
 from graphopt.passes.prune.rewrite import graph_pairs, with_tensors
 from graphopt.passes.prune.units import Labels
 
@@ -135,11 +135,10 @@ class _Tapped:
     def products(self, batch: Batch, seed: int) -> Iterator[tuple[_Ends, Tensor]]:
         """``x dL/dx`` of everything that is read, the axis of the units that end there last."""
         self._read.clear()
-        with torch.random.fork_rng(devices=[]), torch.enable_grad():
-            torch.manual_seed(seed)
-            loss = batch.loss(batch.outputs(self._module), probe_loss)
+        with torch.enable_grad():
+            loss = loss_of(self._module, batch, seed)
             values = [value for _, value in self._read]
-            found = torch.autograd.grad(loss, values, allow_unused=True) if values else ()
+            found = gradients_of(loss, values) if values else ()
         for (here, value), gradient in zip(self._read, found, strict=True):
             if gradient is not None:
                 product = value.detach().double() * gradient.double()

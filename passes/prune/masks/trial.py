@@ -13,11 +13,10 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from graphopt.batches import Batch, calibration_batches
-from graphopt.comparison import probe_loss
-from graphopt.errors import GraphoptError, NonFiniteError, UnsupportedError
+from graphopt.errors import GraphoptError, NonFiniteError
 from graphopt.ir.program import Program
 from graphopt.passes.prune.masks.matrices import Matrix
-from graphopt.passes.prune.outputs import distance, floating_outputs
+from graphopt.passes.prune.outputs import distance, floating_outputs, gradients_of, loss_of
 from graphopt.pipeline import PassContext
 
 _EXAMPLES = 256
@@ -77,7 +76,7 @@ class Trial:
     def loss(self, kept: Kept) -> float:
         """The mean loss of the batches."""
         with self._masked(kept):
-            values = [float(self._loss(batch)) for batch in self.batches]
+            values = [float(loss_of(self.module, batch, self.seed)) for batch in self.batches]
         return sum(values) / len(values)
 
     def gradients(self, kept: Kept) -> Iterator[dict[str, Tensor]]:
@@ -111,13 +110,7 @@ class Trial:
     def _gradient(self, batch: Batch) -> dict[str, Tensor]:
         wanted = [w.requires_grad_() for w in self.weights.values()]
         with torch.enable_grad():
-            value = self._loss(batch)
-            if not value.requires_grad:
-                raise UnsupportedError(
-                    "a criterion of gradients: no weight matrix gets one",
-                    hint="give a loss that depends on them, or criterion=magnitude",
-                )
-            found = torch.autograd.grad(value, wanted, allow_unused=True)
+            found = gradients_of(loss_of(self.module, batch, self.seed), wanted)
         pairs = zip(self.weights.items(), found, strict=True)
         result = {n: torch.zeros_like(w) if g is None else g for (n, w), g in pairs}
         for name, gradient in result.items():
@@ -143,19 +136,7 @@ class Trial:
                     self.weights[name].copy_(values)
 
     def _outputs(self, batch: Batch) -> list[Tensor]:
-        with self._seeded():
-            return floating_outputs(self.module, batch)
-
-    def _loss(self, batch: Batch) -> Tensor:
-        with self._seeded():
-            return batch.loss(batch.outputs(self.module), probe_loss)
-
-    @contextmanager
-    def _seeded(self) -> Iterator[None]:
-        """Random draws of the model are the same each time, and nobody else's."""
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed)
-            yield
+        return floating_outputs(self.module, batch, self.seed)
 
 
 def _singles(batch: Batch) -> list[Batch]:
