@@ -62,7 +62,8 @@ class Prune(Pass):
             gets wider, others narrower, and what measures better on the data is kept.
         rounds: With a criterion of gradients, how often units are ranked anew on what is left,
             while the limit comes down: first-order scores hold for small changes.
-        freeze: Parameters that keep their sizes: names or globs, separated by blanks.
+        freeze: Parameters that keep their sizes: names or globs, separated by blanks; of a tied one
+            any name.
         norm: ``exact``: norms and means over a pruned axis are written out; ``freeze``: their axes
             are not pruned.
     """
