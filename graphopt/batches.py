@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from graphopt.cost.losses import applied
+from graphopt.errors import GraphoptError, InputMismatch, UsageError, first_line
+from graphopt.pipeline import PassContext
+
+_MOST = 64
+"""Batches that a pass reads for calibration."""
 
 
 @dataclass(frozen=True)
@@ -26,12 +36,42 @@ class Batch:
     criterion: Callable[..., Any] | None = None
     targets: Any = None
 
+    @property
+    def rows(self) -> int:
+        """How many examples it holds: the rows of the first input that has any, else 1."""
+        leaves = pytree.tree_leaves((self.args, self.kwargs))
+        return next((t.shape[0] for t in leaves if isinstance(t, Tensor) and t.dim()), 1)
+
+    def outputs(self, module: nn.Module, use: str = "calibration") -> Any:
+        """What a module gives on the inputs.
+
+        Args:
+            module: The module.
+            use: What the data is for, to say so where it doesn't fit.
+
+        Raises:
+            InputMismatch: The module fails on them.
+        """
+        try:
+            return module(*self.args, **self.kwargs)
+        except (GraphoptError, torch.OutOfMemoryError):
+            raise
+        except (RuntimeError, TypeError, ValueError, IndexError) as error:
+            raise InputMismatch(
+                f"the model fails on the {use} data: {first_line(error)}",
+                hint="a batch is what the model takes, or a pair (inputs, targets)",
+            ) from error
+
     def loss(self, outputs: Any, default: Callable[[Any], Any]) -> Any:
-        """The loss of the outputs; the default's where none was given."""
+        """The loss of the outputs; the default's where none was given.
+
+        Raises:
+            ModelError: The user's loss fails on them.
+        """
         if self.criterion is None:
             return default(outputs)
         given = () if self.targets is None else (self.targets,)
-        return self.criterion(outputs, *given)
+        return applied(self.criterion, outputs, *given)
 
 
 def read_batch(batch: Any, loss: Callable[..., Any] | None, arguments: int) -> Batch:
@@ -54,6 +94,23 @@ def read_batch(batch: Any, loss: Callable[..., Any] | None, arguments: int) -> B
         return Batch((), dict(batch), loss, targets)
     args = tuple(batch) if isinstance(batch, (tuple, list)) else (batch,)
     return Batch(args, {}, loss, targets)
+
+
+def calibration_batches(context: PassContext) -> list[Batch]:
+    """The first batches of the data; without any the example inputs.
+
+    Raises:
+        UsageError: There is data, and it holds no batch.
+    """
+    if context.data is None:
+        return [Batch(context.args, dict(context.kwargs), context.loss)]
+    some = itertools.islice(context.data, _MOST)
+    found = [read_batch(batch, context.data_loss, len(context.args)) for batch in some]
+    if not found:
+        raise UsageError(
+            "data yields no batches", hint="an iterator that was read before is empty: give a list"
+        )
+    return found
 
 
 def takes_targets(loss: Callable[..., Any]) -> bool:

@@ -100,7 +100,7 @@ def loss_value(loss: Loss | None, outputs: Any) -> torch.Tensor:
         UsageError: It is no scalar tensor.
         NothingToTrainError: It depends on nothing that requires a gradient.
     """
-    value = default_loss(outputs) if loss is None else _apply(loss, outputs)
+    value = default_loss(outputs) if loss is None else applied(loss, outputs)
     if not isinstance(value, torch.Tensor) or value.numel() != 1:
         shape = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
         raise UsageError(
@@ -115,9 +115,14 @@ def loss_value(loss: Loss | None, outputs: Any) -> torch.Tensor:
     return value
 
 
-def _apply(loss: Loss, outputs: Any) -> Any:
+def applied(loss: Callable[..., Any], outputs: Any, *targets: Any) -> Any:
+    """The loss of outputs, and of targets where it takes them.
+
+    Raises:
+        ModelError: It fails.
+    """
     try:
-        return loss(outputs)
+        return loss(outputs, *targets)
     except GraphoptError:
         raise
     except Exception as error:  # user code may raise anything

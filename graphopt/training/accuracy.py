@@ -93,5 +93,5 @@ def accuracy_of(
         module.eval()
         for each in data:
             batch = read_batch(each, only_targets, 1)
-            tally.add(scores(module(*batch.args, **batch.kwargs)), batch.targets)
+            tally.add(scores(batch.outputs(module, "validation")), batch.targets)
     return tally.result()

@@ -14,14 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from graphopt.batches import Batch
-from graphopt.errors import (
-    GraphoptError,
-    InputMismatch,
-    NonFiniteError,
-    NothingToTrainError,
-    UsageError,
-    first_line,
-)
+from graphopt.errors import NonFiniteError, NothingToTrainError, UsageError
 from graphopt.ir.randomness import seed_torch
 from graphopt.pipeline import Progress, silent
 from graphopt.training.accuracy import Accuracy, Tally
@@ -258,19 +251,11 @@ class _Training:
         return losses
 
     def _outputs(self, batch: Batch) -> tuple[Any, Any]:
-        try:
-            taught = None
-            if self.teacher is not None:
-                with torch.no_grad():
-                    taught = self.teacher(*batch.args, **batch.kwargs)
-            return self.module(*batch.args, **batch.kwargs), taught
-        except GraphoptError:
-            raise
-        except (RuntimeError, TypeError, ValueError, IndexError) as error:
-            raise InputMismatch(
-                f"the model fails on the training data: {first_line(error)}",
-                hint="a batch is what the model takes, or a pair (inputs, targets)",
-            ) from error
+        taught = None
+        if self.teacher is not None:
+            with torch.no_grad():
+                taught = batch.outputs(self.teacher, "training")
+        return batch.outputs(self.module, "training"), taught
 
     @torch.no_grad()
     def _measure(self) -> Accuracy | None:

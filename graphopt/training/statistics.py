@@ -97,5 +97,5 @@ def _shown(
     for buffer in buffers.values():
         buffer.fill_(start)
     seed_torch(seed)
-    module(*batch.args, **batch.kwargs)
+    batch.outputs(module)
     return {name: buffer.clone() for name, buffer in buffers.items()}

@@ -16,7 +16,15 @@ from graphopt.cost.sizes import UnknownSizeError
 from graphopt.ir.graphs import lookup
 from graphopt.ir.program import Program
 from graphopt.passes.prune import rules  # noqa: F401 - registers the rules
-from graphopt.passes.prune.rule import Call, Result, Value, analysis_of, fixed, shape_of
+from graphopt.passes.prune.rule import (
+    Call,
+    Result,
+    Value,
+    analysis_of,
+    fixed,
+    shape_of,
+    values_in,
+)
 from graphopt.passes.prune.rules.pointwise import is_pointwise, pointwise
 from graphopt.passes.prune.units import Labels, Reason, Units
 
@@ -53,7 +61,6 @@ class Analysis:
         units: The store of units.
         slots: Parameters, buffers and constants by the identity of their tensors.
         values: What is known of each node of all graphs.
-        consumed: Identities of the label arrays that a product sums over.
         compensates: Whether norms may lose places of the axes that they normalise.
         names: The first name of each parameter, by its identity.
     """
@@ -61,7 +68,6 @@ class Analysis:
     units: Units = field(default_factory=Units)
     slots: dict[int, Slot] = field(default_factory=dict)
     values: dict[fx.Node, Result] = field(default_factory=dict)
-    consumed: set[int] = field(default_factory=set)
     compensates: bool = True
     names: dict[int, str] = field(default_factory=dict)
 
@@ -98,20 +104,12 @@ class Analysis:
     def _emptiable(self) -> list[Labels]:
         """All axes, each once, of which no place stays whatever happens."""
         found: dict[bytes, Labels] = {}
-
-        def collect(value: Result) -> None:
-            if isinstance(value, Value):
-                for labels in value.axes:
-                    if labels.any():
-                        now = np.unique(self.units.canonical(labels))
-                        if len(now) and now[0]:
-                            found[now.tobytes()] = now
-            elif isinstance(value, tuple):
-                for each in value:
-                    collect(each)
-
-        for value in self.values.values():
-            collect(value)
+        for value in values_in(tuple(self.values.values())):
+            for labels in value.axes:
+                if labels.any():
+                    now = np.unique(self.units.canonical(labels))
+                    if len(now) and now[0]:
+                        found[now.tobytes()] = now
         return list(found.values())
 
     def frozen(self) -> Iterator[tuple[str, int, Reason]]:
@@ -136,6 +134,14 @@ def analyse(program: Program, *, compensates: bool = True) -> Analysis:
         if module is not None:
             _Walk(analysis, module).run()
     return analysis
+
+
+def region_of(module: fx.GraphModule, node: fx.Node) -> fx.GraphModule | None:
+    """The sub-graph that a call of a higher-order operator runs once, or None."""
+    if not isinstance(node.target, torch._ops.HigherOrderOperator):
+        return None
+    graph = next((n for n in node.all_input_nodes if _is_graph(module, n)), None)
+    return None if graph is None else lookup(module, str(graph.target))
 
 
 class _Walk:
@@ -183,13 +189,7 @@ class _Walk:
         return self.analysis.slot(str(node.target), tensor).value
 
     def _called(self, node: fx.Node) -> Result:
-        call = Call(
-            node,
-            self.units,
-            self.values,
-            consumed=self.analysis.consumed,
-            compensates=self.analysis.compensates,
-        )
+        call = Call(node, self.units, self.values, compensates=self.analysis.compensates)
         if getattr(node.target, "_name", "") in _REGIONS:
             return self._region(node)
         if not call.inputs and _is_number(node):
@@ -222,13 +222,10 @@ class _Walk:
 
 def _keep_single_places(call: Call, result: Result) -> None:
     """An axis of one place may be broadcast; without it there would be nothing to broadcast."""
-    if isinstance(result, Value):
-        for labels in result.axes:
+    for value in values_in(result):
+        for labels in value.axes:
             if len(labels) == 1:
                 call.freeze(labels, "this place of it is read by itself")
-    elif isinstance(result, tuple):
-        for each in result:
-            _keep_single_places(call, each)
 
 
 def _flat(results: Any) -> list[Any]:

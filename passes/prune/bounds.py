@@ -6,11 +6,11 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 
-from graphopt.errors import PipelineError, suggest
+from graphopt.errors import PipelineError
 from graphopt.passes.prune.criteria.base import places
 from graphopt.passes.prune.dimensions import Dimension, Dimensions
+from graphopt.passes.prune.names import matches, no_match
 from graphopt.solvers.widths import Dimension as WidthDimension
 
 _SHARE = r"(?:(?P<{}>\d+(?:\.\d+)?)%)?"
@@ -38,7 +38,7 @@ class Cap:
 
     def matches(self, names: set[str]) -> bool:
         """Whether any name of a parameter matches."""
-        return any(fnmatchcase(name, self.pattern) for name in names)
+        return matches(self.pattern, names)
 
 
 def read_caps(text: str) -> tuple[Cap, ...]:
@@ -163,9 +163,7 @@ def _check_patterns(dimensions: Dimensions, caps: tuple[Cap, ...]) -> None:
     prunable = set().union(*_names(dimensions))
     for cap in caps:
         if not cap.matches(every):
-            raise PipelineError(
-                f"caps: no parameter matches {cap.pattern!r}", hint=suggest(cap.pattern, every)
-            )
+            raise no_match("caps", cap.pattern, every)
         if cap.high < 1 and not cap.matches(prunable):
             raise PipelineError(
                 f"caps: nothing of {cap.pattern!r} can be pruned to {cap.high:.4g}",

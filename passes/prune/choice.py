@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from graphopt.batches import Batch, read_batch
-from graphopt.errors import InputMismatch, UsageError, first_line
+from graphopt.batches import Batch, calibration_batches
+from graphopt.errors import UsageError
 from graphopt.ir.program import Program
 from graphopt.passes.prune.alignment import vector_step
 from graphopt.passes.prune.allocation import Allocator, Scheme, with_widths
@@ -34,7 +33,6 @@ _ATTEMPTS = 8
 # Networks that take less than this share of the seconds allowed leave room for wider ones, which
 # are tried so often.
 _USED, _WIDER = 0.95, 2
-_BATCHES = 64
 
 Ranked = Sequence[Sequence[int]]
 """The units of each dimension, the best first."""
@@ -115,12 +113,8 @@ class Chooser:
         alive: Ranked = [dim.units for dim in self.dimensions.all]
         gone: list[list[int]] = [[] for _ in alive]
         for number in range(1, self.rounds):
-            left = [1 - (1 - self._share(c)) * number / self.rounds for c in costs]
-            scaled = [
-                Cost(c.name, c.terms, c.limit * share / self._share(c))
-                for c, share in zip(costs, left, strict=True)
-            ]
-            problem, ranked = self._problem(scaled, alive, number / self.rounds)
+            done = number / self.rounds
+            problem, ranked = self._problem(self._towards(costs, done), alive, done)
             widths = self.allocator.allocation(problem, limits).widths
             alive = best(ranked, widths)
             gone = [[*u[w:], *g] for u, w, g in zip(ranked, widths, gone, strict=True)]
@@ -186,7 +180,7 @@ class Chooser:
             WidthProblem(dimensions, problem.costs),
             start.allocation.widths,
             lambda widths: self.dimensions.removed(best(ranked, widths)),
-            Distortion(self.program, self.dimensions, self._batches),
+            Distortion(self.program, self.dimensions, self._batches, self.context.seed),
             self.options.refine,
             self.context,
         )
@@ -210,9 +204,18 @@ class Chooser:
         quantity = self.options.latency
         return None if quantity is None else Latency(self.program, self.context, quantity)
 
+    def _towards(self, costs: Sequence[Cost], done: float) -> list[Cost]:
+        """The costs with limits that have come down so far: 0 is the whole program, 1 the limit."""
+        shares = [self._share(cost) for cost in costs]
+        return [
+            replace(cost, limit=cost.limit * (1 - (1 - share) * done) / share)
+            for cost, share in zip(costs, shares, strict=True)
+        ]
+
     def _share(self, cost: Cost) -> float:
         """A limit as a share of what the program has, at most all of it."""
-        return min(1.0, cost.limit / (self.full[cost.name] or 1))
+        full = self.full[cost.name]
+        return min(1.0, cost.limit / full) if full else 1.0
 
     def _limits(self) -> dict[str, float]:
         asked = {name: getattr(self.options, name) for name in self.full}
@@ -224,25 +227,13 @@ class Chooser:
         batches = self._batches if self.criterion.reads_data else ()
         removed = self.dimensions.removed(alive)
         program = masked(self.program, self.analysis, removed) if removed else self.program
-        try:
-            calibration = Calibration(program, self.program, batches, self.context.seed)
-            return score(self.criterion, self.dimensions, calibration)
-        except (RuntimeError, TypeError, ValueError) as error:
-            if not batches:
-                raise
-            raise InputMismatch(
-                f"the model fails on the calibration data: {first_line(error)}",
-                hint="a batch is what the model takes, or a pair (inputs, targets)",
-            ) from error
+        calibration = Calibration(program, self.program, batches, self.context.seed)
+        return score(self.criterion, self.dimensions, calibration)
 
     @cached_property
     def _batches(self) -> list[Batch]:
         """The data; without any the example inputs."""
-        context = self.context
-        if context.data is None:
-            return [Batch(context.args, dict(context.kwargs), context.loss)]
-        some = itertools.islice(context.data, _BATCHES)
-        return [read_batch(batch, context.data_loss, len(context.args)) for batch in some]
+        return calibration_batches(self.context)
 
     def _problem(
         self, costs: Sequence[Cost], alive: Ranked, done: float = 1.0
@@ -267,7 +258,7 @@ class Chooser:
         """What each unit more of each dimension is worth."""
         if not self.criterion.measured:
             return [tuple(scores[unit] for unit in units) for units in ranked]
-        measured = Distortion(self.program, self.dimensions, self._batches)
+        measured = Distortion(self.program, self.dimensions, self._batches, self.context.seed)
         curves = measured.curves(ranked, self.context.progress)
         return [
             curve_gains(dim, *curve) for dim, curve in zip(self.dimensions.all, curves, strict=True)

@@ -7,12 +7,11 @@ from collections import defaultdict
 from typing import Any
 
 import sympy
-import torch
 from torch import fx
 
 from graphopt.cost.flops import flops, flops_for_shapes
-from graphopt.ir.graphs import lookup
 from graphopt.ir.program import Program
+from graphopt.passes.prune.analysis import region_of
 from graphopt.passes.prune.dimensions import Dimensions, Monomial
 from graphopt.passes.prune.rule import Value
 from graphopt.solvers.widths import Cost, Term
@@ -83,7 +82,7 @@ class FlopsCounter:
 
     def of_node(self, module: fx.GraphModule, node: fx.Node) -> Polynomial:
         """FLOPs of one node."""
-        inner = _region(module, node)
+        inner = region_of(module, node)
         if inner is not None and any(each in self.values for each in inner.graph.nodes):
             return self.of(inner)
         count = flops(node)
@@ -132,15 +131,3 @@ class FlopsCounter:
 def _number(count: float) -> Any:
     """A whole number where it is one."""
     return sympy.Integer(round(count)) if abs(count - round(count)) < 1e-9 else sympy.Float(count)
-
-
-def _region(module: fx.GraphModule, node: fx.Node) -> fx.GraphModule | None:
-    """The sub-graph that a node runs once."""
-    if not isinstance(node.target, torch._ops.HigherOrderOperator):
-        return None
-    for source in node.all_input_nodes:
-        if source.op == "get_attr":
-            inner = lookup(module, str(source.target))
-            if isinstance(inner, fx.GraphModule):
-                return inner
-    return None

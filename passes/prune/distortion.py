@@ -16,12 +16,11 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from graphopt.batches import Batch
-from graphopt.comparison import probe_loss
 from graphopt.ir.program import Program
 from graphopt.passes.prune.dimensions import Dimension, Dimensions
+from graphopt.passes.prune.outputs import distance, floating_outputs, loss_of
 from graphopt.passes.prune.rewrite import zero_
 from graphopt.pipeline import Progress
 
@@ -32,15 +31,18 @@ _GRID = (0.0, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875)
 class Distortion:
     """Measures how far outputs move when units are masked."""
 
-    def __init__(self, program: Program, dimensions: Dimensions, batches: Sequence[Batch]) -> None:
+    def __init__(
+        self, program: Program, dimensions: Dimensions, batches: Sequence[Batch], seed: int
+    ) -> None:
         self.module = program.emit().eval()
-        self.dimensions, self.batches = dimensions, batches
+        self.dimensions, self.batches, self.seed = dimensions, batches, seed
         self.parameters = [
             (slot, self.module.get_parameter(slot.path))
             for slot in dimensions.analysis.slots.values()
             if slot.is_trained
         ]
-        self.exact = [self._outputs(batch) for batch in batches]
+        with torch.no_grad():
+            self.exact = [floating_outputs(self.module, batch, seed) for batch in batches]
 
     def curves(
         self, ranked: Sequence[Sequence[int]], progress: Progress
@@ -70,7 +72,8 @@ class Distortion:
         chosen = range(len(self.batches)) if some is None else some
         with self._masked(removed):
             return statistics.fmean(
-                _distance(self.exact[i], self._outputs(self.batches[i])) for i in chosen
+                distance(self.exact[i], floating_outputs(self.module, self.batches[i], self.seed))
+                for i in chosen
             )
 
     @torch.no_grad()
@@ -79,8 +82,7 @@ class Distortion:
         chosen = range(len(self.batches)) if some is None else some
         with self._masked(removed):
             return statistics.fmean(
-                float(b.loss(self.module(*b.args, **b.kwargs), probe_loss))
-                for b in (self.batches[i] for i in chosen)
+                float(loss_of(self.module, self.batches[i], self.seed)) for i in chosen
             )
 
     @contextmanager
@@ -97,18 +99,6 @@ class Distortion:
         finally:
             for parameter, values in saved:
                 parameter.copy_(values)
-
-    @torch.no_grad()
-    def _outputs(self, batch: Batch) -> list[Tensor]:
-        leaves = pytree.tree_leaves(self.module(*batch.args, **batch.kwargs))
-        return [t.double() for t in leaves if isinstance(t, Tensor) and t.is_floating_point()]
-
-
-def _distance(exact: Sequence[Tensor], got: Sequence[Tensor]) -> float:
-    return sum(
-        float((a - b).square().sum() / (a - a.mean()).square().sum().clamp_min(1e-30))
-        for a, b in zip(exact, got, strict=True)
-    )
 
 
 def gains(dim: Dimension, widths: Sequence[int], losses: Sequence[float]) -> tuple[float, ...]:

@@ -69,7 +69,7 @@ def gradually(
 
     Args:
         model: The model that the loop trains; it is captured on the way in.
-        budget: ``"flops=50%"``, also of ``params`` or ``bytes``.
+        budget: ``"flops=50%"``, also of ``params``, ``bytes`` or ``latency``.
         example_inputs: Positional inputs; the budget is for their sizes.
         steps: Steps of the optimizer until all weights of removed units are zero, no more than the
             loop takes; the rest of the loop trains what is left.
@@ -84,7 +84,7 @@ def gradually(
         seed: Of everything random.
         progress: Told what goes on.
         **options: Further options of the pass `prune`: ``criterion`` (here ``taylor2`` by default),
-            ``allocation``, ``round_to``, ``min_keep``, ``freeze``, ``norm``.
+            ``allocation``, ``round_to``, ``min_keep``, ``caps``, ``freeze``, ``norm``.
 
     Raises:
         UsageError: Too few steps for so many periods; options that there aren't.

@@ -126,7 +126,7 @@ def _limits(request: Request, rounds: int, shape: Shape) -> list[dict[str, Quant
             raise UsageError(
                 f"{name} can't be brought down in rounds", hint=f"one of {', '.join(full)}"
             )
-        share = min(1.0, quantity.of(full[name]) / full[name])
+        share = min(1.0, quantity.of(full[name]) / full[name]) if full[name] else 1.0
         for limit, left in zip(found, schedule(share, rounds, shape), strict=True):
             limit[name] = Quantity(left * full[name], "B" if name == "bytes" else "")
     return found

@@ -28,7 +28,7 @@ from graphopt.measure import PairedSeconds, forward_seconds
 from graphopt.passes.prune.costs import FlopsCounter, Polynomial, places
 from graphopt.passes.prune.dimensions import Dimensions
 from graphopt.passes.prune.rewrite import pruned
-from graphopt.passes.prune.rule import Value
+from graphopt.passes.prune.rule import values_in
 from graphopt.pipeline import PassContext
 from graphopt.solvers.least_squares import nonnegative_least_squares
 
@@ -213,7 +213,8 @@ def _features(
     """What the seconds of a node may depend on, each 1 at full widths: 1, FLOPs, sizes."""
     full_widths = [dim.width for dim in dimensions.all]
     near = (node, *node.all_input_nodes)
-    sizes = [places(dimensions, value) for n in near for value in _values(dimensions, n)]
+    values = dimensions.analysis.values
+    sizes = [places(dimensions, value) for n in near for value in values_in(values.get(n))]
     found: list[Polynomial] = []
     for polynomial in ({(): 1.0}, FlopsCounter(dimensions).of_node(module, node), *sizes):
         full = _at(polynomial, full_widths)
@@ -223,13 +224,6 @@ def _features(
         if not any(_equal(scaled, other) for other in found):
             found.append(scaled)
     return tuple(found[:_MOST_COLUMNS])
-
-
-def _values(dimensions: Dimensions, node: fx.Node) -> Iterator[Value]:
-    value = dimensions.analysis.values.get(node)
-    for part in value if isinstance(value, (tuple, list)) else (value,):
-        if isinstance(part, Value):
-            yield part
 
 
 def _equal(one: Polynomial, other: Polynomial) -> bool:

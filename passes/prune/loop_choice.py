@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -75,12 +74,8 @@ class LoopChooser(Chooser):
             done: How far the limits have come down, from 0 to 1: the budget.
         """
         limits = self._limits()
-        costs = []
-        for name, limit in limits.items():
-            cost = self._cost(name, limit)
-            share = 1 - (1 - self._share(cost)) * done
-            costs.append(dataclasses.replace(cost, limit=limit * share / self._share(cost)))
-        problem, ranked = self._problem(costs, alive, done)
+        costs = [self._cost(name, limit) for name, limit in limits.items()]
+        problem, ranked = self._problem(self._towards(costs, done), alive, done)
         return best(ranked, self.allocator.allocation(problem, limits).widths)
 
     def settled(self, alive: Units) -> Chosen:

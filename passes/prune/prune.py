@@ -3,28 +3,22 @@
 from __future__ import annotations
 
 import copy
-import itertools
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import ClassVar, Literal
 
 import torch
-from torch import nn
 
 from graphopt.budget import Quantity
 from graphopt.comparison import Observation, observe, unequal
 from graphopt.cost.sizes import values_of
-from graphopt.errors import (
-    BudgetError,
-    UnsupportedError,
-    VerificationError,
-)
+from graphopt.errors import BudgetError, PipelineError, UnsupportedError, VerificationError
 from graphopt.ir.masks import Masks
 from graphopt.ir.program import Program
 from graphopt.ir.slices import Slices, blank
 from graphopt.passes.prune.analysis import analyse
 from graphopt.passes.prune.choice import Chooser, Chosen
 from graphopt.passes.prune.criteria import Name, UserFunction
+from graphopt.passes.prune.names import Freeze, all_names
 from graphopt.passes.prune.rewrite import masked
 from graphopt.passes.prune.units import Reason
 from graphopt.pipeline import Pass, PassContext, PassResult, Position, Preserves
@@ -68,7 +62,8 @@ class Prune(Pass):
             gets wider, others narrower, and what measures better on the data is kept.
         rounds: With a criterion of gradients, how often units are ranked anew on what is left,
             while the limit comes down: first-order scores hold for small changes.
-        freeze: Parameters that keep their sizes: names or globs, separated by blanks.
+        freeze: Parameters that keep their sizes: names or globs, separated by blanks; of a tied one
+            any name.
         norm: ``exact``: norms and means over a pruned axis are written out; ``freeze``: their axes
             are not pruned.
     """
@@ -99,6 +94,7 @@ class Prune(Pass):
             BudgetInfeasible: What is frozen takes more; carries the smallest budget.
             BudgetError: There is no budget.
             InputMismatch: The model doesn't take the data.
+            PipelineError: An option is out of range, or names a parameter that there isn't.
         """
         if program.planner is not None:
             raise UnsupportedError(
@@ -120,7 +116,12 @@ class Run:
     """
 
     def __init__(self, options: Prune, program: Program, context: PassContext) -> None:
-        """Analyse a program; nothing is chosen yet."""
+        """Analyse a program; nothing is chosen yet.
+
+        Raises:
+            PipelineError: An option is out of range, or names a parameter that there isn't.
+        """
+        _check(options)
         self.options, self.program, self.context = options, program, context
         context.progress("finding what can be pruned")
         self.analysis = analyse(program, compensates=options.norm == "exact")
@@ -140,12 +141,11 @@ class Run:
         return PassResult(small, changed=bool(chosen.removed), report={"prune": report})
 
     def _freeze(self) -> None:
-        patterns = self.options.freeze.split()
-        for slot in self.analysis.slots.values():
-            for pattern in patterns:
-                if fnmatchcase(slot.path, pattern):
-                    for labels in slot.value.axes:
-                        self.analysis.units.freeze(labels, Reason(f"freeze={pattern}"))
+        freeze, names = Freeze.read(self.options.freeze, self.program), all_names(self.program)
+        for key, slot in self.analysis.slots.items():
+            reason = freeze.reason(names.get(key, [slot.path]))
+            for labels in slot.value.axes if reason else ():
+                self.analysis.units.freeze(labels, Reason(str(reason)))
 
     def _check(self, small: Program, removed: frozenset[int]) -> None:
         """Compare with the masked network on the example inputs, in eval mode."""
@@ -177,7 +177,7 @@ class Run:
 
     def _slices(self, removed: frozenset[int]) -> Slices:
         kept, shapes = {}, {}
-        names = _names(self.program)
+        names = all_names(self.program)
         for key, slot in self.analysis.slots.items():
             places = self.analysis.kept(slot, removed)
             for name in names.get(key, [slot.path]) if places else ():
@@ -189,7 +189,7 @@ class Run:
     def _masks(self, removed: frozenset[int]) -> Masks | None:
         """What earlier masks keep of what is left."""
         found = dict(self.program.masks or {})
-        names = _names(self.program)
+        names = all_names(self.program)
         for key, slot in self.analysis.slots.items():
             places = self.analysis.kept(slot, removed)
             for name in names.get(key, []) if places else ():
@@ -231,12 +231,21 @@ def rounding(program: Program) -> float:
     )
 
 
-def _names(program: Program) -> dict[int, list[str]]:
-    """All names of each parameter and buffer."""
-    names: dict[int, list[str]] = {}
-    root: nn.Module = program.skeleton.root
-    for name, tensor in itertools.chain(
-        root.named_parameters(remove_duplicate=False), root.named_buffers(remove_duplicate=False)
-    ):
-        names.setdefault(id(tensor), []).append(name)
-    return names
+def _check(options: Prune) -> None:
+    """Refuse numbers that make no sense.
+
+    Raises:
+        PipelineError: Says which.
+    """
+    sound = {
+        "round_to": options.round_to is None or options.round_to >= 1,
+        "min_keep": 0 <= options.min_keep <= 1,
+        "refine": options.refine >= 0,
+        "rounds": options.rounds >= 1,
+    }
+    for name, holds in sound.items():
+        if not holds:
+            raise PipelineError(
+                f"prune: {name}={getattr(options, name)} is out of range",
+                hint="round_to and rounds are at least 1, refine 0; min_keep lies between 0 and 1",
+            )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -14,7 +13,7 @@ from graphopt.ir.metadata import refreshed
 from graphopt.ir.program import Program
 from graphopt.ir.rebind import with_replaced
 from graphopt.passes.prune.analysis import Analysis, Slot
-from graphopt.passes.prune.rule import Edit, Value, adaptation_of
+from graphopt.passes.prune.rule import Edit, adaptation_of, values_in
 
 
 def pruned(
@@ -116,10 +115,9 @@ def _adapt(
 
 def _changes(node: fx.Node, analysis: Analysis, removed: frozenset[int]) -> bool:
     """Whether any axis of a call's inputs or outputs becomes smaller."""
-
-    def smaller(value: Any) -> bool:
-        if isinstance(value, Value):
-            return any(not analysis.units.kept(labels, removed).all() for labels in value.axes)
-        return isinstance(value, (tuple, list)) and any(map(smaller, value))
-
-    return any(smaller(analysis.values.get(n)) for n in (node, *node.all_input_nodes))
+    return any(
+        not analysis.units.kept(labels, removed).all()
+        for each in (node, *node.all_input_nodes)
+        for value in values_in(analysis.values.get(each))
+        for labels in value.axes
+    )

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -139,7 +139,6 @@ class Call(Arguments):
         node: The node.
         units: The store.
         values: What is known of the nodes before it.
-        consumed: Identities of the label arrays that a product sums over.
         compensates: Whether norms may lose places of the axes that they normalise.
     """
 
@@ -149,13 +148,11 @@ class Call(Arguments):
         units: Units,
         values: Mapping[fx.Node, Result],
         *,
-        consumed: set[int] | None = None,
         compensates: bool = True,
     ) -> None:
         super().__init__(node)
         self.units = units
         self.values = values
-        self.consumed = set() if consumed is None else consumed
         self.compensates = compensates
 
     def __getitem__(self, name: str) -> Any:
@@ -173,18 +170,7 @@ class Call(Arguments):
     @property
     def inputs(self) -> list[Value]:
         """All tensors among the inputs."""
-        found: list[Value] = []
-
-        def collect(value: Any) -> None:
-            if isinstance(value, Value):
-                found.append(value)
-            elif isinstance(value, (tuple, list)):
-                for item in value:
-                    collect(item)
-
-        for node in self.node.all_input_nodes:
-            collect(self.values.get(node))
-        return found
+        return [v for node in self.node.all_input_nodes for v in values_in(self.values.get(node))]
 
     @property
     def output(self) -> Any:
@@ -228,6 +214,15 @@ class Call(Arguments):
             for labels in value.axes:
                 self.freeze(labels, text)
         return fixed(self.output)
+
+
+def values_in(result: Result) -> Iterator[Value]:
+    """All tensors of a result."""
+    if isinstance(result, Value):
+        yield result
+    elif isinstance(result, (tuple, list)):
+        for part in result:
+            yield from values_in(part)
 
 
 def fixed(fake: Any) -> Result:

@@ -18,14 +18,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx
-from torch.utils import _pytree as pytree
 
 from graphopt.batches import Batch
-from graphopt.comparison import probe_loss
 from graphopt.passes.prune.criteria.base import Calibration, Scores
 from graphopt.passes.prune.criteria.ends import calls, copies, ends
 from graphopt.passes.prune.criteria.gradients import taylor2
 from graphopt.passes.prune.dimensions import Dimensions
+from graphopt.passes.prune.outputs import gradients_of, loss_of
 from graphopt.passes.prune.rewrite import graph_pairs, with_tensors
 from graphopt.passes.prune.units import Labels
 
@@ -73,7 +72,7 @@ def _measured(dimensions: Dimensions, calibration: Calibration, observe: _Observ
     scores: dict[int, float] = {}
     rows_seen = 0
     for batch in calibration.batches:
-        rows = _rows(batch)
+        rows = batch.rows or 1
         rows_seen += rows
         total = torch.zeros(rows, len(tapped.units), dtype=torch.float64)
         squares = torch.zeros(len(tapped.units), dtype=torch.float64)
@@ -98,12 +97,6 @@ def _with_the_rest(dimensions: Dimensions, calibration: Calibration, scores: Sco
         return scores
     rest = taylor2(dimensions, calibration)
     return {**scores, **{unit: 0.5 * rest.get(unit, 0.0) for unit in missing}}
-
-
-def _rows(batch: Batch) -> int:
-    """How many rows a batch has."""
-    tensors = [t for t in pytree.tree_leaves((batch.args, batch.kwargs)) if isinstance(t, Tensor)]
-    return next((t.shape[0] for t in tensors if t.dim()), 1) or 1
 
 
 @dataclass(frozen=True)
@@ -142,11 +135,10 @@ class _Tapped:
     def products(self, batch: Batch, seed: int) -> Iterator[tuple[_Ends, Tensor]]:
         """``x dL/dx`` of everything that is read, the axis of the units that end there last."""
         self._read.clear()
-        with torch.random.fork_rng(devices=[]), torch.enable_grad():
-            torch.manual_seed(seed)
-            loss = batch.loss(self._module(*batch.args, **batch.kwargs), probe_loss)
+        with torch.enable_grad():
+            loss = loss_of(self._module, batch, seed)
             values = [value for _, value in self._read]
-            found = torch.autograd.grad(loss, values, allow_unused=True) if values else ()
+            found = gradients_of(loss, values) if values else ()
         for (here, value), gradient in zip(self._read, found, strict=True):
             if gradient is not None:
                 product = value.detach().double() * gradient.double()

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
-from typing import Any
 
 import torch
 from torch import fx
 
 from graphopt.ir.graphs import lookup
+from graphopt.passes.prune.analysis import region_of
 from graphopt.passes.prune.dimensions import Dimensions
-from graphopt.passes.prune.rule import Value
+from graphopt.passes.prune.rule import Value, values_in
 
 
 def calls(
@@ -29,7 +29,7 @@ def calls(
             known.add(node)
         if node.op != "call_function":
             continue
-        inner = _region(module, node)
+        inner = region_of(module, node)
         if inner is None:
             yield node, known
         else:
@@ -67,7 +67,7 @@ def ends(
     values, units = dimensions.analysis.values, dimensions.units
     seen = {
         unit
-        for value in _values(values.get(node))
+        for value in values_in(values.get(node))
         for labels in value.axes
         for unit in units.units_of(labels)
     }
@@ -81,21 +81,3 @@ def ends(
             if units.is_free(labels) and (ending := units.units_of(labels) - seen):
                 yield source, axis, ending
                 seen |= ending
-
-
-def _values(result: Any) -> Iterator[Value]:
-    if isinstance(result, Value):
-        yield result
-    elif isinstance(result, (tuple, list)):
-        for each in result:
-            yield from _values(each)
-
-
-def _region(module: fx.GraphModule, node: fx.Node) -> fx.GraphModule | None:
-    """The sub-graph that a node runs once."""
-    for source in node.all_input_nodes:
-        if source.op == "get_attr":
-            inner = lookup(module, str(source.target))
-            if isinstance(inner, fx.GraphModule):
-                return inner
-    return None

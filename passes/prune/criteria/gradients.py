@@ -10,13 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from graphopt.comparison import probe_loss
 from graphopt.errors import UnsupportedError
 from graphopt.ir.program import Program
 from graphopt.passes.prune.analysis import Slot
 from graphopt.passes.prune.criteria.base import Calibration, Scores, add, places
 from graphopt.passes.prune.criteria.ends import calls, ends
 from graphopt.passes.prune.dimensions import Dimensions
+from graphopt.passes.prune.outputs import gradients_of, loss_of
 
 
 def taylor(dimensions: Dimensions, calibration: Calibration) -> Scores:
@@ -116,15 +116,14 @@ def gradients(calibration: Calibration) -> Iterator[Mapping[str, Tensor]]:
     wanted = {name: p for name, p in names.items() if p.requires_grad} or names
     any_found = any(calibration.known)
     for batch in calibration.batches:
-        with torch.random.fork_rng(devices=[]), torch.enable_grad():
-            torch.manual_seed(calibration.seed)
-            value = batch.loss(module(*batch.args, **batch.kwargs), probe_loss)
-            found = torch.autograd.grad(value, list(wanted.values()), allow_unused=True)
+        with torch.enable_grad():
+            value = loss_of(module, batch, calibration.seed)
+            found = gradients_of(value, list(wanted.values()))
         result = {n: g for n, g in zip(wanted, found, strict=True) if g is not None}
         any_found = any_found or bool(result)
         yield result
     if not any_found:
         raise UnsupportedError(
             "a criterion of gradients: no parameter got one",
-            hint="give a loss that depends on the parameters, or criterion=l2",
+            hint="give a loss that depends on the parameters, or a criterion of weights alone",
         )

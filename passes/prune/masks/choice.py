@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from functools import cached_property
 from typing import Any, Literal
 
@@ -19,6 +18,7 @@ from graphopt.passes.prune.masks.criteria import Criterion, score
 from graphopt.passes.prune.masks.matrices import Matrix, matrices
 from graphopt.passes.prune.masks.patterns import Pattern, above_threshold, best, uniform
 from graphopt.passes.prune.masks.trial import Trial
+from graphopt.passes.prune.names import Freeze
 from graphopt.pipeline import PassContext
 from graphopt.solvers.surviving import Survival
 
@@ -50,6 +50,7 @@ class Chooser:
         free: Those of them that may be.
         dense: Parameters that stay dense, and why.
         pattern: What groups look like, or None.
+        freeze: What stays dense.
         method: How it is decided.
         criterion: How weights are ranked.
     """
@@ -64,16 +65,17 @@ class Chooser:
 
         Raises:
             UnsupportedError: Nothing may be masked.
+            PipelineError: A malformed pattern; `freeze` names a parameter that there isn't.
         """
         self.options, self.program, self.context = options, program, context
         self.pattern = Pattern.parse(options.pattern)
+        self.freeze = Freeze.read(options.freeze, program)
         self.matrices = matrices(program)
         self.dense: dict[str, str] = _unread(program, self.matrices)
         self.free = [m for m in self.matrices if self._may(m)]
         if not self.free:
-            listed = "; ".join(f"{name}: {why}" for name, why in list(self.dense.items())[:5])
             raise UnsupportedError(
-                f"there is nothing to mask ({listed or 'no product reads a parameter'})",
+                f"there is nothing to mask ({self._frozen or 'no product reads a parameter'})",
                 hint="products with parameters of two or more axes are masked; see freeze, pattern",
             )
         given = context.data is not None
@@ -115,15 +117,18 @@ class Chooser:
         return self.whole if asked is None else math.floor(asked.of(self.whole) + 1e-9)
 
     def _may(self, matrix: Matrix) -> bool:
-        reason = self.pattern and self.pattern.misfit(matrix)
-        for glob in self.options.freeze.split():
-            if any(fnmatchcase(name, glob) for name in matrix.names):
-                reason = f"freeze={glob}"
+        misfit = self.pattern and self.pattern.misfit(matrix)
+        reason = self.freeze.reason(matrix.names) or misfit
         if reason:
             self.dense[matrix.name] = reason
         return not reason
 
-    def _left(self, matrix: Matrix) -> int:
+    @property
+    def _frozen(self) -> str:
+        """Some of what stays dense, and why, for errors."""
+        return "; ".join(f"{name}: {why}" for name, why in list(self.dense.items())[:5])
+
+    def left(self, matrix: Matrix) -> int:
         """Weights of a matrix that earlier masks keep."""
         kept = self.alive.get(matrix.name)
         return matrix.size if kept is None else int(kept.sum())
@@ -145,17 +150,16 @@ class Chooser:
     def _beside(self) -> int:
         """Weights of matrices that stay as they are."""
         free = {m.name for m in self.free}
-        return sum(self._left(m) for m in self.matrices if m.name not in free)
+        return sum(self.left(m) for m in self.matrices if m.name not in free)
 
     # -- without a pattern -------------------------------------------------------------------------
 
     def _unstructured(self) -> Chosen:
         beside = self._beside()
-        left = {m.name: self._left(m) for m in self.free}
+        left = {m.name: self.left(m) for m in self.free}
         count = min(self.limit - beside, sum(left.values()))
         if count < 1:
-            frozen = "; ".join(f"{name}: {why}" for name, why in list(self.dense.items())[:5])
-            raise self._infeasible(beside + 1, frozen or "a weight has to stay")
+            raise self._infeasible(beside + 1, self._frozen or "a weight has to stay")
         share = self.options.floor * count / sum(left.values())
         least = {name: math.floor(share * size) for name, size in left.items()}
         solved: Survival | None = None
@@ -196,8 +200,7 @@ class Chooser:
         beside = self._beside()
         smallest = beside + sum(int(kept.sum()) for kept in grouped.values())
         if smallest > self.limit:
-            frozen = "; ".join(f"{name}: {why}" for name, why in list(self.dense.items())[:5])
-            raise self._infeasible(smallest, frozen or f"pattern={pattern} keeps as much")
+            raise self._infeasible(smallest, self._frozen or f"pattern={pattern} keeps as much")
         names, solved = layerwise.patterned(
             self.free, beside, self._losses(grouped), pattern, self.limit,
             self.context.time_limit,

@@ -65,6 +65,7 @@ class Sparsify(Pass):
             BudgetError: There is neither a budget nor a pattern.
             InputMismatch: The model doesn't take the data.
             UnsupportedError: There is nothing to mask, or the program carries a memory plan.
+            PipelineError: An option is out of range, or names a parameter that there isn't.
         """
         if program.planner is not None:
             raise UnsupportedError(
@@ -82,7 +83,7 @@ class Sparsify(Pass):
         masked = _masked(program, chooser, chosen)
         context.progress("measuring the masked model")
         report = _report(masked, chooser, chosen)
-        changed = report.weights_after < sum(map(chooser._left, chooser.matrices))
+        changed = report.weights_after < sum(map(chooser.left, chooser.matrices))
         return PassResult(masked, changed, {"sparsify": report})
 
 

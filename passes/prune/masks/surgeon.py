@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from graphopt.passes.prune.masks.matrices import Matrix
-from graphopt.passes.prune.masks.trial import Trial
+from graphopt.passes.prune.masks.trial import Kept, Trial
 from graphopt.pipeline import Progress
 from graphopt.solvers.selection import Quadratic, Selection, select
 
@@ -33,8 +33,6 @@ _NUMBERS = 1 << 26
 """Most entries of all gradients of the weights that take part."""
 _RIDGE = 1.0
 """The ridge, as a multiple of the mean of the diagonal."""
-
-Kept = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)

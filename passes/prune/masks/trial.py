@@ -7,27 +7,18 @@ import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from graphopt.batches import Batch, read_batch
-from graphopt.comparison import probe_loss
-from graphopt.errors import (
-    GraphoptError,
-    InputMismatch,
-    NonFiniteError,
-    UnsupportedError,
-    UsageError,
-    first_line,
-)
+from graphopt.batches import Batch, calibration_batches
+from graphopt.errors import GraphoptError, NonFiniteError
 from graphopt.ir.program import Program
 from graphopt.passes.prune.masks.matrices import Matrix
+from graphopt.passes.prune.outputs import distance, floating_outputs, gradients_of, loss_of
 from graphopt.pipeline import PassContext
 
-_BATCHES = 64
 _EXAMPLES = 256
 """Most examples of which gradients are taken."""
 
@@ -51,7 +42,7 @@ class Trial:
         self.module = copy.deepcopy(program.emit()).eval()
         self.seed = context.seed
         self.weights = {m.name: self.module.get_parameter(m.name) for m in matrices}
-        self.batches = _batches(context)
+        self.batches = calibration_batches(context)
         self._exact: list[list[Tensor]] | None = None
 
     @torch.no_grad()
@@ -69,11 +60,11 @@ class Trial:
         """
         if self._exact is None:
             self._exact = [self._outputs(batch) for batch in self.batches]
-        held = itertools.accumulate(map(_rows, self.batches), initial=0)
+        held = itertools.accumulate((b.rows for b in self.batches), initial=0)
         some = [number for number, before in enumerate(held) if before < rows]
         some = some[: len(self.batches)]
         with self._masked(kept):
-            found = sum(_distance(self._exact[i], self._outputs(self.batches[i])) for i in some)
+            found = sum(distance(self._exact[i], self._outputs(self.batches[i])) for i in some)
         if not math.isfinite(found):
             raise NonFiniteError(
                 "the masked model's outputs are not finite on the calibration data",
@@ -85,7 +76,7 @@ class Trial:
     def loss(self, kept: Kept) -> float:
         """The mean loss of the batches."""
         with self._masked(kept):
-            values = [float(b.loss(self._called(b), probe_loss)) for b in self.batches]
+            values = [float(loss_of(self.module, batch, self.seed)) for batch in self.batches]
         return sum(values) / len(values)
 
     def gradients(self, kept: Kept) -> Iterator[dict[str, Tensor]]:
@@ -119,13 +110,7 @@ class Trial:
     def _gradient(self, batch: Batch) -> dict[str, Tensor]:
         wanted = [w.requires_grad_() for w in self.weights.values()]
         with torch.enable_grad():
-            value = batch.loss(self._called(batch), probe_loss)
-            if not value.requires_grad:
-                raise UnsupportedError(
-                    "a criterion of gradients: no weight matrix gets one",
-                    hint="give a loss that depends on them, or criterion=magnitude",
-                )
-            found = torch.autograd.grad(value, wanted, allow_unused=True)
+            found = gradients_of(loss_of(self.module, batch, self.seed), wanted)
         pairs = zip(self.weights.items(), found, strict=True)
         result = {n: torch.zeros_like(w) if g is None else g for (n, w), g in pairs}
         for name, gradient in result.items():
@@ -151,31 +136,7 @@ class Trial:
                     self.weights[name].copy_(values)
 
     def _outputs(self, batch: Batch) -> list[Tensor]:
-        leaves = pytree.tree_leaves(self._called(batch))
-        return [t for t in leaves if isinstance(t, Tensor) and t.is_floating_point()]
-
-    def _called(self, batch: Batch) -> Any:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed)
-            try:
-                return self.module(*batch.args, **batch.kwargs)
-            except (RuntimeError, TypeError, ValueError) as error:
-                raise InputMismatch(
-                    f"the model fails on the calibration data: {first_line(error)}",
-                    hint="a batch is what the model takes, or a pair (inputs, targets)",
-                ) from error
-
-
-def _batches(context: PassContext) -> list[Batch]:
-    if context.data is None:
-        return [Batch(context.args, dict(context.kwargs), context.loss)]
-    some = itertools.islice(context.data, _BATCHES)
-    found = [read_batch(batch, context.data_loss, len(context.args)) for batch in some]
-    if not found:
-        raise UsageError(
-            "data yields no batches", hint="an iterator that was read before is empty: give a list"
-        )
-    return found
+        return floating_outputs(self.module, batch, self.seed)
 
 
 def _singles(batch: Batch) -> list[Batch]:
@@ -191,18 +152,3 @@ def _singles(batch: Batch) -> list[Batch]:
         return Batch(args, kwargs, batch.criterion, targets)
 
     return [single(row) for row in range(sizes.pop())]
-
-
-def _rows(batch: Batch) -> int:
-    """Examples of a batch: the rows of its first tensor."""
-    leaves = pytree.tree_leaves((batch.args, batch.kwargs))
-    return next((t.shape[0] for t in leaves if isinstance(t, Tensor) and t.dim()), 1)
-
-
-def _distance(exact: Sequence[Tensor], got: Sequence[Tensor]) -> float:
-    total = 0.0
-    for a, b in zip(exact, got, strict=True):
-        wide = a.double()
-        spread = (wide - wide.mean()).square().sum().clamp_min(1e-30)
-        total += float((wide - b.double()).square().sum() / spread)
-    return total

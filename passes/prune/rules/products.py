@@ -24,7 +24,6 @@ _SUMMED = "it is summed over, and what is removed from it is not zero"
 
 def contract(call: Call, one: Value, i: int, other: Value, j: int) -> None:
     """Sum over an axis of two factors."""
-    call.consumed.update(map(id, (one.axes[i], other.axes[j])))
     call.unify(one.axes[i], other.axes[j], _MEETS)
     if not call.is_zero(one, i) and not call.is_zero(other, j):
         call.freeze(one.axes[i], _SUMMED)
@@ -191,7 +190,6 @@ def _convolved(call: Call, transposed: bool) -> Result:
         per_group, own = call.split(weight.axes[0], groups, len(weight.axes[0]) // groups)
         outputs = call.units.merge(shared, own)
     call.unify(per_group, shared, _MEETS)
-    call.consumed.add(id(weight.axes[whole]))
     summed = Value((inner,), (x.zero[channels],))
     if not call.is_zero(summed, 0) and not weight.zero[whole]:
         call.freeze(inner, _SUMMED)

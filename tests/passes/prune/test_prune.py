@@ -261,3 +261,45 @@ def test_with_a_memory_budget(model: nn.Module, x: Tensor) -> None:
     report = both.report.to_dict()
     assert report["memory"]["measured_peak"] <= report["memory"]["budget"]
     assert report["prune"]["flops_after"] <= 0.6 * report["prune"]["flops_before"]
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        ("round_to=0", "round_to=0"),
+        ("min_keep=1.5", r"min_keep=1\.5"),
+        ("refine=-1", "refine=-1"),
+        ("rounds=0", "rounds=0"),
+        ("freeze=up.weigth", r"up\.weigth.*\n.*did you mean 'up\.weight'"),
+        ("freeze=qkv", r"(?s)'qkv'.*freeze=qkv\.\*"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(
+    model: nn.Module, x: Tensor, option: str, said: str
+) -> None:
+    with pytest.raises(errors.PipelineError, match=said):
+        prune(model, x, f"flops=80%,{option}")
+
+
+def test_any_name_of_a_tied_parameter_freezes_it() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(6, 16), nn.Linear(16, 2)
+            self.one, self.other = nn.Linear(16, 16, bias=False), nn.Linear(16, 16, bias=False)
+            self.other.weight = self.one.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(F.relu(self.other(F.relu(self.one(F.relu(self.first(x)))))))
+
+    model, x = randomised(Tied()), torch.randn(3, 6)
+    assert prune(model, x, "params=70%").get_parameter("one.weight").shape != (16, 16)
+    with pytest.raises(graphopt.BudgetInfeasible, match=r"freeze=other\.\*"):
+        prune(model, x, "params=70%,freeze=other.*")
+
+
+def test_a_model_without_flops_is_left_alone() -> None:
+    norm = nn.LayerNorm(8)
+    small = prune(norm, torch.randn(3, 8), "flops=50%,criterion=taylor2")
+    assert section(small)["flops_after"] == 0
+    assert small.get_parameter("weight").shape == (8,)

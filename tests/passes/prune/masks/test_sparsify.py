@@ -222,7 +222,7 @@ def test_tied_weights_are_one(tmp_path: Path) -> None:
 
 
 def test_what_is_frozen_stays(model: nn.Module, x: Tensor) -> None:
-    sparse = sparsify(model, x, 'weights=80%,freeze="conv.* nothing"')
+    sparse = sparsify(model, x, 'weights=80%,freeze="conv.* norm.*"')
     assert torch.equal(sparse.get_parameter("conv.weight"), model.get_parameter("conv.weight"))
     assert ["conv.weight", "freeze=conv.*"] in section(sparse)["dense"]  # type: ignore[operator]
     whole = sum(model.get_parameter(name).numel() for name in WEIGHTS)
@@ -253,6 +253,7 @@ def test_too_small_a_budget_says_the_smallest(model: nn.Module, x: Tensor) -> No
         ("pattern=0:4", errors.PipelineError),
         ("weights=50%,floor=2", errors.PipelineError),
         ("weights=50%,rounds=0", errors.PipelineError),
+        ("weights=50%,freeze=nothing", errors.PipelineError),
         ("weights=50%,method=best", errors.PipelineError),
         ("pattern=1:7", errors.UnsupportedError),
         ('weights=50%,freeze="*"', errors.UnsupportedError),
