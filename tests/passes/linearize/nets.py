@@ -64,7 +64,7 @@ def drawn(*shape: int, seed: int = 3) -> Tensor:
 
 def linearized(model: nn.Module, *args: Any, spec: str = "relus=25%", **options: Any) -> Any:
     """By the pass alone, on its example inputs unless other data is given."""
-    options = {"data": [args if len(args) > 1 else args[0]], "time_limit": 10.0} | options
+    options = {"data": [args[0] if len(args) == 1 else args], "time_limit": 10.0} | options
     return graphopt.optimize(
         model, None, args, passes=f"canonicalize,linearize{{{spec}}}", **options
     )

@@ -16,6 +16,7 @@ from graphopt.errors import (
     InputMismatch,
     NonFiniteError,
     UnsupportedError,
+    VerificationError,
 )
 from graphopt.private import comparisons
 from tests.passes.linearize.nets import Net, cnn, drawn, linearized, mlp, section
@@ -143,20 +144,35 @@ def test_a_model_without_non_linearities() -> None:
     assert torch.equal(module(vectors), model(vectors))
 
 
-def test_activations_that_escape() -> None:
-    """A cube grows without bound where nothing in front of it is bounded any more."""
-    layers: list[nn.Module] = []
-    for _ in range(12):
-        layers += [nn.Linear(6, 6), nn.Hardtanh()]
+def loud(depth: int) -> nn.Module:
+    """Large weights, and bounds behind each layer."""
+    torch.manual_seed(0)
+    layers = [layer for _ in range(depth) for layer in (nn.Linear(6, 6), nn.Hardtanh())]
     model = nn.Sequential(*layers).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(60.0)
-    try:
-        module = linearized(model, vectors, spec="relus=0,rounds=1,replacement=poly3")
-    except graphopt.errors.VerificationError as error:
-        assert "escape" in str(error)
-        return
-    growth = max(s["range_growth"] for s in section(module)["sites"])
-    assert growth < 1e4
-    assert bool(section(module)["warnings"]) == (growth > 10)
+    return model
+
+
+IDENTITY = "relus=0,rounds=1,replacement=identity"
+
+
+def test_activations_that_escape() -> None:
+    """Without its bounds each layer multiplies what the one before it gives."""
+    error = refusal(VerificationError, loud(8), vectors, spec=IDENTITY)
+    assert "escape" in str(error)
+
+
+def test_activations_that_grow() -> None:
+    with pytest.warns(UserWarning, match="grew to"):
+        module = linearized(loud(2), vectors, spec=IDENTITY)
+    growth = [s["range_growth"] for s in section(module)["sites"]]
+    assert growth[0] == 1.0
+    assert 10 < growth[1] < 1e4
+    assert len(section(module)["warnings"]) == 1
+
+
+def test_fits_hold_the_range() -> None:
+    module = linearized(loud(8), vectors, spec="relus=0,rounds=1,replacement=poly3")
+    assert all(s["range_growth"] < 10 for s in section(module)["sites"])

@@ -198,7 +198,7 @@ def test_a_model_of_halves() -> None:
 def test_an_original_checkpoint_warns_and_loads(pair: tuple[nn.Module, Any]) -> None:
     model, module = pair[0], copy.deepcopy(pair[1])
     checkpoint = {k: v + 0.1 if v.is_floating_point() else v for k, v in model.state_dict().items()}
-    with pytest.warns(UserWarning):
+    with pytest.warns(UserWarning, match="replaced non-linearities"):
         module.load_state_dict(checkpoint)
     state = module.state_dict()
     assert all(torch.equal(state[key], value) for key, value in checkpoint.items())

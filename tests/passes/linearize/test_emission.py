@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.lazy import LazyModuleMixin
 
 import graphopt
 from graphopt.private import comparisons
@@ -99,7 +100,7 @@ def quick(names: Iterable[str], those: Collection[str]) -> list[Any]:
 def ran(case: Case, spec: str) -> tuple[nn.Module, Any]:
     torch.manual_seed(0)
     model = case.model()
-    if any(isinstance(m, nn.modules.lazy.LazyModuleMixin) for m in model.modules()):
+    if any(isinstance(m, LazyModuleMixin) for m in model.modules()):
         model(case.x)
     return model, linearized(model, case.x, spec=spec, **case.options)
 

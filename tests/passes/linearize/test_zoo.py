@@ -14,8 +14,8 @@ from tests.passes.linearize.nets import section
 from tests.passes.linearize.oracle import blended
 from tests.zoo import ZOO, floating_leaves
 
-QUICK = ["cnn", "depthwise"]
-LONG = ["resnet", "unet", "conv_transpose", "bert", "vit", "llama", "t5"]
+QUICK = ["depthwise", "conv_transpose"]
+LONG = ["cnn", "resnet", "unet", "bert", "vit", "llama", "t5"]
 SMOOTH = {"gelu", "silu", "sigmoid", "tanh", "mish", "softplus", "log_sigmoid"}
 
 
@@ -39,21 +39,16 @@ def test_a_quarter(name: str) -> None:
     told = section(module)
     budget = told["relus_before"] // 4
     assert told["relus_after"] <= budget
-    splits = [s for s in told["sites"] if s["reason"] is None and s["op"] != "max_pool"]
-    assert splits
-    # a position of a free sequence stands for all of its places
-    largest = max(s.shape[1] for s in floating_leaves((args, kwargs))) if not kwargs else 64
-    assert told["relus_after"] > budget - largest
-    kept = sum(s["kept"] for s in told["sites"] if s["op"] not in SMOOTH)
-    fixed = {s["node"] for s in told["sites"] if s["reason"]}
-    counted = comparisons(module, *args, **kwargs)
-    sites = sum(s["kept"] for s in told["sites"] if s["node"] in fixed)
-    assert sum(counted.values()) >= kept - sites
+    assert any(0 < site["kept"] < site["total"] for site in told["sites"])
+    # what the model compares besides, such as masks of ids, stays as it is
+    saved = sum(s["total"] - s["kept"] for s in told["sites"] if s["op"] not in SMOOTH)
+    before, after = (sum(comparisons(m, *args, **kwargs).values()) for m in (model, module))
+    assert before - after == saved
     second, other = entry.inputs(3)
     for given in ((args, kwargs), (second, other)):
         want, got = outputs(model, *given), outputs(module, *given)
         assert [t.shape for t in want] == [t.shape for t in got]
         assert all(bool(t.isfinite().all()) for t in got)
     if name in QUICK:
-        assert sum(counted.values()) == told["relus_after"] == budget
+        assert after == told["relus_after"] == budget
         assert torch.allclose(blended(model, module, *args), module(*args), atol=1e-4)
