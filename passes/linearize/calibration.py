@@ -57,6 +57,15 @@ def _writes(user: fx.Node, node: fx.Node) -> bool:
     return isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable
 
 
+def writes_to_values(graph: fx.Graph) -> bool:
+    """Whether a call writes to what another one computed, or to an input."""
+    return any(
+        _writes(node, source) and source.op != "get_attr"
+        for node in graph.nodes
+        for source in node.all_input_nodes[:1]
+    )
+
+
 def call(node: fx.Node, value: Callable[[fx.Node], Any]) -> Any:
     """Run one call of a graph.
 
@@ -85,12 +94,19 @@ def reference(program: Program, context: PassContext, most_samples: int) -> Refe
     module = program.specialize(False)
     if context.data is None:
         return _without_data(program, module, context, most_samples)
+    examples = program.signature.flatten_inputs(context.args, context.kwargs)
     inputs: list[list[Tensor]] = []
     room = most_samples
     for batch in itertools.islice(context.data, _MOST_BATCHES):
         read = read_batch(batch, context.data_loss, len(context.args))
         flat = program.signature.flatten_inputs(read.args, read.kwargs)
-        for leaf, tensor in zip(program.signature.inputs, flat, strict=True):
+        for leaf, tensor, example in zip(program.signature.inputs, flat, examples, strict=True):
+            if tensor.dtype != example.dtype:
+                raise InputMismatch(
+                    f"the calibration data has {tensor.dtype} in {leaf.name}, the example inputs "
+                    f"{example.dtype}",
+                    hint="convert the data",
+                )
             if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
                 raise NonFiniteError(
                     f"the calibration data holds NaN or infinity in {leaf.name}",
@@ -181,7 +197,7 @@ def _observe_norms(noise: Reference, statistics: dict[str, Tensor]) -> None:
     norms = batch_norms(noise.module.graph)
     for node in noise.module.graph.nodes:
         if node.op == "placeholder":
-            values[node] = next(placeholders)
+            values[node] = next(placeholders).clone()  # a call may write to it
         elif node.op == "get_attr":
             values[node] = noise.attribute(node)
         elif node.op == "call_function":

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from graphopt.passes.linearize.calibration import Reference, call
+from graphopt.passes.linearize.calibration import Reference, call, writes_to_values
 from graphopt.passes.linearize.replacements import Kind, Replacement, approximated
 from graphopt.passes.linearize.sites import Site, read_by
 
@@ -79,7 +79,8 @@ def _gates(
     by_node = {site.name: site for site in options}
     values: dict[fx.Node, Any] = {}
     seen: dict[Site, tuple[Tensor, Tensor, Tensor]] = {}
-    placeholders = iter(inputs)
+    apart = writes_to_values(reference.module.graph)  # then nothing may see what is written later
+    placeholders = iter([each.clone() for each in inputs] if apart else inputs)
     outputs: list[Tensor] = []
     with torch.enable_grad():
         for node in reference.module.graph.nodes:
@@ -98,8 +99,10 @@ def _gates(
                 if site is not None:
                     x, exact = values[read_by(node)], values[node]
                     y = present[site].of(x, exact) if site in present else exact
-                    values[node] = y if y.requires_grad else y.requires_grad_()
-                    seen[site] = (x.detach(), exact.detach(), values[node])
+                    gate = y if y.requires_grad else y.requires_grad_()
+                    values[node] = gate.clone() if apart else gate
+                    x, exact = x.detach(), exact.detach()
+                    seen[site] = (x.clone(), exact.clone(), gate) if apart else (x, exact, gate)
         if not outputs:
             return
         results = [y for _, _, y in seen.values()]

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from graphopt.passes.linearize.calibration import Reference, call
+from graphopt.passes.linearize.calibration import Reference, call, writes_to_values
 
 Values = list[Any]  # of one node, one for each batch; a single one where it is the same for all
 Known = Callable[[fx.Node], Values]
@@ -40,12 +40,17 @@ def lockstep(reference: Reference, step: Step) -> tuple[Values, Values]:
     student: dict[fx.Node, Values] = {}
     last_use = _last_uses(graph)
     placeholders = 0
+    apart = writes_to_values(graph)  # then what one of the two writes, the other must not see
     for node in graph.nodes:
         if node.op == "placeholder":
             teacher[node] = student[node] = [batch[placeholders] for batch in reference.inputs]
+            if apart:
+                teacher[node], student[node] = _copies(teacher[node]), _copies(teacher[node])
             placeholders += 1
         elif node.op == "get_attr":
             teacher[node] = student[node] = [reference.attribute(node)]
+            if apart:
+                student[node] = [reference.attribute(node)]
         elif node.op == "output":
             (results,) = node.args
             both = (teacher, student)
@@ -56,13 +61,17 @@ def lockstep(reference: Reference, step: Step) -> tuple[Values, Values]:
             changed = step(node, teacher.__getitem__, student.__getitem__)
             if changed is not None:
                 student[node] = changed
-            elif all(student[n] is teacher[n] for n in node.all_input_nodes):
+            elif not apart and all(student[n] is teacher[n] for n in node.all_input_nodes):
                 student[node] = teacher[node]
             else:
                 student[node] = [call(node, at(student, i)) for i in range(count)]
         for done in last_use.get(node, ()):
             del teacher[done], student[done]
     raise AssertionError("a graph ends with its output")
+
+
+def _copies(values: Values) -> Values:
+    return [value.clone() for value in values]
 
 
 def at(values: dict[fx.Node, Values], index: int) -> Callable[[fx.Node], Any]:

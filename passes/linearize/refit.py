@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -79,7 +80,7 @@ def refit(reference: Reference, chosen: Mapping[Site, Replacement], norms: bool 
         norms: Whether BatchNorms that see other values now get their statistics.
     """
     by_node = {site.name: site for site in chosen}
-    recalibrated = batch_norms(reference.module.graph) if norms else {}
+    recalibrated = _called_once(reference) if norms else {}
     result = Refitted({})
 
     def step(node: fx.Node, teacher: Known, student: Known) -> Values | None:
@@ -93,6 +94,19 @@ def refit(reference: Reference, chosen: Mapping[Site, Replacement], norms: bool 
 
     outputs = lockstep(reference, step)
     return replace(result, outputs=outputs)
+
+
+def _called_once(reference: Reference) -> dict[fx.Node, BatchNorm]:
+    """BatchNorms whose statistics no other call uses; those of two calls can't suit both."""
+    found = batch_norms(reference.module.graph)
+    uses = Counter(
+        id(lookup(reference.module, path)) for norm in found.values() for path in norm.paths
+    )
+    return {
+        node: norm
+        for node, norm in found.items()
+        if all(uses[id(lookup(reference.module, path))] == 1 for path in norm.paths)
+    }
 
 
 def _replaced(
