@@ -36,8 +36,9 @@ def load(path: str | os.PathLike[str], *, trust: bool = False) -> OptimizedModul
     """
     document, tensors = read(Path(path))
     try:
-        program = unpack(document, tensors, trust=trust)
-        return program.emit()
+        module = unpack(document, tensors, trust=trust).emit()
+        module.training = bool(document.get("training", True))
+        return module
     except GraphoptError as error:
         if not isinstance(error, FileFormatError):
             raise FileFormatError(f"{path} can't be loaded: {error.message}") from error

@@ -8,7 +8,7 @@ hints, the sizes of the example inputs).
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import sympy
@@ -52,6 +52,16 @@ def concrete(
     if not node.has_hint():
         raise UnknownSizeError(f"the size {size} depends on the data")
     return int(node.hint)
+
+
+def symbols_of(fakes: Sequence[torch.Tensor], shapes: Sequence[Sequence[int]]) -> Substitution:
+    """What the shapes of real inputs give to the symbols of fake ones."""
+    found: dict[Any, int] = {}
+    for fake, shape in zip(fakes, shapes, strict=True):
+        for size, actual in zip(fake.shape, shape, strict=True):
+            if isinstance(size, torch.SymInt) and size.node.expr.is_symbol:
+                found[size.node.expr] = int(actual)
+    return found
 
 
 def symbolic(size: Size) -> sympy.Expr:

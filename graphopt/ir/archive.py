@@ -71,6 +71,7 @@ def pack(module: OptimizedModule) -> tuple[dict[str, Any], dict[str, torch.Tenso
         else {"kind": planner.kind, "data": to_plain(planner.to_dict())},
         "budget": None if program.report is None else dict(getattr(program.report, "budget", {})),
         "layout": layout,
+        "training": module.training,
     }
     return document, table.tensors
 

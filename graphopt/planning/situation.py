@@ -14,7 +14,7 @@ from torch import fx, nn
 from graphopt.cost import measure_ops
 from graphopt.cost.flops import flops
 from graphopt.cost.losses import LossMeasurement
-from graphopt.cost.sizes import Substitution, concrete
+from graphopt.cost.sizes import Substitution, concrete, symbols_of
 from graphopt.ir.joint import JointInput, JointView
 from graphopt.ir.output_views import OutputViews
 from graphopt.ir.storage import Role, StorageMap
@@ -214,7 +214,7 @@ class Situation:
         """The values that inputs of other sizes give to the graph's symbols."""
         return symbols_of(
             [i.node.meta["val"] for i in self.view.inputs_of("input")],
-            [inputs[int(i.name)] for i in self.view.inputs_of("input")],
+            [inputs[int(i.name)].shape for i in self.view.inputs_of("input")],
         )
 
     def flops(self, node: fx.Node) -> int:
@@ -248,16 +248,6 @@ def _expand_tangents(view: JointView, found: LossMeasurement) -> None:
         if given is not None and not any(given.stride) and fake.dim() > 0:
             with fake.fake_mode:
                 tangent.node.meta["val"] = fake.new_empty(()).expand(fake.shape)
-
-
-def symbols_of(fakes: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor]) -> Substitution:
-    """What the sizes of real inputs give to the symbols of fake ones."""
-    found: dict[Any, int] = {}
-    for fake, real in zip(fakes, inputs, strict=True):
-        for size, actual in zip(fake.shape, real.shape, strict=True):
-            if isinstance(size, torch.SymInt) and size.node.expr.is_symbol:
-                found[size.node.expr] = int(actual)
-    return found
 
 
 def _dense_bytes(fake: torch.Tensor, symbols: Substitution | None) -> int:

@@ -13,7 +13,7 @@ import torch
 from torch import fx, nn
 
 from graphopt.cost.losses import Loss, LossMeasurement, default_loss, measure_loss
-from graphopt.cost.sizes import Substitution
+from graphopt.cost.sizes import Substitution, symbols_of
 from graphopt.ir.joint import JointView, joint_view
 from graphopt.ir.literals import retie
 from graphopt.ir.mode import runs_eval
@@ -23,7 +23,7 @@ from graphopt.ir.signature import Signature
 from graphopt.ir.storage import storage_map
 from graphopt.planning.prepare import prepare
 from graphopt.planning.rewrites import Rewrite, Site
-from graphopt.planning.situation import CallKey, Situation, fingerprint_of, symbols_of
+from graphopt.planning.situation import CallKey, Situation, fingerprint_of
 from graphopt.report import ShareRefusal
 from graphopt.runtime.replay import Unplanned
 
@@ -117,7 +117,7 @@ def trace_call(
     by_name = {n.name: t for n, t in zip(placeholders, inputs, strict=True)}
     forward = retie(forward, module, by_name)
     fakes = [_like(n.meta["val"], t) for n, t in zip(placeholders, inputs, strict=True)]
-    sizes = symbols_of(fakes, inputs)
+    sizes = symbols_of(fakes, [t.shape for t in inputs])
     forward, views = split_views(forward)
     output = forward.graph.output_node()
     results: Sequence[Any] = output.args[0]  # type: ignore[assignment]

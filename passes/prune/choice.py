@@ -273,7 +273,7 @@ class Chooser:
         if name == "latency":
             return cost_of(name, self._seconds, CAUTION * limit)
         if name == "flops":
-            return flops_cost(self.program, self.dimensions, limit)
+            return flops_cost(self.program, self.dimensions, limit, self.full["flops"])
         return params_cost(self.program, self.dimensions, limit, in_bytes=name == "bytes")
 
     @cached_property

@@ -9,7 +9,7 @@ from typing import Any
 import sympy
 from torch import fx
 
-from graphopt.cost.flops import flops, flops_for_shapes
+from graphopt.cost.flops import flops, flops_for_shapes, graph_flops
 from graphopt.ir.program import Program
 from graphopt.passes.prune.analysis import region_of
 from graphopt.passes.prune.dimensions import Dimensions, Monomial
@@ -19,9 +19,18 @@ from graphopt.solvers.widths import Cost, Term
 Polynomial = dict[Monomial, float]
 
 
-def flops_cost(program: Program, dimensions: Dimensions, limit: float) -> Cost:
-    """FLOPs of one forward of the train-mode graph at the example sizes."""
-    return cost_of("flops", FlopsCounter(dimensions).of(program.module), limit)
+def flops_cost(program: Program, dimensions: Dimensions, limit: float, full: float) -> Cost:
+    """FLOPs of one forward of the train-mode graph at the example sizes.
+
+    Args:
+        program: The program.
+        dimensions: Its dimensions.
+        limit: The most FLOPs.
+        full: What the whole program has at the example sizes; it may have been traced at others.
+    """
+    found = FlopsCounter(dimensions).of(program.module)
+    scale = full / (graph_flops(program.module.graph) or 1)
+    return cost_of("flops", {monomial: scale * n for monomial, n in found.items()}, limit)
 
 
 def params_cost(

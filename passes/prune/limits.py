@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 
 from graphopt.cost.flops import graph_flops
+from graphopt.cost.sizes import Substitution, symbols_of
 from graphopt.ir.program import Program
 from graphopt.solvers.widths import Allocation, Cost, WidthProblem
 
@@ -14,13 +15,19 @@ CAUTION = 0.98
 
 
 def counted(program: Program) -> dict[str, int]:
-    """FLOPs of one forward, parameters and their bytes."""
+    """FLOPs of one forward on the example inputs, parameters and their bytes."""
     parameters = {id(p): p for p in program.skeleton.root.parameters()}.values()
     return {
-        "flops": graph_flops(program.module.graph),
+        "flops": graph_flops(program.module.graph, example_sizes(program)),
         "params": sum(p.numel() for p in parameters),
         "bytes": sum(p.numel() * p.element_size() for p in parameters),
     }
+
+
+def example_sizes(program: Program) -> Substitution:
+    """The sizes of the example inputs; a batch of one was traced as two."""
+    shapes = [leaf.shape for leaf in program.signature.inputs]
+    return symbols_of(program.fake_inputs(), shapes)
 
 
 def passed(have: Mapping[str, float], limits: Mapping[str, float]) -> dict[str, float]:

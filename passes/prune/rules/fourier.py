@@ -36,5 +36,6 @@ def _complex(call: Call) -> Result:
     """A last axis for real and imaginary parts comes or goes."""
     x = call["self"]
     if len(call.shape) < len(x.axes):
+        call.freeze(x.axes[-1], "it holds real and imaginary parts")
         return x.take(range(len(call.shape)))
     return Value((*x.axes, np.zeros(2, dtype=np.int64)), (*x.zero, True))
