@@ -336,3 +336,16 @@ def test_graphs_come_back() -> None:
     out = module(torch.ones(4, 2))
     assert (out[0].shape, out[1][0].shape, out[2]["n"]) == ((4, 3), (8, 3), 4)
     assert json.loads(json.dumps(encode_graph(back))) == data
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_loaded_module_is_in_the_mode_it_was_saved_in(tmp_path: Path, training: bool) -> None:
+    class Dropping(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.nn.functional.dropout(x, 0.5, self.training)
+
+    module = capture(Dropping(), (torch.ones(4, 3),)).emit().train(training)
+    module.save(tmp_path / "module.gopt")
+    loaded = load(tmp_path / "module.gopt")
+    assert loaded.training is training
+    assert bool((loaded(torch.ones(50, 3)) == 1).all()) is not training

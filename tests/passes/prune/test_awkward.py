@@ -249,3 +249,18 @@ def test_a_recurrent_layer_with_projections() -> None:
     module = pruned(model.double(), sequences.double(), budget="params=80%")
     assert_exact(module, sequences.double(), tolerance=1e-10)
     assert module.get_parameter("r.weight_hr_l0").shape[0] < 10
+
+
+def rotated(s: Any, x: Tensor) -> Tensor:
+    q = s.inner(x).view(x.shape[0], 2, 6, 2)
+    turn = torch.polar(torch.ones(6), torch.arange(6.0))
+    turned = torch.view_as_real(torch.view_as_complex(q) * turn)
+    return s.last(torch.relu(s.outer(turned.flatten(1))))
+
+
+def test_real_and_imaginary_parts_stay_together() -> None:
+    layers = {"inner": nn.Linear(8, 24), "outer": nn.Linear(24, 20), "last": nn.Linear(20, 4)}
+    x = torch.randn(3, 8)
+    small = pruned(Net(rotated, **layers), x)
+    assert small.inner.weight.shape[0] % 2 == 0
+    assert_exact(small, x)

@@ -303,3 +303,19 @@ def test_a_model_without_flops_is_left_alone() -> None:
     small = prune(norm, torch.randn(3, 8), "flops=50%,criterion=taylor2")
     assert section(small)["flops_after"] == 0
     assert small.get_parameter("weight").shape == (8,)
+
+
+def test_flops_are_those_of_the_example_inputs_for_one_sample_too(
+    model: nn.Module, x: Tensor
+) -> None:
+    one = x[:1]
+    with FlopCounterMode(display=False) as dense:
+        model(one)
+    limit = 0.8 * dense.get_total_flops()
+    small = graphopt.optimize(model, f"flops={limit:.0f}", (one,))
+    with FlopCounterMode(display=False) as counter:
+        small(one)
+    report = small.report.to_dict()["prune"]
+    assert report["flops_before"] == dense.get_total_flops()
+    assert report["flops_after"] == counter.get_total_flops()
+    assert 0.9 * limit <= report["flops_after"] <= limit
