@@ -11,6 +11,8 @@ from graphopt.solvers.width_table import Choice, Floats, WidthTable
 # The first pass narrows a dimension by this share of its remaining widths at a time.
 _CHUNKS = 64
 _ROUNDING = 1e-9
+# Allocations that use so much of a limit are left as they are; others are exchanged by so much.
+_SPENT, _EXCHANGES = 0.985, (-3, -2, -1, 1, 2, 3)
 
 # What makes widening a dimension attractive: (table, choice, positions to go to, changes).
 Preference = Callable[[WidthTable, Choice, Choice, Floats], Floats]
@@ -179,6 +181,29 @@ def polish(table: WidthTable, choice: Choice, over: Callable[[], bool]) -> Choic
                 if found is not None and table.worth(found) > worth + 1e-12:
                     best, worth, better = found, table.worth(found), True
     return best
+
+
+def spend(table: WidthTable, choice: Choice) -> Choice:
+    """Exchanges a few units for others while much of every limit is left.
+
+    Filling alone stops where the next unit of each dimension is too dear, as whole heads are; a
+    head less may leave room for more of each.
+
+    Args:
+        table: the problem.
+        choice: where to begin, within the limits.
+    """
+
+    def use(choice: Choice) -> float:
+        return float(table.used(choice).max(initial=0.0))
+
+    while len(table.shares) and use(choice) < _SPENT:
+        moves = (_moved(table, choice, d, by) for d in range(len(choice)) for by in _EXCHANGES)
+        best = max((found for found in moves if found is not None), key=use, default=choice)
+        if use(best) <= use(choice) + _ROUNDING:
+            break
+        choice = best
+    return choice
 
 
 def _moved(table: WidthTable, choice: Choice, d: int, by: int) -> Choice | None:

@@ -27,7 +27,15 @@ from graphopt.solvers.width_problem import (
     WidthError,
     WidthProblem,
 )
-from graphopt.solvers.width_search import above_threshold, fill, greedy, polish, same_share, shrink
+from graphopt.solvers.width_search import (
+    above_threshold,
+    fill,
+    greedy,
+    polish,
+    same_share,
+    shrink,
+    spend,
+)
 from graphopt.solvers.width_table import Choice, WidthTable
 
 _EXACT = 1e-9  # a gap below this is rounding
@@ -96,7 +104,7 @@ def by_rule(problem: WidthProblem, rule: Rule) -> Allocation:
         raise WidthError(f"no rule is called {rule!r}; there are {', '.join(_RULES)}")
     run = _Run(problem, math.inf, 0, None, 0.0)
     if run.feasible:
-        run.start(rule)
+        run.start(rule, spending=True)
     return run.allocation()
 
 
@@ -139,11 +147,11 @@ class _Run:
             self._prove()
         self._branch(_MOST_BOXES)
 
-    def start(self, rule: str) -> None:
+    def start(self, rule: str, spending: bool = False) -> None:
         """Offers what a rule finds."""
         found = _RULES[rule](self.table)
         if found is not None:
-            self.offer(found)
+            self.offer(spend(self.table, found) if spending else found)
 
     def widen(self) -> None:
         """Spends what is left on units that are worth nothing too."""

@@ -226,3 +226,24 @@ def test_the_time_limit_holds() -> None:
 def test_problems_that_make_no_sense(make: object, message: str) -> None:
     with pytest.raises(WidthError, match=message):
         make()  # pyright: ignore[reportCallIssue]
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_coarse_units_are_exchanged_for_finer_ones_that_use_what_is_left(rule: Rule) -> None:
+    heads, inside = Dimension("heads", (1.0,) * 3), Dimension("inside", (1.0,) * 6)
+    cost = Cost("flops", (Term(1.0, ((0, 1), (1, 1))),), limit=9.0)
+    found = by_rule(WidthProblem((heads, inside), (cost,)), rule)
+    assert found.costs == (9.0,)  # three heads of three; two of four would use eight
+
+
+@given(problems())
+@SMALL
+def test_no_single_unit_more_fits_what_a_rule_leaves(problem: WidthProblem) -> None:
+    for rule in RULES:
+        found = by_rule(problem, rule)
+        if found.status == "infeasible":
+            continue
+        for d, dimension in enumerate(problem.dimensions):
+            wider = [w for w in dimension.widths if w > found.widths[d]][:1]
+            widths = (*found.widths[:d], *wider, *found.widths[d + 1 :])
+            assert not wider or not fits(problem, widths)
