@@ -137,8 +137,12 @@ _FAMILIES: dict[Any, Activation] = {
     aten.max_pool2d_with_indices: Activation("max_pool", elementwise=False),
     aten.softmax: Activation("softmax", compares=False, elementwise=False),
     aten._softmax: Activation("softmax", compares=False, elementwise=False),
+    aten.fmax: Activation("maximum"),
+    aten.fmin: Activation("minimum"),
     aten.where: Activation("where", elementwise=False),
+    aten.masked_fill: Activation("where", elementwise=False),
     aten.sign: Activation("sign"),
+    aten.sgn: Activation("sign"),
     aten.heaviside: Activation("sign"),
     **{
         packet: Activation("comparison", elementwise=False)
@@ -146,7 +150,17 @@ _FAMILIES: dict[Any, Activation] = {
     },
     **{
         packet: Activation("selection", elementwise=False)
-        for packet in (aten.max, aten.min, aten.amax, aten.amin, aten.argmax, aten.argmin)
+        for packet in (
+            aten.max,
+            aten.min,
+            aten.amax,
+            aten.amin,
+            aten.argmax,
+            aten.argmin,
+            aten.median,
+            aten.cummax,
+            aten.cummin,
+        )
     },
     **{packet: Activation("sorting", elementwise=False) for packet in (aten.sort, aten.topk)},
 }

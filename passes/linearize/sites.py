@@ -177,9 +177,13 @@ def _site(node: fx.Node, family: Activation, batch: int, read: set[fx.Node]) -> 
     data = [n for n in node.all_input_nodes if n in read and _floating(n)]
     if not data or (family.name in ("where", "maximum", "minimum") and not _floating(node)):
         return None
-    if family.name == "where" and not _compares_data(node):
-        return None
-    value = data[0].meta["val"]
+    source = data[0]
+    if family.name == "where":
+        condition = _condition(node)
+        if condition is None or not _compares_data(condition):
+            return None
+        source = condition
+    value = source.meta["val"]
     shape = tuple(_hint(s) for s in value.shape)
     free = [not isinstance(s, int) for s in value.shape]
     if not any(free) and shape and shape[0] % batch == 0:
@@ -194,10 +198,15 @@ def _site(node: fx.Node, family: Activation, batch: int, read: set[fx.Node]) -> 
     )  # fmt: skip
 
 
-def _compares_data(node: fx.Node) -> bool:
-    """Whether the condition of a selection is computed from floating values (which are secret)."""
-    condition: Any = node.args[0]
-    seen, stack = set(), [condition] if isinstance(condition, fx.Node) else []
+def _condition(node: fx.Node) -> fx.Node | None:
+    """What a selection goes by."""
+    found = node.args[1 if "masked_fill" in str(node.target) else 0]
+    return found if isinstance(found, fx.Node) else None
+
+
+def _compares_data(condition: fx.Node) -> bool:
+    """Whether a condition is computed from floating values (which are secret)."""
+    seen, stack = set(), [condition]
     while stack:
         each = stack.pop()
         if each in seen:
