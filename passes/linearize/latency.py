@@ -67,9 +67,14 @@ class PrivateLatency:
         return Price() if row is None else self._price(Cost(row.bytes, row.rounds), site)
 
     def replaced(self, site: Site, kind: Kind) -> Price:
-        """Price of the replaced ones."""
-        elements = site.per_sample * self.samples
-        return self._price(protocol(self.protocol).polynomial(DEGREES[kind], elements), site)
+        """Price of the replaced ones: powers, and their products with public coefficients."""
+        elements, degree = site.per_sample * self.samples, DEGREES[kind]
+        under = protocol(self.protocol)
+        cost = under.polynomial(degree, elements)
+        if "scale" in under.units:
+            scaled = under.unit("scale").cost(elements, elements)
+            cost += Cost(degree * scaled.bytes, degree * scaled.rounds)
+        return self._price(cost, site)
 
     def rest(self, sites: list[Site]) -> float:
         """Seconds of everything but these sites."""

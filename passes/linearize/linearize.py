@@ -113,7 +113,7 @@ class _Run:
         """Choose, fit, rewrite, report."""
         limits = self._limits()
         if self.latency is None and self._kept_already(limits):
-            return PassResult(self.program, changed=False, report={})
+            return PassResult(self.program, changed=False, report={"linearize": self._as_it_is()})
         context = self.context
         context.progress("calibrating")
         source = context if self.options.select != "datafree" else _without_data(context)
@@ -270,6 +270,21 @@ class _Run:
             agreement=agreement,
             warnings=tuple(escaping),
             **self._told_latency(changed),
+        )
+
+    def _as_it_is(self) -> LinearizeReport:
+        """The report where the budget is kept by the source already."""
+        return LinearizeReport(
+            relus_before=self.total,
+            relus_after=self.total,
+            sites=tuple(self._site(site, {}, {}) for site in self.sites),
+            select=self.options.select,
+            granularity=self.options.granularity,
+            damage=0.0,
+            bound=0.0,
+            greedy_damage=0.0,
+            output_error=0.0,
+            agreement=None,
         )
 
     def _told_latency(self, changed: Program) -> dict[str, Any]:

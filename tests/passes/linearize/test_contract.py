@@ -275,6 +275,8 @@ def test_budgets_that_are_kept_already(budget: str) -> None:
     module = linearized(model, vectors, spec=budget)
     assert list(module.state_dict()) == list(model.state_dict())
     assert torch.equal(outputs(module, vectors), outputs(model, vectors))
+    assert section(module)["relus_after"] == section(module)["relus_before"] == 16
+    assert [site["choice"] for site in section(module)["sites"]] == ["keep", "keep"]
 
 
 @pytest.mark.parametrize(("budget", "calls"), [("2", 2), ("0", 0), ("34%", 1)])
