@@ -112,7 +112,7 @@ class _Run:
     def result(self) -> PassResult:
         """Choose, fit, rewrite, report."""
         limits = self._limits()
-        if self.latency is None and self._kept_already(limits):
+        if self._kept_already(limits):
             return PassResult(self.program, changed=False, report={"linearize": self._as_it_is()})
         context = self.context
         context.progress("calibrating")
@@ -237,6 +237,8 @@ class _Run:
         )
 
     def _kept_already(self, limits: Limits) -> bool:
+        if self.latency is not None and self.latency.before.seconds > self._seconds():
+            return False
         elements = sum(site.per_sample for site in self.free)
         return (limits.relus is None or elements <= limits.relus) and (
             limits.relu_sites is None or len(self.free) <= limits.relu_sites
@@ -285,6 +287,7 @@ class _Run:
             greedy_damage=0.0,
             output_error=0.0,
             agreement=None,
+            **self._told_latency(self.program),
         )
 
     def _told_latency(self, changed: Program) -> dict[str, Any]:

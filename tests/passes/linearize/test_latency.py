@@ -56,6 +56,14 @@ def test_where_rounds_are_dear_whole_calls_go(model: nn.Module) -> None:
     assert far["rounds_after"] < far["rounds_before"]
 
 
+def test_a_limit_that_the_source_keeps_changes_nothing(model: nn.Module) -> None:
+    module = optimized(model, "pi_latency=100%")
+    assert list(module.state_dict()) == list(model.state_dict())
+    assert section(module)["seconds_after"] == section(module)["seconds_before"]
+    linear = optimized(nn.Sequential(nn.Conv2d(3, 2, 3)), "pi_latency=100%,relus=0")
+    assert section(linear)["relus_before"] == 0
+
+
 def test_what_linear_layers_take_cannot_be_undercut(model: nn.Module) -> None:
     with pytest.raises(BudgetInfeasible) as caught:
         optimized(model, "pi_latency=1ns")
