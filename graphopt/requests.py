@@ -99,8 +99,10 @@ def _first(targets: Any, outputs: Any) -> Any:
     def fitting(value: Any) -> Any:
         if not isinstance(value, torch.Tensor) or not value.dim() or not value.shape[0]:
             return value
-        if value.shape[0] >= size:
-            return value[:size] if size else value
+        if not size or value.shape[0] == size:
+            return value
+        if value.shape[0] > size:
+            return value[:size]
         return value[torch.arange(size, device=value.device) % value.shape[0]]
 
     return pytree.tree_map(fitting, targets)

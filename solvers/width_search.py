@@ -197,9 +197,12 @@ def spend(table: WidthTable, choice: Choice) -> Choice:
     def use(choice: Choice) -> float:
         return float(table.used(choice).max(initial=0.0))
 
+    def rank(choice: Choice) -> tuple[float, float]:
+        return min(use(choice), _SPENT), table.worth(choice)
+
     while len(table.shares) and use(choice) < _SPENT:
         moves = (_moved(table, choice, d, by) for d in range(len(choice)) for by in _EXCHANGES)
-        best = max((found for found in moves if found is not None), key=use, default=choice)
+        best = max((found for found in moves if found is not None), key=rank, default=choice)
         if use(best) <= use(choice) + _ROUNDING:
             break
         choice = best

@@ -90,7 +90,8 @@ def by_rule(problem: WidthProblem, rule: Rule) -> Allocation:
 
     Args:
         problem: dimensions and costs.
-        rule: `uniform`: the same share of every dimension, the largest within the limits;
+        rule: `uniform`: the same share of every dimension, the largest within the limits, units
+            being exchanged where coarse ones leave much of them;
             `threshold`: units whose gain is above the lowest threshold within the limits;
             `greedy`: units removed where the least value is lost per cost saved.
 
@@ -104,7 +105,7 @@ def by_rule(problem: WidthProblem, rule: Rule) -> Allocation:
         raise WidthError(f"no rule is called {rule!r}; there are {', '.join(_RULES)}")
     run = _Run(problem, math.inf, 0, None, 0.0)
     if run.feasible:
-        run.start(rule, spending=True)
+        run.start(rule, spending=rule == "uniform")
     return run.allocation()
 
 

@@ -168,11 +168,6 @@ BAD: dict[str, tuple[type[Exception], str, Callable[[], Any]]] = {
             Net(), "memory=50%,memory_scope=step", (X,), memory_scope="activations"
         ),
     ),
-    "unserved": (
-        errors.UnsupportedError,
-        "no pass serves",
-        lambda: graphopt.optimize(Net(), "pi_latency=1ms", (X,)),
-    ),
     "unknown pass": (
         errors.PipelineError,
         "did you mean",

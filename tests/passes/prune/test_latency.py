@@ -109,6 +109,7 @@ def test_with_flops_as_well_both_are_kept(model: nn.Module, x: Tensor) -> None:
     assert found["flops_after"] <= 0.4 * found["flops_before"]
 
 
+@pytest.mark.slow  # which layer is dearer is only sure on a quiet machine
 def test_with_data_units_are_ranked_by_it_in_rounds(model: nn.Module, x: Tensor) -> None:
     small = graphopt.optimize(model, "latency=60%", (x,), data=[x], loss=lambda y: y.square().sum())
     found = section(small)
