@@ -23,7 +23,7 @@ from torch import Tensor, nn
 import graphopt
 from graphopt.private import comparisons
 from graphopt.training import train
-from tests.benchmarks.warped import Data, accuracy, epoch, split, trained, warped
+from tests.benchmarks.warped import BATCH, Data, accuracy, epoch, split, trained, warped
 
 BUDGETS = (50, 25, 10, 5)
 CALIBRATION = 512
@@ -84,7 +84,7 @@ class _Epochs:
         return epoch(self.data, self.generator)
 
     def __len__(self) -> int:
-        return -(-len(self.data[0]) // 64)
+        return -(-len(self.data[0]) // BATCH)
 
 
 def _sgd(parameters: Any, lr: float) -> torch.optim.Optimizer:

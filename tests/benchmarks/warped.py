@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tests.benchmarks.digits import Block
+
 BATCH = 64
 TRAINED_ON = 4000
 EPOCHS = 24
@@ -64,27 +66,6 @@ def epoch(data: Data, generator: torch.Generator) -> Iterator[Data]:
     images, labels = data
     for rows in torch.randperm(len(images), generator=generator).split(BATCH):
         yield warped(images[rows], generator), labels[rows]
-
-
-class Block(nn.Module):
-    """Two convolutions beside an identity, or beside a projection where the width changes."""
-
-    def __init__(self, c_in: int, c_out: int) -> None:
-        super().__init__()
-        stride = 1 if c_in == c_out else 2
-        self.conv1 = nn.Conv2d(c_in, c_out, 3, stride, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(c_out)
-        self.conv2 = nn.Conv2d(c_out, c_out, 3, 1, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(c_out)
-        self.skip: nn.Module = nn.Identity()
-        if stride > 1:
-            projection = nn.Conv2d(c_in, c_out, 1, stride, bias=False)
-            self.skip = nn.Sequential(projection, nn.BatchNorm2d(c_out))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The block."""
-        y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
-        return F.relu(y + self.skip(x))
 
 
 class WarpedNet(nn.Module):
