@@ -26,6 +26,7 @@ from graphopt.ir.mode import runs_eval
 from graphopt.ir.program import Program
 from graphopt.ir.signature import Signature
 from graphopt.ir.skeleton import (
+    ADDED,
     INNER_HOOKS,
     Container,
     SequenceContainer,
@@ -34,7 +35,6 @@ from graphopt.ir.skeleton import (
     copy_tree,
 )
 
-_ADDED = "_graphopt."  # where passes put tensors that the source hasn't
 _OPAQUE = "a planned graphopt module runs as it is planned, and is not traced into"
 
 
@@ -128,7 +128,8 @@ class OptimizedModule(Container):
         slices, masks = self._program.slices, self._program.masks
         state = state_dict if slices is None else slices.narrow(state_dict)
         state = state if masks is None else masked_state(masks, state)
-        own = {name: t for name, t in self.state_dict().items() if name.startswith(_ADDED)}
+        added = self._modules.get(ADDED)
+        own = {} if added is None else added.state_dict(prefix=f"{ADDED}.")
         if own and not own.keys() & state.keys():
             warnings.warn(
                 "this state knows nothing of the replaced non-linearities: they keep what was "

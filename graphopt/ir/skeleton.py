@@ -16,6 +16,8 @@ from torch import nn
 from graphopt.errors import UnsupportedError
 
 _MODULE_FIELDS = frozenset(vars(nn.Module()))
+ADDED = "_graphopt"
+"""Name of the container of tensors that a pass adds and the source hasn't."""
 INNER_HOOKS = (
     "register_forward_hook",
     "register_forward_pre_hook",

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from graphopt.ir.program import Program
+from graphopt.ir.skeleton import ADDED
 from graphopt.passes.linearize.replacements import DEGREES, Kind
 from graphopt.passes.linearize.sites import Site
 from graphopt.pipeline import PassContext
@@ -16,7 +17,7 @@ from graphopt.solvers.nonlinearity import Price
 # The solver counts in whole units of this many seconds.
 _UNIT = 1e-12
 # Coefficients of replacements tell about activations' ranges, not about weights: they are public.
-_PUBLIC = ("_graphopt.*",)
+_PUBLIC = (f"{ADDED}.*",)
 
 
 @dataclass(frozen=True)

@@ -23,13 +23,12 @@ from torch import Tensor, fx, nn
 from graphopt.ir.graphs import assign, bind_graph, copy_graph
 from graphopt.ir.metadata import refreshed
 from graphopt.ir.program import Program
-from graphopt.ir.skeleton import Container, copy_tree
+from graphopt.ir.skeleton import ADDED, Container, copy_tree
 from graphopt.passes.linearize.replacements import Replacement
 from graphopt.passes.linearize.sites import read_by
 
 aten = torch.ops.aten
 
-PREFIX = "_graphopt"
 _COPIED = ("stack_trace", "nn_module_stack")
 
 
@@ -64,12 +63,12 @@ def _with_statistics(program: Program, statistics: Mapping[str, Tensor]) -> Cont
 
 def _container(root: Container) -> Container:
     """The container of what linearization adds."""
-    if PREFIX not in root._modules:
+    if ADDED not in root._modules:
         container = Container()
-        container._path, container._class_name = PREFIX, "Linearized"
+        container._path, container._class_name = ADDED, "Linearized"
         container.training = root.training
-        root._modules[PREFIX] = container
-    found = root._modules[PREFIX]
+        root._modules[ADDED] = container
+    found = root._modules[ADDED]
     assert isinstance(found, Container)
     return found
 
@@ -189,7 +188,7 @@ class _Rewriting:
         while name in added._modules:
             name = f"{name}_"
         container = Container()
-        container._path, container._class_name = f"{PREFIX}.{name}", "Replacement"
+        container._path, container._class_name = f"{ADDED}.{name}", "Replacement"
         container._repr = f"{self.replacement.kind}, {len(self.replacement.kept)} kept"
         container.training = added.training
         added._modules[name] = container
