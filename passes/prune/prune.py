@@ -83,7 +83,7 @@ class Prune(Pass):
     min_keep: float = 0.0
     caps: str = ""
     refine: int = 0
-    rounds: int = 8
+    rounds: int = 16
     freeze: str = ""
     norm: Literal["exact", "freeze"] = "exact"
 
