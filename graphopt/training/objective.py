@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,11 @@ from graphopt.comparison import probe_loss
 from graphopt.errors import InputMismatch, UsageError
 
 Scores = Callable[[Any], Tensor]
+Groups = Callable[[Any], Tensor] | Literal["taught"]
+Imitated = Literal["scores", "values"]
+
+# A variance that is a smaller share of the mean square says nothing but rounding.
+_LEAST_SPREAD = 1e-6
 
 
 def class_scores(outputs: Any) -> Tensor:
@@ -75,6 +80,46 @@ def distillation_loss(student: Tensor, teacher: Tensor, temperature: float = 1.0
     return temperature**2 * apart.mean()
 
 
+def matching_loss(outputs: Any, taught: Any) -> Tensor:
+    """Squared distance from a teacher's outputs, relative to their spread: nothing is a class.
+
+    Each floating tensor counts ``mean((y - t)^2) / var(t)``, with the variance over all elements
+    of the batch's t, so that neither the unit nor the size of an output matters.
+
+    Args:
+        outputs: Tensors in any structure.
+        taught: The teacher's, of the same structure and shapes.
+
+    Returns:
+        The mean over the floating tensors, a scalar.
+
+    Raises:
+        InputMismatch: Structures or shapes differ.
+        UsageError: There is no floating tensor.
+    """
+    mine, aims = (_floating(each) for each in (outputs, taught))
+    shapes = [[tuple(t.shape) for t in each] for each in (mine, aims)]
+    if shapes[0] != shapes[1]:
+        raise InputMismatch(f"the teacher gives {shapes[1]}, the model {shapes[0]}")
+    if not mine:
+        raise UsageError("the model gives no floating tensor to imitate")
+    parts = [F.mse_loss(y, t.to(y.dtype)) / _spread(t) for y, t in zip(mine, aims, strict=True)]
+    return torch.stack(parts).mean()
+
+
+def _floating(outputs: Any) -> list[Tensor]:
+    leaves = pytree.tree_leaves(outputs)
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+
+
+def _spread(values: Tensor) -> float:
+    """The variance over all elements; what hardly varies is measured by its size instead."""
+    values = values.detach().double()
+    size = float(values.square().mean())
+    variance = float(values.var(correction=0)) if values.numel() > 1 else size
+    return variance if variance > _LEAST_SPREAD * size else size or 1.0
+
+
 @dataclass(frozen=True)
 class Objective:
     """The loss of a batch.
@@ -86,6 +131,8 @@ class Objective:
         label_share: Weight of the user's loss beside a teacher, in [0, 1]; the teacher's is the
             rest.
         scores: Finds the class scores among outputs.
+        imitated: Whether these are imitated, by `distillation_loss`, or all ``values``, by
+            `matching_loss`.
     """
 
     has_loss: bool
@@ -93,6 +140,7 @@ class Objective:
     temperature: float
     label_share: float
     scores: Scores
+    imitated: Imitated = "scores"
 
     def __call__(self, batch: Batch, outputs: Any, taught: Any) -> Tensor:
         """The objective, a scalar.
@@ -104,11 +152,17 @@ class Objective:
         """
         if not self.distils:
             return batch.loss(outputs, probe_loss)
-        apart = distillation_loss(self.scores(outputs), self.scores(taught), self.temperature)
+        apart = self._apart(outputs, taught)
         if not self.has_loss or self.label_share == 0:
             return apart
         labels = batch.loss(outputs, probe_loss)
         return self.label_share * labels + (1 - self.label_share) * apart
+
+    def _apart(self, outputs: Any, taught: Any) -> Tensor:
+        """The distance from the teacher."""
+        if self.imitated == "values":
+            return matching_loss(outputs, taught)
+        return distillation_loss(self.scores(outputs), self.scores(taught), self.temperature)
 
 
 @dataclass
@@ -159,15 +213,23 @@ def rows_of(value: Any, rows: Tensor, size: int) -> Any:
     return pytree.tree_map(some, value)
 
 
-def read_groups(groups: Callable[[Any], Any], batch: Batch) -> Tensor:
+def read_groups(groups: Groups, batch: Batch, likeliest: Tensor | None = None) -> Tensor:
     """The group of each row of a batch, (N,) int64.
+
+    Args:
+        groups: A function of the targets, or ``taught``.
+        batch: The batch.
+        likeliest: The teacher's classes, which are the groups under ``taught``.
 
     Raises:
         UsageError: Groups are not one whole number per row.
     """
-    if batch.targets is None:
+    if groups == "taught":
+        found = likeliest
+    elif batch.targets is None:
         raise UsageError("groups need targets", hint="data of pairs (inputs, targets)")
-    found = groups(batch.targets)
+    else:
+        found = groups(batch.targets)
     if not isinstance(found, Tensor) or found.dim() != 1 or found.is_floating_point():
         raise UsageError(
             "groups gives one whole number for each row of the targets",
