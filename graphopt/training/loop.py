@@ -53,9 +53,11 @@ def train(
     optimizer: MakeOptimizer = torch.optim.Adam,
     groups: Groups | None = None,
     group_rate: float = 0.1,
+    group_limit: float = math.inf,
     validation: Iterable[Any] | None = None,
     scores: Scores = class_scores,
     imitated: Imitated = "scores",
+    clip: float | None = None,
     seed: int = 0,
     progress: Progress = silent,
 ) -> TrainingReport:
@@ -83,10 +85,12 @@ def train(
         groups: ``groups(targets)`` gives the group of each row, (N,) whole numbers: their losses
             are held at or below the mean by multipliers. ``taught``: the teacher's classes.
         group_rate: Step of the dual ascent on these: ``w_g += group_rate (L_g - L)``, at least 0.
+        group_limit: Of the sum of the multipliers; 1 makes it the fairest that is stable.
         validation: Pairs ``(inputs, targets)``, readable more than once: the weights with the
             smallest loss on it are kept, and accuracies are reported.
         scores: Finds the class scores among a model's outputs.
         imitated: Of the teacher: ``scores``, or all output ``values``, where they are no classes.
+        clip: Gradients are scaled down where their norm over all parameters is larger.
         seed: Of everything random.
         progress: Told what goes on.
 
@@ -100,6 +104,8 @@ def train(
         InputMismatch: The model doesn't take the data.
     """
     check(module, data, loss, teacher, epochs, steps, lr, temperature, label_share)
+    if clip is not None and not clip > 0:
+        raise UsageError(f"clip={clip} is out of range")
     if groups == "taught" and teacher is None:
         raise UsageError("groups='taught' without a teacher", hint="teacher=, or groups of targets")
     by_targets = groups is not None and groups != "taught"
@@ -115,9 +121,10 @@ def train(
         validation=None if validation is None else Batches(validation, loss or only_targets, 0),
         trained=chosen(module, parameters),
         groups=groups,
-        weights=GroupWeights(group_rate),
+        weights=GroupWeights(group_rate, group_limit),
         length=Length(epochs, steps, data),
         make=lambda tensors: optimizer(tensors, lr=lr),
+        clip=clip,
         progress=progress,
     )
     with surroundings(module, teacher, run.trained.values()):
@@ -150,6 +157,7 @@ class _Training:
         weights: GroupWeights,
         length: Length,
         make: Callable[[Sequence[nn.Parameter]], torch.optim.Optimizer],
+        clip: float | None,
         progress: Progress,
     ) -> None:
         self.module, self.teacher, self.objective = module, teacher, objective
@@ -157,7 +165,7 @@ class _Training:
         self.trained, self.weights = trained, weights
         self.groups: Groups | None = groups
         self.length, self.progress = length, progress
-        self.optimizer = make(list(trained.values()))
+        self.optimizer, self.clip = make(list(trained.values())), clip
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
         self.step = self.epoch = 0
         self.losses: list[float] = []
@@ -246,6 +254,8 @@ class _Training:
             if gradient is not None:
                 _check_finite(gradient, f"the gradient of {name} is not finite, step {self.step}")
             tensor.grad = gradient
+        if self.clip is not None:
+            nn.utils.clip_grad_norm_(tensors, self.clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 

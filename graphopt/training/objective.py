@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -172,14 +173,19 @@ class GroupWeights:
     The Lagrangian of ``min L`` subject to ``L_g <= L`` for each group g is
     ``L + sum_g w_g (L_g - L)``; after each step ``w_g`` becomes ``max(0, w_g + rate (L_g - L))``.
     A network that was made smaller loses most on classes that are few or hard, and this is the
-    counterweight.
+    counterweight. Where the weights add up to more than 1 the Lagrangian asks for a larger mean
+    loss, and has no minimum; held at ``sum_g w_g <= 1`` it is the dual of
+    ``min L + max(0, max_g (L_g - L))``, whose minimum is that of the largest of the losses (group
+    DRO; Sagawa et al. 2020).
 
     Attributes:
         rate: Step of the ascent; 0 leaves all weights at zero.
+        limit: Of the sum of the weights, kept by Euclidean projection.
         weights: Group -> multiplier.
     """
 
     rate: float
+    limit: float = math.inf
     weights: dict[int, float] = field(default_factory=dict)
 
     def lagrangian(self, mean: Tensor, losses: Mapping[int, Tensor]) -> Tensor:
@@ -201,6 +207,18 @@ class GroupWeights:
         for group, loss in losses.items():
             moved = self.weights.get(group, 0.0) + self.rate * float(loss.detach() - mean.detach())
             self.weights[group] = max(0.0, moved)
+        if sum(self.weights.values()) > self.limit:
+            self._project()
+
+    def _project(self) -> None:
+        """Move to the nearest weights that keep the limit: all down by as much, down to zero."""
+        total = down = 0.0
+        for count, weight in enumerate(sorted(self.weights.values(), reverse=True), 1):
+            if weight <= (total + weight - self.limit) / count:
+                break
+            total += weight
+            down = (total - self.limit) / count
+        self.weights = {group: max(0.0, w - down) for group, w in self.weights.items()}
 
 
 def rows_of(value: Any, rows: Tensor, size: int) -> Any:

@@ -19,8 +19,8 @@ from graphopt.training import TrainingReport, accuracy_of, class_scores, train
 from graphopt.training.objective import Groups, Imitated, Scores
 from graphopt.training.reading import check
 
-# Step of the dual ascent: what evened out a rare class in tests/benchmarks/fairness.py.
-_RATE = 0.1
+# Step of the dual ascent; of a distillation whose loss is some units, larger ones swing.
+_RATE = 0.003
 
 
 def sgd(parameters: Any, lr: float) -> torch.optim.Optimizer:
@@ -83,6 +83,7 @@ def finetune(
     held_out: float = 0.1,
     parameters: Iterable[str] | None = None,
     scores: Scores = class_scores,
+    clip: float | None = 3.0,
     seed: int = 0,
     progress: Progress = silent,
 ) -> FinetuneReport:
@@ -124,6 +125,7 @@ def finetune(
             measured on data that is trained on, and the last weights are kept.
         parameters: Names of the parameters to train; None: all that require gradients.
         scores: Finds the class scores among outputs.
+        clip: Largest norm of the gradient; larger ones are scaled down. None: none is.
         seed: Of everything random.
         progress: Told what goes on.
 
@@ -145,8 +147,8 @@ def finetune(
         module, rows.data, loss=loss, teacher=teacher, temperature=temperature,
         label_share=label_share, parameters=parameters, epochs=epochs, steps=steps, lr=lr,
         optimizer=optimizer, groups=groups, group_rate=_RATE if fair is True else float(fair),
-        validation=rows.validation, scores=scores, imitated=rows.imitated, seed=seed,
-        progress=progress,
+        group_limit=1.0, validation=rows.validation, scores=scores, imitated=rows.imitated,
+        clip=clip, seed=seed, progress=progress,
     )  # fmt: skip
     progress("measuring the classes")
     return _report(training, rows, before, _accuracy(module, rows, scores), teacher, scores)
