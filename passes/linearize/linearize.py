@@ -100,6 +100,13 @@ class Linearize(Pass):
             raise BudgetError("linearize without a budget", hint="linearize{relus=10%}")
         return _Run(self, program, context).result()
 
+    @staticmethod
+    def sweep(model: Any, example_inputs: Sequence[Any] = (), **options: Any) -> Any:
+        """What accuracy costs under several budgets; see `graphopt.passes.linearize.sweep`."""
+        from graphopt.passes.linearize.pareto import sweep
+
+        return sweep(model, example_inputs, **options)
+
 
 class _Run:
     """One run of the pass."""
