@@ -83,7 +83,7 @@ def finetune(
     held_out: float = 0.1,
     parameters: Iterable[str] | None = None,
     scores: Scores = class_scores,
-    clip: float | None = 3.0,
+    clip: float | None = 10.0,
     seed: int = 0,
     progress: Progress = silent,
 ) -> FinetuneReport:

@@ -243,7 +243,7 @@ def test_the_chart_shows_every_point_and_no_label_covers_another(swept: Sweep) -
             tuple(map(float, pair))
             for line in axis.lines
             if line.get_linestyle() == "None" or line.get_marker() == "*"
-            for pair in zip(*line.get_data(), strict=True)
+            for pair in line.get_xydata().tolist()
         }
         shown_at = [value for place in sorted(drawn_) for value in place]
         assert shown_at == pytest.approx([value for place in sorted(wanted) for value in place])
@@ -264,5 +264,5 @@ def test_a_chart_without_matplotlib_says_what_is_missing(
 
 def test_the_pass_offers_the_sweep_to_the_command_line() -> None:
     x = drawn(8, 6)
-    found = Linearize.sweep(mlp(), x, data=[x], budgets=["50%"], time_limit=5.0)
+    found = Linearize.sweep(mlp(), (x,), data=[x], budgets=["50%"], time_limit=5.0)
     assert [p.budget for p in found.points] == ["", "50%", "50%"]
