@@ -282,3 +282,17 @@ def test_groups_without_targets_are_refused() -> None:
 
     with pytest.raises(errors.UsageError, match="targets"):
         read_groups(lambda y: y, Batch((torch.zeros(1),), {}))
+
+
+def test_a_clipped_step_has_the_norm_it_may_have() -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(3, 2)
+    before = state(model)
+    x, y = 100 * torch.randn(8, 3), torch.zeros(8, dtype=torch.int64)
+    train(
+        model, [(x, y)], loss=F.cross_entropy, lr=1.0, optimizer=torch.optim.SGD, clip=0.5
+    )  # fmt: skip
+    moved = torch.cat([(model.state_dict()[n] - before[n]).flatten() for n in before])
+    assert float(moved.norm()) == pytest.approx(0.5, rel=1e-4)
+    with pytest.raises(errors.UsageError, match="clip"):
+        train(model, [(x, y)], loss=F.cross_entropy, clip=0.0)

@@ -19,6 +19,7 @@ COMMANDS = {
     "passes": "graphopt.cli.passes",
     "solve": "graphopt.cli.solve",
     "private-cost": "graphopt.cli.private",
+    "sweep": "graphopt.cli.sweep",
 }
 
 

@@ -52,6 +52,15 @@ def load_model(name: str, *, trust: bool = False, evaluation: bool = False) -> L
     return loaded
 
 
+def load_named(name: str) -> Any:
+    """The function called ``package.module:function`` or ``path/to/file.py:function``.
+
+    Raises:
+        ModelError: There is none.
+    """
+    return _factory(name)
+
+
 def dynamic_axes(text: str) -> str | None:
     """The ``dynamic`` argument that an option's text stands for."""
     return None if text.strip().lower() == "none" else text

@@ -2,7 +2,7 @@
 
 from graphopt.training.accuracy import Accuracy, accuracy_of
 from graphopt.training.loop import train
-from graphopt.training.objective import class_scores, distillation_loss
+from graphopt.training.objective import class_scores, distillation_loss, matching_loss
 from graphopt.training.report import TrainingReport
 from graphopt.training.statistics import recalibrate
 
@@ -12,6 +12,7 @@ __all__ = [
     "accuracy_of",
     "class_scores",
     "distillation_loss",
+    "matching_loss",
     "recalibrate",
     "train",
 ]

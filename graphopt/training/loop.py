@@ -19,9 +19,12 @@ from graphopt.ir.randomness import seed_torch
 from graphopt.pipeline import Progress, silent
 from graphopt.training.accuracy import Accuracy, Tally
 from graphopt.training.objective import (
+    Groups,
     GroupWeights,
+    Imitated,
     Objective,
     Scores,
+    class_axis,
     class_scores,
     read_groups,
     rows_of,
@@ -48,10 +51,13 @@ def train(
     steps: int | None = None,
     lr: float = 1e-3,
     optimizer: MakeOptimizer = torch.optim.Adam,
-    groups: Callable[[Any], Tensor] | None = None,
+    groups: Groups | None = None,
     group_rate: float = 0.1,
+    group_limit: float = math.inf,
     validation: Iterable[Any] | None = None,
     scores: Scores = class_scores,
+    imitated: Imitated = "scores",
+    clip: float | None = None,
     seed: int = 0,
     progress: Progress = silent,
 ) -> TrainingReport:
@@ -77,11 +83,14 @@ def train(
         lr: Learning rate at first.
         optimizer: Makes an optimizer: called with parameters and ``lr=``.
         groups: ``groups(targets)`` gives the group of each row, (N,) whole numbers: their losses
-            are held at or below the mean by multipliers.
+            are held at or below the mean by multipliers. ``taught``: the teacher's classes.
         group_rate: Step of the dual ascent on these: ``w_g += group_rate (L_g - L)``, at least 0.
+        group_limit: Of the sum of the multipliers; 1 makes it the fairest that is stable.
         validation: Pairs ``(inputs, targets)``, readable more than once: the weights with the
             smallest loss on it are kept, and accuracies are reported.
         scores: Finds the class scores among a model's outputs.
+        imitated: Of the teacher: ``scores``, or all output ``values``, where they are no classes.
+        clip: Gradients are scaled down where their norm over all parameters is larger.
         seed: Of everything random.
         progress: Told what goes on.
 
@@ -95,8 +104,15 @@ def train(
         InputMismatch: The model doesn't take the data.
     """
     check(module, data, loss, teacher, epochs, steps, lr, temperature, label_share)
-    pairs = loss if loss is not None or groups is None else only_targets
-    objective = Objective(loss is not None, teacher is not None, temperature, label_share, scores)
+    if clip is not None and not clip > 0:
+        raise UsageError(f"clip={clip} is out of range")
+    if groups == "taught" and teacher is None:
+        raise UsageError("groups='taught' without a teacher", hint="teacher=, or groups of targets")
+    by_targets = groups is not None and groups != "taught"
+    pairs = only_targets if loss is None and by_targets else loss
+    objective = Objective(
+        loss is not None, teacher is not None, temperature, label_share, scores, imitated
+    )
     run = _Training(
         module=module,
         teacher=teacher,
@@ -105,9 +121,10 @@ def train(
         validation=None if validation is None else Batches(validation, loss or only_targets, 0),
         trained=chosen(module, parameters),
         groups=groups,
-        weights=GroupWeights(group_rate),
+        weights=GroupWeights(group_rate, group_limit),
         length=Length(epochs, steps, data),
         make=lambda tensors: optimizer(tensors, lr=lr),
+        clip=clip,
         progress=progress,
     )
     with surroundings(module, teacher, run.trained.values()):
@@ -136,17 +153,19 @@ class _Training:
         batches: Batches,
         validation: Batches | None,
         trained: dict[str, nn.Parameter],
-        groups: Callable[[Any], Tensor] | None,
+        groups: Groups | None,
         weights: GroupWeights,
         length: Length,
         make: Callable[[Sequence[nn.Parameter]], torch.optim.Optimizer],
+        clip: float | None,
         progress: Progress,
     ) -> None:
         self.module, self.teacher, self.objective = module, teacher, objective
         self.batches, self.validation = batches, validation
-        self.trained, self.groups, self.weights = trained, groups, weights
+        self.trained, self.weights = trained, weights
+        self.groups: Groups | None = groups
         self.length, self.progress = length, progress
-        self.optimizer = make(list(trained.values()))
+        self.optimizer, self.clip = make(list(trained.values())), clip
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
         self.step = self.epoch = 0
         self.losses: list[float] = []
@@ -235,13 +254,15 @@ class _Training:
             if gradient is not None:
                 _check_finite(gradient, f"the gradient of {name} is not finite, step {self.step}")
             tensor.grad = gradient
+        if self.clip is not None:
+            nn.utils.clip_grad_norm_(tensors, self.clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
     def _by_group(self, batch: Batch, outputs: Any, taught: Any) -> dict[int, Tensor]:
         if self.groups is None:
             return {}
-        found = read_groups(self.groups, batch)
+        found = read_groups(self.groups, batch, self._likeliest(taught))
         losses = {}
         for group in torch.unique(found).tolist():
             rows = torch.nonzero(found == group).flatten()
@@ -249,6 +270,13 @@ class _Training:
             some = (rows_of(each, rows, len(found)) for each in (outputs, taught))
             losses[group] = self.objective(part, *some)
         return losses
+
+    def _likeliest(self, taught: Any) -> Tensor | None:
+        """The teacher's classes, where these are the groups."""
+        if self.groups != "taught":
+            return None
+        scores = self.objective.scores(taught)
+        return scores.argmax(class_axis(scores))
 
     def _outputs(self, batch: Batch) -> tuple[Any, Any]:
         taught = None

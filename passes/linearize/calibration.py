@@ -30,11 +30,13 @@ class Reference:
         module: The graph in eval mode.
         inputs: The flat inputs of each batch.
         statistics: Tensors that stand in for those at some paths: norms' statistics on noise.
+        targets: What came with the inputs of each batch, or None.
     """
 
     module: fx.GraphModule
     inputs: Sequence[Sequence[Tensor]]
     statistics: Mapping[str, Tensor] = field(default_factory=dict)
+    targets: Sequence[Any] = ()
 
     def attribute(self, node: fx.Node) -> Any:
         """The value of a ``get_attr`` node; of its own, so that nothing writes to the model."""
@@ -96,6 +98,7 @@ def reference(program: Program, context: PassContext, most_samples: int) -> Refe
         return _without_data(program, module, context, most_samples)
     examples = program.signature.flatten_inputs(context.args, context.kwargs)
     inputs: list[list[Tensor]] = []
+    targets: list[Any] = []
     room = most_samples
     for batch in itertools.islice(context.data, _MOST_BATCHES):
         read = read_batch(batch, context.data_loss, len(context.args))
@@ -114,12 +117,20 @@ def reference(program: Program, context: PassContext, most_samples: int) -> Refe
                 )
         program.signature.check(flat)
         inputs.append([t.detach().clone()[:room] if t.dim() else t for t in flat])
+        paired = read.targets is not None
+        targets.append(read.targets if paired else _targets(batch, len(context.args)))
         room -= max((int(t.shape[0]) for t in flat if t.dim()), default=1)
         if room <= 0:
             break
     if not inputs:
         raise InputMismatch("data yields no batch", hint="give at least one, or data=None")
-    return Reference(module, inputs)
+    return Reference(module, inputs, targets=targets)
+
+
+def _targets(batch: Any, arguments: int) -> Any:
+    """What comes with a batch's inputs, whether a loss takes it or not."""
+    pair = isinstance(batch, (tuple, list)) and len(batch) == 2
+    return batch[1] if pair and arguments != 2 else None
 
 
 @dataclass(frozen=True)

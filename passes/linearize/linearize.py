@@ -18,6 +18,7 @@ from graphopt.errors import BudgetError, BudgetInfeasible, UnsupportedError, Ver
 from graphopt.ir.program import Program
 from graphopt.passes.linearize.calibration import reference
 from graphopt.passes.linearize.choice import Granularity, Limits, Prices, SitePrices
+from graphopt.passes.linearize.impact import impact_of
 from graphopt.passes.linearize.latency import PrivateLatency
 from graphopt.passes.linearize.refit import Refitted, Survey, refit, survey
 from graphopt.passes.linearize.replacements import DEGREES, Kind, Replacement
@@ -99,6 +100,13 @@ class Linearize(Pass):
             raise BudgetError("linearize without a budget", hint="linearize{relus=10%}")
         return _Run(self, program, context).result()
 
+    @staticmethod
+    def sweep(model: Any, example_inputs: Sequence[Any] = (), **options: Any) -> Any:
+        """What accuracy costs under several budgets; see `graphopt.passes.linearize.sweep`."""
+        from graphopt.passes.linearize.pareto import sweep
+
+        return sweep(model, example_inputs, **options)
+
 
 class _Run:
     """One run of the pass."""
@@ -132,6 +140,9 @@ class _Run:
         chosen = list(refitted.replacements.values())
         changed = linearized(self.program, chosen, refitted.statistics)
         report = self._report(changed, found, selected, refitted)
+        if source.data is not None:
+            told = impact_of(*refitted.outputs, calibrated.targets)
+            report = dataclasses.replace(report, impact=told)
         return PassResult(changed, changed=True, report={"linearize": report})
 
     def _limits(self) -> Limits:

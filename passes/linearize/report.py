@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from graphopt.passes.linearize.impact import Impact
+
 
 @dataclass(frozen=True)
 class SiteReport:
@@ -54,6 +56,9 @@ class LinearizeReport:
         bytes_before: Bytes of the source.
         bytes_after: Bytes of the result.
         warnings: What a user should know, such as growing ranges.
+        impact: Accuracy by class on the calibration data, of the source and of the result; by the
+            source's own answers where there are no labels. None where outputs are no class scores,
+            and without data.
     """
 
     relus_before: int
@@ -74,3 +79,4 @@ class LinearizeReport:
     rounds_after: int | None = None
     bytes_before: float | None = None
     bytes_after: float | None = None
+    impact: Impact | None = None
