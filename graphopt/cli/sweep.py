@@ -9,6 +9,7 @@ import click
 from graphopt.cli.app import common, model_options
 from graphopt.cli.console import message, progress, show, show_json
 from graphopt.cli.models import dynamic_axes, load_model, load_named
+from graphopt.errors import EXIT_INTERRUPTED, EXIT_OK
 
 _SERVED = "relus"
 
@@ -85,7 +86,7 @@ def sweep(
     time_limit: float,
     seed: int,
     quiet: bool,
-) -> None:
+) -> int:
     """Linearize MODEL under several budgets: count, bytes, rounds, seconds and accuracy of each.
 
     Points that no other beats are marked; a budget that can't be kept is listed with the reason.
@@ -124,9 +125,12 @@ def sweep(
             message(f"wrote {path}")
     if as_json:
         show_json(found.to_dict())
-        return
-    show(_table(found))
-    message(f"accuracy is {_MEASURES[found.measure]}; * is on the frontier of seconds")
+    else:
+        show(_table(found))
+        message(f"accuracy is {_MEASURES[found.measure]}; * is on the frontier of seconds")
+    if found.interrupted:
+        message("interrupted: these are the points so far")
+    return EXIT_INTERRUPTED if found.interrupted else EXIT_OK
 
 
 _MEASURES = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import itertools
@@ -88,7 +89,8 @@ def sweep(
         progress: Told what goes on.
 
     Returns:
-        The points: the source's own first, then by option and budget, for each protocol.
+        The points: the source's own first, then by option and budget, for each protocol; after
+        Ctrl-C those found so far.
 
     Raises:
         UsageError: No budget, no option, or an unknown protocol or network.
@@ -233,12 +235,16 @@ class _Sweeping:
         accuracy = self.judge.of(self.program)
         point = Point("", "", count, calls, accuracy=accuracy)
         points = self._priced(self.program, point, self.protocols)
-        for index, plan in enumerate(plans):
-            told = f"{plan.budget} {plan.option}".strip()
-            self.context.progress(told, index / len(plans))
-            points += self._tried(plan, _within(self.context.progress, told, index, len(plans)))
-        self.context.progress("swept", 1.0)
-        return Sweep(tuple(points), self.judge.measure, self.protocols, self.network)
+        interrupted = True
+        with contextlib.suppress(KeyboardInterrupt):
+            for index, plan in enumerate(plans):
+                told = f"{plan.budget} {plan.option}".strip()
+                self.context.progress(told, index / len(plans))
+                points += self._tried(plan, _within(self.context.progress, told, index, len(plans)))
+            interrupted = False
+        self.context.progress("stopped" if interrupted else "swept", 1.0)
+        measure = self.judge.measure
+        return Sweep(tuple(points), measure, self.protocols, self.network, interrupted)
 
     def _tried(self, plan: _Plan, progress: Progress) -> list[Point]:
         point = Point(plan.option, plan.budget)

@@ -66,12 +66,14 @@ class Sweep:
             the outputs.
         protocols: The protocols.
         network: The network.
+        interrupted: Whether Ctrl-C ended the sweep before all points were found.
     """
 
     points: tuple[Point, ...]
     measure: Measure
     protocols: tuple[str, ...]
     network: str
+    interrupted: bool = False
 
     def frontier(
         self, by: str | Sequence[str] = "seconds", protocol: str | None = None
@@ -131,6 +133,7 @@ class Sweep:
             "schema_version": 1,
             "measure": self.measure,
             "network": self.network,
+            "interrupted": self.interrupted,
             "points": to_plain(self.rows()),
         }
 

@@ -214,6 +214,23 @@ def test_the_model_and_everything_around_it_stay(model: nn.Module) -> None:
     assert torch.equal(torch.get_rng_state(), random_state)
 
 
+def test_ctrl_c_keeps_the_points_so_far(model: nn.Module) -> None:
+    calls = itertools.count()
+
+    def evaluate(module: nn.Module) -> float:
+        if next(calls) == 2:
+            raise KeyboardInterrupt
+        return 1.0
+
+    found = sweep(
+        model, (EXAMPLE,), data=IMAGES, budgets=("50%", "25%", "10%"), options=("",),
+        evaluate=evaluate,
+    )  # fmt: skip
+    assert [point.budget for point in found.points] == ["", "50%"]
+    assert found.interrupted
+    assert found.to_dict()["interrupted"]
+
+
 def test_what_makes_no_sense_is_refused_before_anything_runs(model: nn.Module) -> None:
     for error, word, options in (
         (UsageError, "nothing", {"budgets": []}),
