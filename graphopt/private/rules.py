@@ -16,6 +16,7 @@ from torch.nn.functional import interpolate, unfold
 
 from graphopt.errors import UnsupportedError
 from graphopt.private.builder import Builder, Plain, Shared, Value
+from graphopt.private.signs import is_nonnegative
 
 aten = torch.ops.aten
 
@@ -72,7 +73,9 @@ def _div(b: Builder, x: Value, y: Any) -> Value:
 
 @rule(aten.reciprocal)
 def _inverse(b: Builder, x: Value) -> Value:
-    """Engines invert positive values; the sign is taken out and put back."""
+    """Engines invert positive values; a sign that isn't known is taken out and put back."""
+    if isinstance(x, Shared) and is_nonnegative(b, x):
+        return b.unary("reciprocal", x)
     sign = b.sub(1.0, b.multiply(b.unary("negative", x), 2.0))
     return b.multiply(sign, b.unary("reciprocal", b.multiply(sign, x)))
 

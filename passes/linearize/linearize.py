@@ -61,7 +61,10 @@ class Linearize(Pass):
         softmax: What becomes of softmaxes in attention, those inside of PyTorch's one op too:
             ``keep``; ``quad``, MPCFormer's ``(x + c)^2`` over its sum, with c fitted for each call;
             ``relu``, ``relu(x)`` over its sum, whose elements count against `relus` and
-            `relu_sites` and can't be replaced. It needs no budget beside it.
+            `relu_sites` and can't be replaced. It needs no budget beside it. Rows that are masked
+            wholly, or whose sum is zero, give zeros.
+        centered: Whether these take scores less their row's mean, which changes no softmax and
+            needs no communication; without, they are as published.
     """
 
     name: ClassVar[str] = "linearize"
@@ -82,6 +85,7 @@ class Linearize(Pass):
     rounds: int = 4
     norms: bool = True
     softmax: Literal["keep", "relu", "quad"] = "keep"
+    centered: bool = True
 
     def run(self, program: Program, context: PassContext) -> PassResult:
         """Chooses what to keep, fits the rest, rewrites, and counts.
@@ -116,8 +120,8 @@ class _Run:
         self.softmax = Prepared(program)
         self.softmaxes = None
         if options.softmax != "keep":
-            self.softmax = prepared(program, options.softmax)
-            self.softmaxes = Softmaxes(options.softmax, self.softmax.calls)
+            self.softmax = prepared(program, apart=options.softmax == "quad" or options.centered)
+            self.softmaxes = Softmaxes(options.softmax, options.centered, self.softmax.calls)
         self.program = self.softmax.program
         self.sites = [site for site in sites(self.program) if site.family.name != "softmax"]
         self.free = [site for site in self.sites if site.fixed is None]

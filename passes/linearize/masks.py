@@ -66,9 +66,9 @@ class Separator:
 
     def _look(self, node: fx.Node) -> None:
         sources = node.all_input_nodes
-        if node.op == "placeholder" or any(n in self._inputs for n in sources):
-            if node.op == "placeholder" or _is_tensor(node):
-                self._inputs.add(node)
+        reads = any(n in self._inputs for n in sources)
+        if node.op == "placeholder" or (reads and not _is_size(node)):
+            self._inputs.add(node)
         if node.op == "get_attr":
             value = lookup(self.module, str(node.target))
             if isinstance(value, Tensor) and value.is_floating_point():
@@ -200,6 +200,11 @@ def _first(node: fx.Node) -> fx.Node:
     source = node.args[0]
     assert isinstance(source, fx.Node)
     return source
+
+
+def _is_size(node: fx.Node) -> bool:
+    """Whether a node gives a number, not tensors."""
+    return isinstance(node.meta.get("val"), (int, float, torch.SymInt, torch.SymFloat))
 
 
 def _is_tensor(node: fx.Node) -> bool:

@@ -3,26 +3,30 @@
     quad:  p = (x + c)^2 w / (sum (x + c)^2 w + eps)        2Quad (Li et al. 2023, MPCFormer, 3.2)
     relu:  p = relu(x) / (sum relu(x) + eps)                (Mohassel and Zhang 2017, SecureML, 5.2)
 
-Both forms stay the same when scores and offset are multiplied by one number; that number brings the
-largest value at calibration to one, so that neither half precision nor fixed point overflows. A
-quadratic doesn't fall to zero at minus infinity: masks are factors ``w`` of it, one or zero where
-they are conditions, ``exp(mask)`` where they are added, as they are of the exponential.
+Neither is a function of differences of scores alone, as a softmax is: scores are taken less their
+row's mean, a linear map, unless the published form is asked for.  Both stay the same when scores
+and offset are multiplied by one number; it brings the largest value at calibration to one, so that
+neither half precision nor fixed point overflows.  A square doesn't fall to zero at minus infinity:
+masks are factors ``w`` of it, one or zero where they are conditions, ``exp(mask)`` where they are
+added, as they are of the exponential.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx
 
 from graphopt.ir.ops import is_effectful, is_random
 from graphopt.ir.skeleton import Container
 from graphopt.passes.linearize.lockstep import Known, Values, at
 from graphopt.passes.linearize.masks import MASKED
-from graphopt.passes.linearize.softmax import Normal, SoftmaxCall, masked, softmax_of
+from graphopt.passes.linearize.softmax import Normal, SoftmaxCall, softmax_of
 from graphopt.passes.linearize.writing import Writing
 
 aten = torch.ops.aten
@@ -44,14 +48,16 @@ class Normaliser:
     Attributes:
         call: The softmax.
         kind: ``relu`` or ``quad``.
+        centered: Whether scores are taken less their row's mean over the places that count.
         factor: By which scores are multiplied.
         offset: Added to the multiplied scores, for ``quad``.
-        shift: Taken from the sum of the masks that are added, for ``quad``.
+        shift: Taken from the sum of the masks that are added, before its exponential.
         error: ``||p - p_source|| / ||p_source||`` over the probabilities at calibration.
     """
 
     call: SoftmaxCall
     kind: Normal
+    centered: bool = True
     factor: float = 1.0
     offset: float = 0.0
     shift: float = 0.0
@@ -66,16 +72,80 @@ class Normaliser:
         dim: int,
     ) -> Tensor:
         """The probabilities."""
-        if self.kind == "relu":
-            read = x if x is not None else sum(terms, scores)
-            positive = torch.relu(read * self.factor)
-        else:
-            positive = (scores * self.factor + self.offset).square()
-            if terms:
-                positive = positive * torch.exp(sum(terms[1:], terms[0]) - self.shift)
-        for each in factors if self.kind == "quad" or x is None else ():
-            positive = positive * each
-        return positive / (positive.sum(dim, keepdim=True) + EPS)
+        scaled = scores * self.factor
+        found: Tensor = probabilities(_run, self, self.offset, scaled, terms, factors, dim)
+        return found
+
+
+def _run(target: Any, *args: Any) -> Any:
+    return target(*args)
+
+
+def probabilities(
+    call: Callable[..., Any],
+    found: Normaliser,
+    offset: Any,
+    scores: Any,
+    terms: Sequence[Any],
+    factors: Sequence[Any],
+    dim: int,
+) -> Any:
+    """A softmax's replacement, on tensors or as nodes of a graph.
+
+    Args:
+        call: Runs an op, or adds a call of it.
+        found: The replacement.
+        offset: Its offset.
+        scores: Multiplied by its factor already.
+        terms: Masks that are added.
+        factors: Masks that are one or zero.
+        dim: Over which probabilities sum to one.
+    """
+    weights = None
+    if found.kind == "quad" or found.centered:
+        weights = _weights(call, terms, factors, found.shift)
+    if found.centered:
+        scores = _centered(call, scores, weights, dim)
+    if found.kind == "quad":
+        positive = call(aten.square.default, call(aten.add.Tensor, scores, offset))
+        factors = () if weights is None else (weights,)
+    else:
+        for term in terms:
+            scaled = call(aten.mul.Tensor, term, found.factor)
+            scores = call(aten.add.Tensor, scores, scaled)
+        positive = call(aten.relu.default, scores)
+    for each in factors:
+        positive = call(aten.mul.Tensor, positive, each)
+    total = call(aten.sum.dim_IntList, positive, [dim], True)
+    return call(aten.div.Tensor, positive, call(aten.add.Tensor, total, EPS))
+
+
+def _weights(
+    call: Callable[..., Any], terms: Sequence[Any], factors: Sequence[Any], shift: float
+) -> Any:
+    """What masks multiply an exponential by; None where there is none."""
+    weights = None
+    if terms:
+        weights, *rest = terms
+        for each in rest:
+            weights = call(aten.add.Tensor, weights, each)
+        weights = call(aten.sub.Tensor, weights, shift) if shift else weights
+        weights = call(aten.exp.default, weights)
+    for each in factors:
+        weights = each if weights is None else call(aten.mul.Tensor, weights, each)
+    return weights
+
+
+def _centered(call: Callable[..., Any], scores: Any, weights: Any, dim: int) -> Any:
+    """Scores less their weighted mean."""
+    if weights is None:
+        mean = call(aten.mean.dim, scores, [dim], True)
+    else:
+        weights = call(aten.expand_as.default, weights, scores)
+        total = call(aten.sum.dim_IntList, weights, [dim], True)
+        shares = call(aten.div.Tensor, weights, call(aten.add.Tensor, total, EPS))
+        mean = call(aten.sum.dim_IntList, call(aten.mul.Tensor, scores, shares), [dim], True)
+    return call(aten.sub.Tensor, scores, mean)
 
 
 @dataclass(frozen=True)
@@ -97,63 +167,65 @@ class Softmaxes:
 
     Attributes:
         kind: What they become.
+        centered: Whether scores are taken less their row's mean.
         calls: The softmaxes.
     """
 
     kind: Normal
+    centered: bool
     calls: Sequence[SoftmaxCall]
 
     def unfitted(self) -> list[Normaliser]:
         """Replacements that cost what the fitted ones do."""
-        return [Normaliser(each, self.kind, 0.5, 1.0) for each in self.calls]
+        return [Normaliser(each, self.kind, self.centered, 0.5, 1.0) for each in self.calls]
+
+    def normalise(
+        self, node: fx.Node, teacher: Known, student: Known
+    ) -> tuple[Normaliser | Left, Values]:
+        """Fit one softmax's replacement to the source's probabilities.
+
+        Args:
+            node: The call of `softmax_of`.
+            teacher: Gives the source's values of a node for each batch.
+            student: The values of the same with everything in front replaced.
+
+        Returns:
+            The replacement, and its values for each batch.
+        """
+        (call,) = (each for each in self.calls if each.name == node.name)
+        known = {n: student(n) for n in node.all_input_nodes}
+        count = max(len(values) for values in known.values())
+        read = [Read(*fx.map_arg(node.args, at(known, i))) for i in range(count)]
+        target = teacher(node)
+        found: Normaliser | Left = Left(call, _unread(self, read) or "")
+        if found.reason:
+            return found, [softmax_of(*each) for each in read]
+        found = _fitted(Normaliser(call, self.kind, self.centered), read, target)
+        values = [found(*each) for each in read]
+        pairs = [(v.double(), t.double()) for v, t in zip(values, target, strict=True)]
+        off = sum(float((v - t).square().sum()) for v, t in pairs)
+        size = sum(float(t.square().sum()) for _, t in pairs)
+        return replace(found, error=math.sqrt(off / size) if size else 0.0), values
 
 
-def normalise(
-    call: SoftmaxCall, kind: Normal, node: fx.Node, teacher: Known, student: Known
-) -> tuple[Normaliser | Left, Values]:
-    """Fit one softmax's replacement to the source's probabilities.
+class Read(NamedTuple):
+    """What `softmax_of` reads."""
 
-    Args:
-        call: The softmax.
-        kind: What it becomes.
-        node: The call of `softmax_of`.
-        teacher: Gives the source's values of a node for each batch.
-        student: The values of the same with everything in front replaced.
-
-    Returns:
-        The replacement, and its values for each batch.
-    """
-    known = {n: student(n) for n in node.all_input_nodes}
-    count = max(len(values) for values in known.values())
-    read = [fx.map_arg(node.args, at(known, i)) for i in range(count)]
-    target = teacher(node)
-    reason = _unread(kind, read)
-    if reason is not None:
-        return Left(call, reason), [softmax_of(*args) for args in read]
-    found = _relu(call, read) if kind == "relu" else _quad(call, read, target)
-    values = [found(*args) for args in read]
-    pairs = [(v.double(), t.double()) for v, t in zip(values, target, strict=True)]
-    off = sum(float((v - t).square().sum()) for v, t in pairs)
-    size = sum(float(t.square().sum()) for _, t in pairs)
-    return replace(found, error=math.sqrt(off / size) if size else 0.0), values
+    x: Tensor | None
+    scores: Tensor
+    terms: Sequence[Tensor]
+    factors: Sequence[Tensor]
+    dim: int
 
 
-def _unread(kind: Normal, read: Sequence[tuple]) -> str | None:
+def _unread(softmaxes: Softmaxes, read: Sequence[Read]) -> str | None:
     """Why the scores can't be used."""
-    if kind == "relu" or read[0][0] is None:
+    if read[0].x is None or (softmaxes.kind == "relu" and not softmaxes.centered):
         return None
-    least = min((float(scores.amin()) for _, scores, *_ in read if scores.numel()), default=0.0)
+    least = min((float(each.scores.amin()) for each in read if each.scores.numel()), default=0.0)
     if not least > MASKED:
         return f"its scores go down to {least:.3g}: a mask in front of it isn't understood"
     return None
-
-
-def _relu(call: SoftmaxCall, read: Sequence[tuple]) -> Normaliser:
-    largest = 0.0
-    for x, scores, terms, factors, _ in read:
-        whole = x if x is not None else masked(scores, terms, factors)
-        largest = max(largest, float(whole.amax()) if whole.numel() else 0.0)
-    return Normaliser(call, "relu", 1.0 / largest if largest > 0 else 1.0)
 
 
 @dataclass(frozen=True)
@@ -171,51 +243,67 @@ class _Rows:
         return float((found - self.target).square().sum())
 
 
-def _quad(call: SoftmaxCall, read: Sequence[tuple], target: Values) -> Normaliser:
-    shift = max(
-        (_largest_finite(sum(terms[1:], terms[0])) for _, _, terms, _, _ in read if terms),
-        default=0.0,
-    )
-    rows = _rows(read, target, shift)
-    if not rows.scores.numel():
-        return Normaliser(call, "quad", shift=shift)
+def _fitted(start: Normaliser, read: Sequence[Read], target: Values) -> Normaliser:
+    shift = max((_largest_finite(each.terms) for each in read if each.terms), default=0.0)
+    start = replace(start, shift=shift)
+    if start.kind == "relu":
+        return replace(start, factor=_inverse(_largest_positive(start, read)))
+    rows = _rows(start, read, target)
     seen = rows.scores[rows.weights > 0]
     spread = float(seen.abs().max()) if seen.numel() else 0.0
     if not spread:
-        return Normaliser(call, "quad", 1.0, 1.0, shift)
+        return replace(start, offset=1.0)
     offset = _least(rows, spread)
-    factor = 1.0 / float((seen + offset).abs().max())
-    return Normaliser(call, "quad", factor, offset * factor, shift)
+    factor = _inverse(float((seen + offset).abs().max()))
+    return replace(start, factor=factor, offset=offset * factor)
 
 
-def _largest_finite(term: Tensor) -> float:
+def _inverse(largest: float) -> float:
+    return 1.0 / largest if 0 < largest < math.inf else 1.0
+
+
+def _largest_finite(terms: Sequence[Tensor]) -> float:
+    """The largest of the sums of what is added, for places that count."""
+    term = sum(terms[1:], terms[0])
     finite = term[term.isfinite()]
     largest = float(finite.max()) if finite.numel() else 0.0
     return largest if largest > MASKED else 0.0
 
 
-def _rows(read: Sequence[tuple], target: Values, shift: float) -> _Rows:
+def _largest_positive(start: Normaliser, read: Sequence[Read]) -> float:
+    largest = 0.0
+    for each in read:
+        scores, weights = _scores_of(start, each)
+        whole = sum(each.terms, scores)
+        counts = whole if weights is None else whole[(weights > 0).expand_as(whole)]
+        largest = max(largest, float(counts.max()) if counts.numel() else 0.0)
+    return largest
+
+
+def _scores_of(start: Normaliser, read: Read) -> tuple[Tensor, Tensor | None]:
+    """Scores as the replacement takes them, unscaled, float64, and weights of masks."""
+    double = [t.double() for t in read.terms], [t.double() for t in read.factors]
+    scores, weights = read.scores.double(), _weights(_run, *double, start.shift)
+    if start.centered:
+        scores = _centered(_run, scores, weights, read.dim)
+    return scores, weights
+
+
+def _rows(start: Normaliser, read: Sequence[Read], target: Values) -> _Rows:
     """Rows of all batches, not more than a fit needs, evenly from each."""
-    total = sum(t.numel() for t in target)
+    step = max(1, math.ceil(sum(t.numel() for t in target) / _MOST_ELEMENTS))
     parts = []
-    for (_, scores, terms, factors, dim), wanted in zip(read, target, strict=True):
-        weights = torch.ones_like(wanted)
-        if terms:
-            weights = weights * torch.exp(sum(terms[1:], terms[0]) - shift)
-        for each in factors:
-            weights = weights * each
+    for each, wanted in zip(read, target, strict=True):
+        scores, weights = _scores_of(start, each)
+        weights = torch.ones_like(scores) if weights is None else weights
         found = [
-            v.expand_as(wanted).movedim(dim, -1).reshape(-1, wanted.shape[dim])
-            for v in (scores, weights, wanted)
+            v.expand_as(wanted).movedim(each.dim, -1).reshape(-1, wanted.shape[each.dim])
+            for v in (scores, weights, wanted.double())
         ]
-        step = max(1, math.ceil(total / _MOST_ELEMENTS))
-        parts.append([v[::step].double() for v in found])
+        parts.append([v[::step] for v in found])
     width = max(part[0].shape[1] for part in parts)
-    padded = [
-        torch.cat([torch.nn.functional.pad(part[i], (0, width - part[i].shape[1])) for part in parts])
-        for i in range(3)
-    ]
-    return _Rows(*padded)
+    padded = [[F.pad(v, (0, width - v.shape[1])) for v in part] for part in parts]
+    return _Rows(*[torch.cat(column) for column in zip(*padded, strict=True)])
 
 
 def _least(rows: _Rows, spread: float) -> float:
@@ -263,51 +351,25 @@ class _Written(Writing):
 
     def run(self) -> fx.Node:
         """Add them; returns the probabilities."""
-        x, scores, terms, factors, dim = self.node.args
-        found = self.found
-        if found.kind == "relu" and x is not None:
-            positive = self.call(aten.relu.default, self._scaled(x))
-            factors = ()
-        elif found.kind == "relu":
-            read = self._scaled(scores) if not terms else self._scaled(self._sum([scores, *terms]))
-            positive = self.call(aten.relu.default, read)
-        else:
-            positive = self._square(scores, terms)
-        for each in factors:
-            positive = self.call(aten.mul.Tensor, positive, each)
-        total = self.call(aten.sum.dim_IntList, positive, [dim], True)
-        total = self.call(aten.add.Tensor, total, EPS)
-        return self.call(aten.div.Tensor, positive, total)
+        _, scores, terms, factors, dim = self.node.args
+        found, offset = self.found, None
+        if found.kind == "quad":
+            dtype = self.node.meta["val"].dtype
+            offset = self.parameter("offset", torch.tensor(found.offset, dtype=dtype))
+        scaled = self._scaled(scores)
+        made: fx.Node = probabilities(self.call, found, offset, scaled, terms, factors, dim)
+        return made
 
-    def _square(self, scores: fx.Node, terms: Sequence[fx.Node]) -> fx.Node:
-        dtype = self.node.meta["val"].dtype
-        offset = self.parameter("offset", torch.tensor(self.found.offset, dtype=dtype))
-        moved = self.call(aten.add.Tensor, self._scaled(scores), offset)
-        positive = self.call(aten.square.default, moved)
-        if not terms:
-            return positive
-        term = self._sum(terms)
-        if self.found.shift:
-            term = self.call(aten.sub.Tensor, term, self.found.shift)
-        return self.call(aten.mul.Tensor, positive, self.call(aten.exp.default, term))
-
-    def _sum(self, terms: Sequence[fx.Node]) -> fx.Node:
-        found, *rest = terms
-        for each in rest:
-            found = self.call(aten.add.Tensor, found, each)
-        return found
-
-    def _scaled(self, x: fx.Node) -> fx.Node:
-        """Scores times the factor; by the query's scale where they are its products alone."""
+    def _scaled(self, scores: fx.Node) -> fx.Node:
+        """Scores times the factor; in an attention the query's scale takes it."""
         factor, name = self.found.factor, self.found.call.scaled
         if factor == 1.0:
-            return x
-        scores = self.node.args[1]
-        if name is not None and x is scores:
-            (scaled,) = (n for n in self.graph.nodes if n.name == name)
-            scaled.update_arg(1, scaled.args[1] * factor)
-            return x
-        return self.call(aten.mul.Tensor, x, factor)
+            return scores
+        if name is None:
+            return self.call(aten.mul.Tensor, scores, factor)
+        (scaled,) = (n for n in self.graph.nodes if n.name == name)
+        scaled.update_arg(1, scaled.args[1] * factor)
+        return scores
 
 
 def _drop(graph: fx.Graph, nodes: Sequence[fx.Node]) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from graphopt.ir.graphs import lookup
 from graphopt.passes.linearize.calibration import BatchNorm, Reference, batch_norms, call, moments
 from graphopt.passes.linearize.lockstep import Known, Values, lockstep
-from graphopt.passes.linearize.normalisers import Left, Normaliser, Softmaxes, normalise
+from graphopt.passes.linearize.normalisers import Left, Normaliser, Softmaxes
 from graphopt.passes.linearize.replacements import Kind, Replacement, fitted
 from graphopt.passes.linearize.sites import Site, read_by
 
@@ -93,7 +93,7 @@ def refit(
         softmaxes: Those that are replaced, too.
     """
     by_node = {site.name: site for site in chosen}
-    calls = {} if softmaxes is None else {each.name: each for each in softmaxes.calls}
+    calls = set() if softmaxes is None else {each.name for each in softmaxes.calls}
     recalibrated = _called_once(reference) if norms else {}
     result = Refitted({})
 
@@ -102,7 +102,7 @@ def refit(
         if site is not None:
             return _replaced(site, chosen[site], node, teacher, student, result)
         if node.name in calls and softmaxes is not None:
-            found, values = normalise(calls[node.name], softmaxes.kind, node, teacher, student)
+            found, values = softmaxes.normalise(node, teacher, student)
             result.normalisers.append(found)
             return values
         norm = recalibrated.get(node)

@@ -107,15 +107,15 @@ def masked(scores: Tensor, terms: Sequence[Tensor], factors: Sequence[Tensor]) -
     return scores
 
 
-def prepared(program: Program, kind: Normal) -> Prepared:
+def prepared(program: Program, apart: bool) -> Prepared:
     """Set the softmaxes apart whose result reaches a product.
 
     Args:
         program: The program; it is not changed.
-        kind: What they will become.
+        apart: Whether masks have to be told from scores.
     """
     module = copy_graph(program.module)
-    preparing = _Preparing(module, kind)
+    preparing = _Preparing(module, apart)
     preparing.run()
     if not preparing.calls:
         return Prepared(program, (), tuple(preparing.left))
@@ -127,8 +127,8 @@ def prepared(program: Program, kind: Normal) -> Prepared:
 
 
 class _Preparing:
-    def __init__(self, module: fx.GraphModule, kind: Normal) -> None:
-        self.module, self.graph, self.kind = module, module.graph, kind
+    def __init__(self, module: fx.GraphModule, apart: bool) -> None:
+        self.module, self.graph, self.apart = module, module.graph, apart
         self.batch = batch_of(module.graph)
         self.separator = Separator(module)
         self.calls: list[SoftmaxCall] = []
@@ -185,7 +185,7 @@ class _Preparing:
         if not isinstance(x, fx.Node) or not isinstance(dim, int) or dtype is True:
             return f"no replacement for this form of {node.target}"
         parts: Parts | str = Parts(x)
-        if self.kind == "quad":
+        if self.apart:
             parts = self.separator.parts(x, add)
         if isinstance(parts, str):
             return parts
