@@ -484,7 +484,7 @@ def _max_pool2d(
         raise UnsupportedError("max pooling with ceil_mode")
 
     def windows(places: torch.Tensor) -> torch.Tensor:
-        found = _windows(places, kernel, stride, padding, dilation)
+        found = windows(places, kernel, stride, padding, dilation)
         # Padding must not win: a place of the window stands in for it.
         return torch.where(found == 0, found.amax(-1, keepdim=True), found)
 
@@ -503,11 +503,11 @@ def _avg_pool2d(
     padded = any(_wide(padding, 2)) and not count_include_pad
     if ceil_mode or padded:
         raise UnsupportedError("average pooling with ceil_mode or without its padding counted")
-    found = b.move(lambda t: _windows(t, kernel, stride, padding, 1), [x], whole=False)
+    found = b.move(lambda t: windows(t, kernel, stride, padding, 1), [x], whole=False)
     return b.sum(found, [-1], divisor=divisor_override or found.shape[-1])
 
 
-def _windows(x: torch.Tensor, kernel: Any, stride: Any, padding: Any, dilation: Any) -> Any:
+def windows(x: torch.Tensor, kernel: Any, stride: Any, padding: Any, dilation: Any) -> Any:
     """(..., h, w) -> (..., h', w', elements of a window)."""
     kernel, padding, dilation = _wide(kernel, 2), _wide(padding, 2), _wide(dilation, 2)
     steps = _wide(stride, 2) if stride not in ((), [], None) else kernel
