@@ -25,7 +25,7 @@ _PRODUCTS = {
 _MOVING = {
     aten.view, aten.reshape, aten._unsafe_view, aten.flatten, aten.unflatten, aten.transpose,
     aten.permute, aten.movedim, aten.unsqueeze, aten.squeeze, aten.expand, aten.clone,
-    aten.contiguous, aten.alias,
+    aten.contiguous, aten.alias, aten.view_as, aten.reshape_as,
 }  # fmt: skip
 _CONVERTING = {aten.to, aten._to_copy, aten.type_as}
 _SELECTING = {aten.masked_fill, aten.where}
