@@ -92,7 +92,8 @@ class CircaSimulation(nn.Module):
         _check(truncated_bits, mode, ring_bits)
         if not 0 <= fraction_bits < ring_bits:
             raise UsageError(f"fraction_bits={fraction_bits} of a ring of {ring_bits} bits")
-        self.truncated_bits, self.mode = truncated_bits, mode
+        self.truncated_bits = truncated_bits
+        self.mode: CircaMode = mode
         self.fraction_bits, self.ring_bits, self.seed = fraction_bits, ring_bits, seed
         self.signature = program.eval_signature or program.signature
         args, kwargs = self.signature.rebuild_call(program.fake_inputs())

@@ -483,12 +483,12 @@ def _max_pool2d(
     if ceil_mode:
         raise UnsupportedError("max pooling with ceil_mode")
 
-    def windows(places: torch.Tensor) -> torch.Tensor:
+    def gather(places: torch.Tensor) -> torch.Tensor:
         found = windows(places, kernel, stride, padding, dilation)
         # Padding must not win: a place of the window stands in for it.
         return torch.where(found == 0, found.amax(-1, keepdim=True), found)
 
-    best = b.largest(b.move(windows, [x], whole=False), len(x.shape))
+    best = b.largest(b.move(gather, [x], whole=False), len(x.shape))
     return b.move(lambda t: t.squeeze(-1), [best], whole=False)
 
 

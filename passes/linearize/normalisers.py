@@ -195,7 +195,8 @@ class Softmaxes:
         (call,) = (each for each in self.calls if each.name == node.name)
         known = {n: student(n) for n in node.all_input_nodes}
         count = max(len(values) for values in known.values())
-        read = [Read(*fx.map_arg(node.args, at(known, i))) for i in range(count)]
+        given: list[Any] = [fx.map_arg(node.args, at(known, i)) for i in range(count)]
+        read = [Read(*each) for each in given]
         target = teacher(node)
         found: Normaliser | Left = Left(call, _unread(self, read) or "")
         if found.reason:
@@ -351,7 +352,8 @@ class _Written(Writing):
 
     def run(self) -> fx.Node:
         """Add them; returns the probabilities."""
-        _, scores, terms, factors, dim = self.node.args
+        args: Any = self.node.args
+        _, scores, terms, factors, dim = args
         found, offset = self.found, None
         if found.kind == "quad":
             dtype = self.node.meta["val"].dtype

@@ -25,19 +25,20 @@ def attention(attend: Attend, *, groups: int = 1, head: bool = True) -> nn.Modul
             part.unflatten(-1, (-1, WIDTH)).transpose(1, 2)
             for part in (net.q(x), net.k(x), net.v(x))
         ]
-        mixed = attend(net, *heads, counts[:, None, None, :])
+        mixed = attend(net, heads[0], heads[1], heads[2], counts[:, None, None, :])
         found = mixed.transpose(1, 2).flatten(2)
         return net.out(found) if head else found
 
     torch.manual_seed(1)
     own = HEADS * WIDTH // groups
-    net = Net(
+    net: Any = Net(
         forward, q=nn.Linear(12, HEADS * WIDTH), k=nn.Linear(12, own), v=nn.Linear(12, own),
         out=nn.Linear(HEADS * WIDTH, 5), drop=nn.Dropout(0.3),
     )  # fmt: skip
     with torch.no_grad():
         net.q.weight *= 3.0
-    return net.eval()
+    settled: nn.Module = net.eval()
+    return settled
 
 
 def scores(q: Tensor, k: Tensor) -> Tensor:

@@ -69,7 +69,8 @@ def oracle(net: Any, kind: str, centered: bool, scale: float, x: Tensor, counts:
             grid = [0.05 * i for i in range(1, 2000)]
             near = min(grid, key=loss)
             bounds = (near - 0.1, near + 0.1)
-            offset = minimize_scalar(loss, bounds=bounds, method="bounded").x
+            best: Any = minimize_scalar(loss, bounds=bounds, method="bounded")
+            offset = best.x
         mixed = normal(offset) @ v
         found: Tensor = net.out(mixed.transpose(1, 2).flatten(2)).float()
     return found
