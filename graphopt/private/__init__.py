@@ -9,6 +9,8 @@ protocol("crypten").nonlinearity("relu", 6752)
 
 from __future__ import annotations
 
+from graphopt.private.circa import CircaSimulation, fault_probability, simulate
+from graphopt.private.circa_search import CircaReport, search
 from graphopt.private.comparisons import comparisons
 from graphopt.private.cost import LAN, WAN, Cost, Network, network
 from graphopt.private.lower import lower
@@ -19,6 +21,8 @@ from graphopt.private.report import PrivateReport, private_cost
 __all__ = [
     "LAN",
     "WAN",
+    "CircaReport",
+    "CircaSimulation",
     "Cost",
     "Network",
     "PrivateCost",
@@ -27,10 +31,13 @@ __all__ = [
     "SiteCost",
     "Unit",
     "comparisons",
+    "fault_probability",
     "lower",
     "network",
     "predict",
     "private_cost",
     "protocol",
     "protocols",
+    "search",
+    "simulate",
 ]

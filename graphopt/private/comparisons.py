@@ -64,14 +64,14 @@ class _Counter(fx.Interpreter):
             self.dependent.add(n)
         result = super().run_node(n)
         packet = getattr(n.target, "overloadpacket", None)
-        if n in self.dependent and _functional(packet) in COMPARING:
+        if n in self.dependent and functional(packet) in COMPARING:
             count = self._elements(n, packet)
             if count:
                 self.counts[n.name] = count
         return result
 
     def _elements(self, node: fx.Node, packet: Any) -> int:
-        choosing = {aten.where: 0, aten.masked_fill: 1}.get(_functional(packet))
+        choosing = {aten.where: 0, aten.masked_fill: 1}.get(functional(packet))
         given = node.args if choosing is None else (node.args[choosing],)
         values = [
             self.env[x]
@@ -82,7 +82,7 @@ class _Counter(fx.Interpreter):
         return torch.Size(torch.broadcast_shapes(*sizes)).numel() if sizes else 0
 
 
-def _functional(packet: Any) -> Any:
-    """The packet of the out-of-place twin."""
+def functional(packet: Any) -> Any:
+    """The packet of an op's out-of-place twin."""
     name = getattr(packet, "__name__", "")
     return getattr(aten, name[:-1], packet) if name.endswith("_") else packet

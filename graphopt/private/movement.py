@@ -27,7 +27,7 @@ _MOVING = (
 
 _SAME = (
     aten.clone, aten.contiguous, aten.detach, aten.detach_, aten.alias, aten._to_copy, aten.to,
-    aten.type_as, aten.lift_fresh_copy,
+    aten.lift_fresh_copy,
 )  # fmt: skip
 
 
@@ -71,6 +71,13 @@ _register()
 
 @rule(*_SAME)
 def _same(b: Builder, x: Value, *args: Any, **kwargs: Any) -> Value:
+    return x
+
+
+@rule(aten.type_as)
+def _type_as(b: Builder, x: Value, other: Value) -> Value:
+    if isinstance(x, Plain) and isinstance(other, Shared):
+        return Plain(x.tensor.double(), x.secret)
     return x
 
 

@@ -16,6 +16,7 @@ from torch.nn.functional import interpolate, unfold
 
 from graphopt.errors import UnsupportedError
 from graphopt.private.builder import Builder, Plain, Shared, Value
+from graphopt.private.signs import is_nonnegative
 
 aten = torch.ops.aten
 
@@ -72,7 +73,9 @@ def _div(b: Builder, x: Value, y: Any) -> Value:
 
 @rule(aten.reciprocal)
 def _inverse(b: Builder, x: Value) -> Value:
-    """Engines invert positive values; the sign is taken out and put back."""
+    """Engines invert positive values; a sign that isn't known is taken out and put back."""
+    if isinstance(x, Shared) and is_nonnegative(b, x):
+        return b.unary("reciprocal", x)
     sign = b.sub(1.0, b.multiply(b.unary("negative", x), 2.0))
     return b.multiply(sign, b.unary("reciprocal", b.multiply(sign, x)))
 
@@ -480,12 +483,12 @@ def _max_pool2d(
     if ceil_mode:
         raise UnsupportedError("max pooling with ceil_mode")
 
-    def windows(places: torch.Tensor) -> torch.Tensor:
-        found = _windows(places, kernel, stride, padding, dilation)
+    def gather(places: torch.Tensor) -> torch.Tensor:
+        found = windows(places, kernel, stride, padding, dilation)
         # Padding must not win: a place of the window stands in for it.
         return torch.where(found == 0, found.amax(-1, keepdim=True), found)
 
-    best = b.largest(b.move(windows, [x], whole=False), len(x.shape))
+    best = b.largest(b.move(gather, [x], whole=False), len(x.shape))
     return b.move(lambda t: t.squeeze(-1), [best], whole=False)
 
 
@@ -500,11 +503,11 @@ def _avg_pool2d(
     padded = any(_wide(padding, 2)) and not count_include_pad
     if ceil_mode or padded:
         raise UnsupportedError("average pooling with ceil_mode or without its padding counted")
-    found = b.move(lambda t: _windows(t, kernel, stride, padding, 1), [x], whole=False)
+    found = b.move(lambda t: windows(t, kernel, stride, padding, 1), [x], whole=False)
     return b.sum(found, [-1], divisor=divisor_override or found.shape[-1])
 
 
-def _windows(x: torch.Tensor, kernel: Any, stride: Any, padding: Any, dilation: Any) -> Any:
+def windows(x: torch.Tensor, kernel: Any, stride: Any, padding: Any, dilation: Any) -> Any:
     """(..., h, w) -> (..., h', w', elements of a window)."""
     kernel, padding, dilation = _wide(kernel, 2), _wide(padding, 2), _wide(dilation, 2)
     steps = _wide(stride, 2) if stride not in ((), [], None) else kernel

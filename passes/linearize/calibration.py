@@ -31,12 +31,21 @@ class Reference:
         inputs: The flat inputs of each batch.
         statistics: Tensors that stand in for those at some paths: norms' statistics on noise.
         targets: What came with the inputs of each batch, or None.
+        stand_ins: What is called instead of some nodes' targets, by node name.
     """
 
     module: fx.GraphModule
     inputs: Sequence[Sequence[Tensor]]
     statistics: Mapping[str, Tensor] = field(default_factory=dict)
     targets: Sequence[Any] = ()
+    stand_ins: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
+
+    def run(self, node: fx.Node, value: Callable[[fx.Node], Any]) -> Any:
+        """Run one call, or what stands in for it, on values that a function gives."""
+        stand_in = self.stand_ins.get(node.name)
+        if stand_in is None:
+            return call(node, value)
+        return stand_in(*fx.map_arg(node.args, value), **fx.map_arg(node.kwargs, value))
 
     def attribute(self, node: fx.Node) -> Any:
         """The value of a ``get_attr`` node; of its own, so that nothing writes to the model."""

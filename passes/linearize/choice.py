@@ -58,6 +58,14 @@ class Limits:
             self.cost,
         )
 
+    def less(self, elements: int, sites: int) -> Limits:
+        """What is left where so much is spent otherwise."""
+        return Limits(
+            None if self.relus is None else self.relus - elements,
+            None if self.relu_sites is None else self.relu_sites - sites,
+            self.cost,
+        )
+
     def eased(self, sites: Sequence[Site], prices: Prices, share: float) -> Limits:
         """Limits on the way from everything to these: geometrically, ``share`` of it gone."""
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from graphopt.passes.linearize.calibration import Reference, call, writes_to_values
+from graphopt.passes.linearize.calibration import Reference, writes_to_values
 from graphopt.passes.linearize.replacements import Kind, Replacement, approximated
 from graphopt.passes.linearize.sites import Site, read_by
 
@@ -94,7 +94,7 @@ def _gates(
                     if isinstance(v, Tensor) and v.is_floating_point() and v.requires_grad
                 ]  # fmt: skip
             else:
-                values[node] = call(node, values.__getitem__)
+                values[node] = reference.run(node, values.__getitem__)
                 site = by_node.get(node.name)
                 if site is not None:
                     x, exact = values[read_by(node)], values[node]

@@ -29,12 +29,14 @@ class PrivateLatency:
         context: The example inputs.
         protocol: Name of the protocol.
         network: ``lan``, ``wan``, or bandwidth and round-trip time as text.
+        start: The program with what is replaced in any case; None: the source.
     """
 
     program: Program
     context: PassContext
     protocol: str
     network: str
+    start: Program | None = None
 
     def of(self, program: Program) -> PrivateCost:
         """What a program costs.
@@ -52,6 +54,11 @@ class PrivateLatency:
         """What the source costs."""
         return self.of(self.program)
 
+    @cached_property
+    def present(self) -> PrivateCost:
+        """What the program costs where every site is kept."""
+        return self.before if self.start is None else self.of(self.start)
+
     def units(self, seconds: float) -> int:
         """Seconds in the solver's unit, rounded up."""
         return math.ceil(seconds / _UNIT)
@@ -64,7 +71,7 @@ class PrivateLatency:
 
     def kept(self, site: Site) -> Price:
         """Price of the kept elements, for all samples together."""
-        row = self.before.by_node().get(site.name)
+        row = self.present.by_node().get(site.name)
         return Price() if row is None else self._price(Cost(row.bytes, row.rounds), site)
 
     def replaced(self, site: Site, kind: Kind) -> Price:
@@ -79,8 +86,8 @@ class PrivateLatency:
 
     def rest(self, sites: list[Site]) -> float:
         """Seconds of everything but these sites."""
-        rows = self.before.by_node()
-        return self.before.seconds - sum(rows[s.name].seconds for s in sites if s.name in rows)
+        rows = self.present.by_node()
+        return self.present.seconds - sum(rows[s.name].seconds for s in sites if s.name in rows)
 
     def _price(self, cost: Cost, site: Site) -> Price:
         link, trips = network(self.network), protocol(self.protocol).trips

@@ -20,12 +20,14 @@ from graphopt.passes.linearize.calibration import reference
 from graphopt.passes.linearize.choice import Granularity, Limits, Prices, SitePrices
 from graphopt.passes.linearize.impact import impact_of
 from graphopt.passes.linearize.latency import PrivateLatency
+from graphopt.passes.linearize.normalisers import Left, Normaliser, Softmaxes
 from graphopt.passes.linearize.refit import Refitted, Survey, refit, survey
 from graphopt.passes.linearize.replacements import DEGREES, Kind, Replacement
-from graphopt.passes.linearize.report import LinearizeReport, SiteReport
+from graphopt.passes.linearize.report import LinearizeReport, SiteReport, SoftmaxReport
 from graphopt.passes.linearize.rewrite import linearized
 from graphopt.passes.linearize.selection import METHODS, Selected, Task, solved
 from graphopt.passes.linearize.sites import Site, sites
+from graphopt.passes.linearize.softmax import Prepared, prepared
 from graphopt.pipeline import Pass, PassContext, PassResult, Position, Preserves
 from graphopt.private import PrivateCost
 
@@ -57,6 +59,13 @@ class Linearize(Pass):
         granularity: What is kept or replaced as one.
         rounds: In how many rounds ``fisher`` scores anew on what is left.
         norms: Whether BatchNorms that see other values get new running statistics.
+        softmax: What becomes of softmaxes in attention, those inside of PyTorch's one op too:
+            ``keep``; ``quad``, MPCFormer's ``(x + c)^2`` over its sum, with c fitted for each call;
+            ``relu``, ``relu(x)`` over its sum, whose elements count against `relus` and
+            `relu_sites` and can't be replaced. It needs no budget beside it. Rows that are masked
+            wholly, or whose sum is zero, give zeros.
+        centered: Whether these take scores less their row's mean, which changes no softmax and
+            needs no communication; without, they are as published.
     """
 
     name: ClassVar[str] = "linearize"
@@ -76,6 +85,8 @@ class Linearize(Pass):
     granularity: Granularity = "element"
     rounds: int = 4
     norms: bool = True
+    softmax: Literal["keep", "relu", "quad"] = "keep"
+    centered: bool = True
 
     def run(self, program: Program, context: PassContext) -> PassResult:
         """Chooses what to keep, fits the rest, rewrites, and counts.
@@ -96,7 +107,8 @@ class Linearize(Pass):
                 "linearizing a model whose forward branches on self.training",
                 hint="branch on an argument or a constant instead",
             )
-        if self.relus is None and self.relu_sites is None and self.pi_latency is None:
+        limits = (self.relus, self.relu_sites, self.pi_latency)
+        if self.softmax == "keep" and all(limit is None for limit in limits):
             raise BudgetError("linearize without a budget", hint="linearize{relus=10%}")
         return _Run(self, program, context).result()
 
@@ -112,33 +124,41 @@ class _Run:
     """One run of the pass."""
 
     def __init__(self, options: Linearize, program: Program, context: PassContext) -> None:
-        self.options, self.program, self.context = options, program, context
-        self.sites = [site for site in sites(program) if site.family.name != "softmax"]
+        self.options, self.source, self.context = options, program, context
+        self.softmax = Prepared(program)
+        self.softmaxes = None
+        if options.softmax != "keep":
+            self.softmax = prepared(program, apart=options.softmax == "quad" or options.centered)
+            self.softmaxes = Softmaxes(options.softmax, options.centered, self.softmax.calls)
+        self.program = self.softmax.program
+        self.sites = [site for site in sites(self.program) if site.family.name != "softmax"]
         self.free = [site for site in self.sites if site.fixed is None]
         self.total = sum(site.per_sample for site in self.sites)
 
     def result(self) -> PassResult:
         """Choose, fit, rewrite, report."""
         limits = self._limits()
-        if self._kept_already(limits):
-            return PassResult(self.program, changed=False, report={"linearize": self._as_it_is()})
+        kept = self._kept_already(limits)
+        if kept and not self.softmax.calls:
+            return PassResult(self.source, changed=False, report={"linearize": self._as_it_is()})
         context = self.context
         context.progress("calibrating")
         source = context if self.options.select != "datafree" else _without_data(context)
-        largest = max(site.per_sample for site in self.free)
+        largest = max(each.per_sample for each in (*self.free, *self.softmax.calls))
         calibrated = reference(self.program, source, max(1, _ELEMENTS // largest))
         found = survey(calibrated, {site: self._kinds(site) for site in self.free})
         task = Task(
             calibrated, found, limits, self._prices(), self.options.granularity,
             self.options.rounds, context.time_limit / self.options.rounds, context.seed,
-            context.progress,
+            context.progress, self.softmaxes,
         )  # fmt: skip
         method = METHODS["fisher" if self.options.select == "datafree" else self.options.select]
-        selected = self._within_seconds(task, method(task))
+        selected = None if kept else self._within_seconds(task, method(task))
+        wanted = self._everything(found) if selected is None else selected.replacements
         context.progress("fitting replacements one after the other")
-        refitted = refit(calibrated, selected.replacements, self.options.norms)
+        refitted = refit(calibrated, wanted, self.options.norms, self.softmaxes)
         chosen = list(refitted.replacements.values())
-        changed = linearized(self.program, chosen, refitted.statistics)
+        changed = linearized(self.program, chosen, refitted.statistics, refitted.normalisers)
         report = self._report(changed, found, selected, refitted)
         if source.data is not None:
             told = impact_of(*refitted.outputs, calibrated.targets)
@@ -153,10 +173,11 @@ class _Run:
             self._cost(self._seconds()),
         )
         fixed = [site for site in self.sites if site.fixed is not None]
-        left = limits.without(fixed)
+        added = self._added()
+        left = limits.without(fixed).less(sum(added.values()), len(added))
         for field, limit, least in (
-            ("relus", left.relus, sum(site.per_sample for site in fixed)),
-            ("relu_sites", left.relu_sites, len(fixed)),
+            ("relus", left.relus, sum(site.per_sample for site in fixed) + sum(added.values())),
+            ("relu_sites", left.relu_sites, len(fixed) + len(added)),
         ):
             if limit is not None and limit < 0:
                 raise BudgetInfeasible(
@@ -164,10 +185,18 @@ class _Run:
                     field=field,
                     requested=getattr(limits, field),
                     smallest=least,
-                    obstacle="; ".join(f"{s.name}: {s.fixed}" for s in fixed[:5]),
+                    obstacle="; ".join(
+                        [f"{s.name}: {s.fixed}" for s in fixed[:5]]
+                        + [f"{name}: softmax=relu" for name in list(added)[:5]]
+                    ),
                     proven=True,
                 )
         return left
+
+    def _added(self) -> dict[str, int]:
+        """ReLUs that stand for softmaxes, by the softmax's name."""
+        calls = self.softmax.calls if self.options.softmax == "relu" else ()
+        return {each.source: each.per_sample for each in calls}
 
     @cached_property
     def latency(self) -> PrivateLatency | None:
@@ -175,7 +204,21 @@ class _Run:
         if self.options.pi_latency is None:
             return None
         protocol, network = self.options.protocol, self.options.network
-        return PrivateLatency(self.program, self.context, protocol, network)
+        start = self._written([]) if self.softmax.calls else None
+        return PrivateLatency(self.source, self.context, protocol, network, start)
+
+    def _written(self, chosen: Sequence[Replacement]) -> Program:
+        """The program, as far as its cost depends on what is chosen."""
+        normalisers = [] if self.softmaxes is None else self.softmaxes.unfitted()
+        return linearized(self.program, chosen, {}, normalisers)
+
+    def _everything(self, found: Survey) -> dict[Site, Replacement]:
+        """Every site as it is."""
+        return {
+            site: Replacement(site, torch.arange(site.positions), kind, kinds[kind])
+            for site, kinds in found.options.items()
+            for kind in list(kinds)[:1]
+        }
 
     def _seconds(self) -> float:
         """The limit on seconds."""
@@ -211,7 +254,7 @@ class _Run:
         limit = asked = self._seconds()
         for _ in range(_ATTEMPTS):
             if selected.answer.found:
-                program = linearized(self.program, list(selected.replacements.values()), {})
+                program = self._written(list(selected.replacements.values()))
                 seconds = self.latency.of(program).seconds
                 if seconds <= asked:
                     return selected
@@ -234,7 +277,7 @@ class _Run:
             Replacement(site, none, kind, task.survey.options[site][kind])
             for site, kind in cheapest.items()
         ]
-        return self.latency.of(linearized(self.program, replaced, {}))
+        return self.latency.of(self._written(replaced))
 
     def _too_slow(self, least: float) -> BudgetInfeasible:
         asked = self._seconds()
@@ -248,7 +291,7 @@ class _Run:
         )
 
     def _kept_already(self, limits: Limits) -> bool:
-        if self.latency is not None and self.latency.before.seconds > self._seconds():
+        if self.latency is not None and self.latency.present.seconds > self._seconds():
             return False
         elements = sum(site.per_sample for site in self.free)
         return (limits.relus is None or elements <= limits.relus) and (
@@ -262,8 +305,9 @@ class _Run:
         return ("affine", "poly2") if asked == "auto" else (asked,)
 
     def _report(
-        self, changed: Program, found: Survey, selected: Selected, refitted: Refitted
+        self, changed: Program, found: Survey, selected: Selected | None, refitted: Refitted
     ) -> LinearizeReport:
+        answer = None if selected is None else selected.answer
         growth = {s: refitted.largest[s] / (found.largest[s] or 1.0) for s in self.free}
         escaping = _escaping(growth)
         told = [self._site(site, refitted.replacements, growth) for site in self.sites]
@@ -272,16 +316,17 @@ class _Run:
             warnings.warn(text, stacklevel=2)
         return LinearizeReport(
             relus_before=self.total,
-            relus_after=sum(site.kept for site in told),
+            relus_after=sum(site.kept for site in told) + sum(self._added().values()),
             sites=tuple(told),
             select=self.options.select,
             granularity=self.options.granularity,
-            damage=selected.answer.objective,
-            bound=selected.answer.bound,
-            greedy_damage=selected.answer.greedy_objective,
+            damage=0.0 if answer is None else answer.objective,
+            bound=0.0 if answer is None else answer.bound,
+            greedy_damage=0.0 if answer is None else answer.greedy_objective,
             output_error=error,
             agreement=agreement,
             warnings=tuple(escaping),
+            softmaxes=self._told_softmaxes(refitted.normalisers),
             **self._told_latency(changed),
         )
 
@@ -298,7 +343,8 @@ class _Run:
             greedy_damage=0.0,
             output_error=0.0,
             agreement=None,
-            **self._told_latency(self.program),
+            softmaxes=self._told_softmaxes(()),
+            **self._told_latency(self.source),
         )
 
     def _told_latency(self, changed: Program) -> dict[str, Any]:
@@ -314,6 +360,16 @@ class _Run:
             "bytes_before": before.bytes,
             "bytes_after": after.bytes,
         }
+
+    def _told_softmaxes(self, found: Sequence[Normaliser | Left]) -> tuple[SoftmaxReport, ...]:
+        done = [
+            SoftmaxReport(n.call.source, n.call.per_sample, n.kind, n.error)
+            if isinstance(n, Normaliser)
+            else SoftmaxReport(n.call.source, n.call.per_sample, "keep", reason=n.reason)
+            for n in found
+        ]
+        left = [SoftmaxReport(n, size, "keep", reason=why) for n, size, why in self.softmax.left]
+        return tuple(done + left)
 
     def _site(
         self, site: Site, chosen: Mapping[Site, Replacement], growth: Mapping[Site, float]

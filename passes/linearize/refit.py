@@ -12,6 +12,7 @@ from torch import Tensor, fx
 from graphopt.ir.graphs import lookup
 from graphopt.passes.linearize.calibration import BatchNorm, Reference, batch_norms, call, moments
 from graphopt.passes.linearize.lockstep import Known, Values, lockstep
+from graphopt.passes.linearize.normalisers import Left, Normaliser, Softmaxes
 from graphopt.passes.linearize.replacements import Kind, Replacement, fitted
 from graphopt.passes.linearize.sites import Site, read_by
 
@@ -59,6 +60,7 @@ class Refitted:
         here: The same for the calibration inputs, from which they differ where these are noise.
         largest: The largest magnitude that each site now reads.
         outputs: Of teacher and student, for each batch.
+        normalisers: What becomes of each softmax that was set apart.
     """
 
     replacements: dict[Site, Replacement]
@@ -66,9 +68,19 @@ class Refitted:
     here: dict[str, Tensor] = field(default_factory=dict)
     largest: dict[Site, float] = field(default_factory=dict)
     outputs: tuple[Values, Values] = ((), ())  # type: ignore[assignment]
+    normalisers: list[Normaliser | Left] = field(default_factory=list)
+
+    def stand_ins(self) -> dict[str, Normaliser]:
+        """What is called instead of softmaxes, by node name."""
+        return {n.call.name: n for n in self.normalisers if isinstance(n, Normaliser)}
 
 
-def refit(reference: Reference, chosen: Mapping[Site, Replacement], norms: bool = True) -> Refitted:
+def refit(
+    reference: Reference,
+    chosen: Mapping[Site, Replacement],
+    norms: bool = True,
+    softmaxes: Softmaxes | None = None,
+) -> Refitted:
     """Fit each site on what the replaced part in front of it gives, to what the model itself does.
 
     Training-free imitation, site by site: closed forms fitted to the model's own values escape in
@@ -78,8 +90,10 @@ def refit(reference: Reference, chosen: Mapping[Site, Replacement], norms: bool 
         reference: The graph and its inputs.
         chosen: Kept positions and kinds; coefficients are fitted anew.
         norms: Whether BatchNorms that see other values now get their statistics.
+        softmaxes: Those that are replaced, too.
     """
     by_node = {site.name: site for site in chosen}
+    calls = set() if softmaxes is None else {each.name for each in softmaxes.calls}
     recalibrated = _called_once(reference) if norms else {}
     result = Refitted({})
 
@@ -87,6 +101,10 @@ def refit(reference: Reference, chosen: Mapping[Site, Replacement], norms: bool 
         site = by_node.get(node.name)
         if site is not None:
             return _replaced(site, chosen[site], node, teacher, student, result)
+        if node.name in calls and softmaxes is not None:
+            found, values = softmaxes.normalise(node, teacher, student)
+            result.normalisers.append(found)
+            return values
         norm = recalibrated.get(node)
         if norm is not None and student(norm.value) is not teacher(norm.value):
             return _recalibrated(reference, node, norm, teacher, student, result)

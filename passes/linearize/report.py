@@ -32,12 +32,32 @@ class SiteReport:
 
 
 @dataclass(frozen=True)
+class SoftmaxReport:
+    """One call of a softmax.
+
+    Attributes:
+        node: Name of the call in the graph that came in; of an attention's, the attention.
+        total: Probabilities of one sample.
+        choice: ``keep``, ``relu`` or ``quad``.
+        error: ``||p - p_source|| / ||p_source||`` over the probabilities at calibration, of all
+            that is replaced up to here.
+        reason: Why it stays as it is, or None.
+    """
+
+    node: str
+    total: int
+    choice: str
+    error: float = 0.0
+    reason: str | None = None
+
+
+@dataclass(frozen=True)
 class LinearizeReport:
     """What became of the non-linearities. Elements are those of one sample.
 
     Attributes:
         relus_before: Elements that non-linearities evaluated (softmax apart).
-        relus_after: Elements that they evaluate now.
+        relus_after: Elements that they evaluate now, those of ``softmax=relu`` included.
         sites: Each call.
         select: The method that chose.
         granularity: What was kept or replaced as one.
@@ -59,6 +79,7 @@ class LinearizeReport:
         impact: Accuracy by class on the calibration data, of the source and of the result; by the
             source's own answers where there are no labels. None where outputs are no class scores,
             and without data.
+        softmaxes: Each call of a softmax, where any shall be replaced.
     """
 
     relus_before: int
@@ -80,3 +101,4 @@ class LinearizeReport:
     bytes_before: float | None = None
     bytes_after: float | None = None
     impact: Impact | None = None
+    softmaxes: tuple[SoftmaxReport, ...] = ()

@@ -15,25 +15,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
-from graphopt.ir.graphs import assign, bind_graph, copy_graph
+from graphopt.ir.graphs import bind_graph, copy_graph
 from graphopt.ir.metadata import refreshed
 from graphopt.ir.program import Program
-from graphopt.ir.skeleton import ADDED, Container, copy_tree
+from graphopt.ir.skeleton import Container, copy_tree
+from graphopt.passes.linearize.normalisers import Left, Normaliser, write_normaliser
 from graphopt.passes.linearize.replacements import Replacement
 from graphopt.passes.linearize.sites import read_by
+from graphopt.passes.linearize.writing import Writing, added_container
 
 aten = torch.ops.aten
 
-_COPIED = ("stack_trace", "nn_module_stack")
-
 
 def linearized(
-    program: Program, replacements: Sequence[Replacement], statistics: Mapping[str, Tensor]
+    program: Program,
+    replacements: Sequence[Replacement],
+    statistics: Mapping[str, Tensor],
+    normalisers: Sequence[Normaliser | Left] = (),
 ) -> Program:
     """The program with its sites replaced.
 
@@ -41,14 +43,17 @@ def linearized(
         program: The program; it is not changed.
         replacements: What becomes of which site.
         statistics: New running statistics of BatchNorms, by path.
+        normalisers: What becomes of each softmax that was set apart.
     """
     module = copy_graph(program.module)
     root = _with_statistics(program, statistics)
-    added = _container(root)
+    added = added_container(root)
     nodes = {node.name: node for node in module.graph.nodes}
     for each in replacements:
         if not each.is_whole:
             _Rewriting(module, nodes[each.site.name], each, added).run()
+    for normaliser in normalisers:
+        write_normaliser(module, nodes[normaliser.call.name], normaliser, added)
     bound = bind_graph(module, root)
     bound.graph.lint()
     return refreshed(program.replace(module=bound, skeleton=program.skeleton.rebuilt(root)))
@@ -61,28 +66,16 @@ def _with_statistics(program: Program, statistics: Mapping[str, Tensor]) -> Cont
     return copy_tree(root, type(root), replaced)
 
 
-def _container(root: Container) -> Container:
-    """The container of what linearization adds."""
-    if ADDED not in root._modules:
-        container = Container()
-        container._path, container._class_name = ADDED, "Linearized"
-        container.training = root.training
-        root._modules[ADDED] = container
-    found = root._modules[ADDED]
-    assert isinstance(found, Container)
-    return found
-
-
-class _Rewriting:
+class _Rewriting(Writing):
     """One site's rewriting."""
 
     def __init__(
         self, module: fx.GraphModule, node: fx.Node, replacement: Replacement, added: Container
     ) -> None:
-        self.module, self.graph, self.node = module, module.graph, node
+        shown = f"{replacement.kind}, {len(replacement.kept)} kept"
+        super().__init__(module, node, added, replacement.site.name, shown)
         self.replacement = replacement
         self.site = replacement.site
-        self.own = self._own_container(added)
 
     def run(self) -> None:
         """Put the replacement in the node's place."""
@@ -104,24 +97,24 @@ class _Rewriting:
         start, stop = self.site.block
         kept, rest = self.replacement.kept, self.replacement.rest()
         order = torch.cat([kept, rest]).argsort()
-        flat = self._call(aten.flatten.using_ints, x, start, stop - 1)
-        positions = [self._tensor("kept", kept), self._tensor("rest", rest)]
-        parts = [self._call(aten.index_select.default, flat, start, p) for p in positions]
+        flat = self.call(aten.flatten.using_ints, x, start, stop - 1)
+        positions = [self.tensor("kept", kept), self.tensor("rest", rest)]
+        parts = [self.call(aten.index_select.default, flat, start, p) for p in positions]
         exact = self._exact(parts[0], kept)
         channels = self.site.channel_of_positions()[rest]
         beside = len(self.site.shape) - stop
         replaced = self._polynomial(parts[1], channels, beside)
-        joined = self._call(aten.cat.default, [exact, replaced], start)
-        ordered = self._call(aten.index_select.default, joined, start, self._tensor("order", order))
-        return self._call(aten.unflatten.int, ordered, start, list(self.site.sizes))
+        joined = self.call(aten.cat.default, [exact, replaced], start)
+        ordered = self.call(aten.index_select.default, joined, start, self.tensor("order", order))
+        return self.call(aten.unflatten.int, ordered, start, list(self.site.sizes))
 
     def _exact(self, x: fx.Node, kept: Tensor) -> fx.Node:
         """The non-linearity itself on what is kept."""
         others = list(self.node.args[1:])
         if self.site.has_slopes:
             # along dimension 1, the block's first one, whatever dimension has the channels
-            channels = self._tensor("slopes", kept // math.prod(self.site.sizes[1:]))
-            others[0] = self._call(aten.index_select.default, others[0], 0, channels)
+            channels = self.tensor("slopes", kept // math.prod(self.site.sizes[1:]))
+            others[0] = self.call(aten.index_select.default, others[0], 0, channels)
         copied = self.graph.node_copy(self.node)
         copied.args = (x, *others)
         return copied
@@ -132,64 +125,33 @@ class _Rewriting:
         if values is None:
             return x
         dtype = self.node.meta["val"].dtype
-        all_ = self._parameter("coefficients", values.to(dtype))
+        all_ = self.parameter("coefficients", values.to(dtype))
         if channels is not None and self.site.channel is not None:
-            places = self._tensor("channels", channels)
-            all_ = self._call(aten.index_select.default, all_, 1, places)
+            places = self.tensor("channels", channels)
+            all_ = self.call(aten.index_select.default, all_, 1, places)
         parts = []
         for power in range(len(values)):
-            part = self._call(aten.select.int, all_, 0, power)
+            part = self.call(aten.select.int, all_, 0, power)
             shape = [-1, *[1] * beside]
-            parts.append(self._call(aten.view.default, part, shape) if beside else part)
+            parts.append(self.call(aten.view.default, part, shape) if beside else part)
         powers = self._powers(x, len(values) - 1)
         result = parts[0]
         for part, power in zip(parts[1:], powers, strict=True):
-            term = self._call(aten.mul.Tensor, power, part)
-            result = self._call(aten.add.Tensor, term, result)
+            term = self.call(aten.mul.Tensor, power, part)
+            result = self.call(aten.add.Tensor, term, result)
         return result
 
     def _powers(self, x: fx.Node, degree: int) -> list[fx.Node]:
         """``x``, ``x^2``, ... with as few products as there can be one after the other."""
         found = [x]
         if degree >= 2:
-            found.append(self._call(aten.square.default, x))
+            found.append(self.call(aten.square.default, x))
         if degree >= 3:
-            found.append(self._call(aten.mul.Tensor, found[1], x))
+            found.append(self.call(aten.mul.Tensor, found[1], x))
         if degree >= 4:
-            found.append(self._call(aten.square.default, found[1]))
+            found.append(self.call(aten.square.default, found[1]))
         return found
 
     def _averaged(self, x: fx.Node) -> fx.Node:
         target, args = self.site.average()
-        return self._call(target, x, *args)
-
-    def _call(self, target: Any, *args: Any) -> fx.Node:
-        node = self.graph.call_function(target, args)
-        node.meta.update({k: v for k, v in self.node.meta.items() if k in _COPIED})
-        return node
-
-    def _parameter(self, name: str, value: Tensor) -> fx.Node:
-        parameter = nn.Parameter(value)
-        self.own._parameters[name] = parameter
-        return self._attribute(name, parameter)
-
-    def _tensor(self, name: str, value: Tensor) -> fx.Node:
-        self.own._buffers[name] = value
-        self.own._non_persistent_buffers_set.add(name)
-        return self._attribute(name, value)
-
-    def _attribute(self, name: str, value: Tensor) -> fx.Node:
-        path = f"{self.own._path}.{name}"
-        assign(self.module, path, value)
-        return self.graph.create_node("get_attr", path)
-
-    def _own_container(self, added: Container) -> Container:
-        name = self.site.name
-        while name in added._modules:
-            name = f"{name}_"
-        container = Container()
-        container._path, container._class_name = f"{ADDED}.{name}", "Replacement"
-        container._repr = f"{self.replacement.kind}, {len(self.replacement.kept)} kept"
-        container.training = added.training
-        added._modules[name] = container
-        return container
+        return self.call(target, x, *args)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from graphopt.passes.linearize.calibration import Reference
 from graphopt.passes.linearize.choice import Granularity, Limits, Prices, problem, replacements
 from graphopt.passes.linearize.fisher import Damage, fisher
+from graphopt.passes.linearize.normalisers import Softmaxes
 from graphopt.passes.linearize.refit import Refitted, Survey, refit
 from graphopt.passes.linearize.replacements import Replacement
 from graphopt.passes.linearize.sites import Site
@@ -30,6 +31,7 @@ class Task:
         time_limit: Seconds for the solver.
         seed: Of everything random.
         progress: Told what goes on.
+        softmaxes: Those that are replaced whatever is chosen.
     """
 
     reference: Reference
@@ -41,6 +43,7 @@ class Task:
     time_limit: float
     seed: int
     progress: Progress
+    softmaxes: Softmaxes | None = None
 
 
 @dataclass(frozen=True)
@@ -71,8 +74,12 @@ def by_fisher(task: Task) -> Selected:
         sites = list(task.survey.options)
         eased = task.limits.eased(sites, task.prices, number / task.rounds)
         chosen = solved(task, damage, eased)
-        damage = _scored(task, number, refit(task.reference, chosen.replacements))
+        damage = _scored(task, number, _refitted(task, chosen))
     return solved(task, damage, task.limits)
+
+
+def _refitted(task: Task, chosen: Selected) -> Refitted:
+    return refit(task.reference, chosen.replacements, softmaxes=task.softmaxes)
 
 
 def by_random(task: Task) -> Selected:
@@ -94,7 +101,9 @@ def _scored(task: Task, number: int, refitted: Refitted | None) -> Damage:
     if refitted is not None:
         present = refitted.replacements
         statistics = {**reference.statistics, **refitted.here}
-        reference = dataclasses.replace(reference, statistics=statistics)
+        reference = dataclasses.replace(
+            reference, statistics=statistics, stand_ins=refitted.stand_ins()
+        )
         for site, each in present.items():
             if not each.is_whole:
                 options[site][each.kind] = each.coefficients

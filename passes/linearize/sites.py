@@ -140,7 +140,7 @@ def sites(program: Program) -> list[Site]:
     """
     graph = program.module.graph
     read: set[fx.Node] = set()
-    batch = _batch(graph)
+    batch = batch_of(graph)
     found = []
     for node in graph.nodes:
         if node.op == "placeholder" or any(n in read for n in node.all_input_nodes):
@@ -184,7 +184,7 @@ def _site(node: fx.Node, family: Activation, batch: int, read: set[fx.Node]) -> 
             return None
         source = condition
     value = source.meta["val"]
-    shape = tuple(_hint(s) for s in value.shape)
+    shape = tuple(hint(s) for s in value.shape)
     free = [not isinstance(s, int) for s in value.shape]
     if not any(free) and shape and shape[0] % batch == 0:
         free[0] = True
@@ -265,16 +265,17 @@ def _floating(node: fx.Node) -> bool:
     return isinstance(value, torch.Tensor) and value.is_floating_point()
 
 
-def _batch(graph: fx.Graph) -> int:
+def batch_of(graph: fx.Graph) -> int:
     """Size of the batch at the example inputs."""
     for node in graph.find_nodes(op="placeholder"):
         value = node.meta.get("val")
         if isinstance(value, torch.Tensor) and value.dim():
-            return max(1, _hint(value.shape[0]))
+            return max(1, hint(value.shape[0]))
     return 1
 
 
-def _hint(size: Any) -> int:
+def hint(size: Any) -> int:
+    """A size at the example inputs."""
     return size if isinstance(size, int) else int(size.node.hint)
 
 

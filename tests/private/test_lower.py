@@ -195,3 +195,28 @@ def test_writes_that_others_see_are_refused_and_change_nothing(model: nn.Module,
     with pytest.raises(UnsupportedError, match=op):
         lower(model, (torch.randn(2, 4),))
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_sums_that_cannot_be_negative_are_inverted_without_a_comparison() -> None:
+    x = torch.randn(3, 5)
+
+    def steps(function: Callable[[Tensor], Tensor]) -> list[str]:
+        class Ratio(nn.Module):
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
+                return x / function(x)
+
+        circuit = lower(Ratio(), (x,))
+        want = evaluate(circuit, [x])[circuit.outputs[0]]
+        assert torch.allclose(want, Ratio()(x.double()))
+        return [step.op for step in circuit.steps]
+
+    for safe in (
+        lambda x: x.square().sum(-1, keepdim=True) + 1e-3,
+        lambda x: (x * x + x.exp() * 2).mean() + torch.relu(x) + 0.5,
+    ):
+        assert "negative" not in steps(safe)
+    for unsafe in (
+        lambda x: x.sum() + 7.0, lambda x: x.square() - 9.0, lambda x: -2 * x.exp(),
+        lambda x: x.exp() * x,
+    ):  # fmt: skip
+        assert "negative" in steps(unsafe)

@@ -324,10 +324,14 @@ SENTENCES = [
 
 
 def _sentences(batch: int) -> dict[str, Tensor]:
+    return encoded([SENTENCES[i % len(SENTENCES)] for i in range(batch)])
+
+
+def encoded(texts: list[str]) -> dict[str, Tensor]:
+    """Sentences as MiniLM's tokenizer gives them, padded to 24 tokens."""
     tokenizer = _transformers().AutoTokenizer.from_pretrained(minilm_folder())
-    texts = [SENTENCES[i % len(SENTENCES)] for i in range(batch)]
-    encoded = tokenizer(texts, padding="max_length", max_length=24, return_tensors="pt")
-    return {"input_ids": encoded["input_ids"], "attention_mask": encoded["attention_mask"]}
+    found = tokenizer(texts, padding="max_length", max_length=24, return_tensors="pt")
+    return {"input_ids": found["input_ids"], "attention_mask": found["attention_mask"]}
 
 
 @zoo(_sentences, name="minilm", tags="real_weights hf dropout plan slow", batch=4, second=3)
