@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from graphopt.private.folding.fold import folded
+from graphopt.private.folding.fold import folded, folded_model
 
-__all__ = ["folded"]
+__all__ = ["folded", "folded_model"]

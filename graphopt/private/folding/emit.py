@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
+from graphopt.ir.align import all_graphs
 from graphopt.ir.graphs import assign, bind_graph, lookup
 from graphopt.ir.program import Program
 from graphopt.ir.skeleton import ADDED, Container
@@ -38,6 +40,8 @@ def emit(sheet: Sheet, program: Program, *, double: bool = False) -> Program:
     _Writer(sheet, program, double).run()
     signature = program.eval_signature or program.signature
     root = _tree(sheet.module, program)
+    if not double:
+        _retie(sheet.module, root, program.skeleton.root)
     bound = bind_graph(sheet.module, root)
     bound.graph.lint()
     return Program(
@@ -194,6 +198,28 @@ def _tree(module: fx.GraphModule, program: Program) -> Container:
             ):
                 place._non_persistent_buffers_set.add(name)
     return root
+
+
+def _retie(module: fx.GraphModule, root: Container, old: Container) -> None:
+    """Let literals that follow a tensor which is gone follow another one like it."""
+    tensors = {**dict(root.named_parameters()), **dict(root.named_buffers())}
+    for inner in all_graphs(module):
+        for node in inner.graph.nodes:
+            ties = {}
+            for place, tie in node.meta.get("ties", {}).items():
+                if tie.input or tie.source in tensors:
+                    ties[place] = tie
+                    continue
+                gone = lookup(old, tie.source)
+                like = [p for p, t in tensors.items() if _alike(t, gone)]
+                if like:
+                    ties[place] = dataclasses.replace(tie, source=like[0])
+            if "ties" in node.meta:
+                node.meta["ties"] = ties
+
+
+def _alike(one: Tensor, other: Tensor) -> bool:
+    return one.dtype == other.dtype and one.device == other.device
 
 
 def _like(source: Any, path: str) -> Container:

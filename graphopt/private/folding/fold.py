@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 from torch import fx
 
+from graphopt.errors import UsageError
+from graphopt.ir.capture import capture
 from graphopt.ir.functionalize import functionalize
 from graphopt.ir.graphs import copy_graph
 from graphopt.ir.inline import inline_regions
@@ -56,6 +61,21 @@ def folded(
     result = view.emit()
     result.eval()
     return result
+
+
+def folded_model(
+    model: Any, args: Sequence[Any], kwargs: Mapping[str, Any], protocol: str | Protocol | None
+) -> OptimizedModule:
+    """`folded` for any model; one that isn't captured yet is, with the example's sizes.
+
+    Raises:
+        UsageError: A graph module, which has no modules and signature.
+    """
+    if isinstance(model, OptimizedModule | Program):
+        return folded(model, protocol=protocol)
+    if isinstance(model, fx.GraphModule):
+        raise UsageError("a graph module can't be folded", hint="give a model or a program")
+    return folded(capture(model, tuple(args), dict(kwargs), dynamic=None), protocol=protocol)
 
 
 def _rewritten(source: fx.GraphModule, pays: costs.Pays) -> Sheet:
