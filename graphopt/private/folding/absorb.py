@@ -90,9 +90,7 @@ def _give(sheet: Sheet, node: fx.Node, form: Affine) -> None:
     _give(sheet, passed.data, before)
 
 
-def _give_terms(
-    sheet: Sheet, terms: tuple[tuple[fx.Node, fx.Node], float], form: Affine
-) -> None:
+def _give_terms(sheet: Sheet, terms: tuple[tuple[fx.Node, fx.Node], float], form: Affine) -> None:
     (first, second), sign = terms
     if form.scales:
         for term in (first, second):
@@ -106,9 +104,7 @@ def _give_terms(
             _give(sheet, second, negated)
 
 
-def _parts(
-    sheet: Sheet, node: fx.Node, form: Affine
-) -> list[tuple[fx.Node, Affine]] | None:
+def _parts(sheet: Sheet, node: fx.Node, form: Affine) -> list[tuple[fx.Node, Affine]] | None:
     """Of a concatenation, what each part gets."""
     if node.target is not aten.cat.default or node in sheet.barred:
         return None

@@ -122,7 +122,9 @@ class _Writer:
         if not readers or known.tied:
             return
         with self.graph.inserting_before(node):
-            home = _beside(_home(known.sources), f"{_home(known.sources).split('.')[-1]}_{node.name}")
+            home = _beside(
+                _home(known.sources), f"{_home(known.sources).split('.')[-1]}_{node.name}"
+            )
             new = self._constant(node, known.value, home, known.sources)
         self.sheet.replace(node, new)
 
@@ -193,8 +195,10 @@ def _tree(module: fx.GraphModule, program: Program) -> Container:
             place._parameters[name] = value
         else:
             place._buffers[name] = value
-            if source is None or name not in source._buffers or (
-                name in source._non_persistent_buffers_set
+            if (
+                source is None
+                or name not in source._buffers
+                or (name in source._non_persistent_buffers_set)
             ):
                 place._non_persistent_buffers_set.add(name)
     return root

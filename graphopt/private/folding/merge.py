@@ -86,7 +86,9 @@ def composed(first: Linear, second: Linear) -> Linear | None:
         weight = second.weight @ first.weight
         return _joined(first, second, weight, {})
     weight, dilation = _kernel(first, second)
-    padding = [p + q * s for p, q, s in zip(first.padding, second.padding, first.stride, strict=True)]
+    padding = [
+        p + q * s for p, q, s in zip(first.padding, second.padding, first.stride, strict=True)
+    ]
     stride = [a * b for a, b in zip(first.stride, second.stride, strict=True)]
     shape = {"padding": tuple(padding), "stride": tuple(stride), "dilation": dilation}
     return _joined(first, second, weight, shape)

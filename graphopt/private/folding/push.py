@@ -111,9 +111,7 @@ def _squared(form: Affine) -> Affine:
     return form.along(form.axis, form.scale.square(), form.shift)
 
 
-def _term(
-    form: Affine, node: fx.Node, terms: tuple[tuple[fx.Node, fx.Node], float]
-) -> Affine:
+def _term(form: Affine, node: fx.Node, terms: tuple[tuple[fx.Node, fx.Node], float]) -> Affine:
     """What a shift of one term is of the sum."""
     sign = terms[1] if terms[0][1] is node else 1.0
     return form.along(form.axis, form.scale, sign * form.shift)

@@ -68,22 +68,28 @@ def _double(value: Any) -> Any:
 def _evaluate(sheet: Sheet, node: fx.Node) -> bool:
     """Note the value of a node that depends on no input; whether it does."""
     given = node.all_input_nodes
+    if node.target is operator.getitem and given[0] in sheet.lists:
+        sheet.known[node] = sheet.lists[given[0]][node.args[1]]  # type: ignore[index]
+        return True
     if not given or not all(n in sheet.known for n in given):
         return False
-    if not isinstance(node.target, torch._ops.OpOverload) or not isinstance(
-        node.meta.get("val"), Tensor
-    ):
-        return False
-    if is_effectful(node) or is_random(node):
+    if not isinstance(node.target, torch._ops.OpOverload) or is_effectful(node) or is_random(node):
         return False
     values = [sheet.known[n] for n in given]
     args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: sheet.known[n].value)
     with torch.no_grad():
-        result = _double(node.target(*args, **kwargs))
-    if result.numel() > _GROWTH * sum(v.value.numel() for v in values):
+        result = node.target(*args, **kwargs)
+    parts = result if isinstance(result, (list, tuple)) else [result]
+    most = _GROWTH * sum(v.value.numel() for v in values)
+    if not all(isinstance(p, Tensor) and p.numel() <= most for p in parts):
         return False
     tied = bool(node.meta.get("ties")) or any(v.tied for v in values)
-    sheet.known[node] = Known(result, joined(*(v.sources for v in values)), tied)
+    sources = joined(*(v.sources for v in values))
+    found = [Known(_double(part), sources, tied) for part in parts]
+    if parts is result:
+        sheet.lists[node] = found
+    else:
+        sheet.known[node] = found[0]
     return True
 
 

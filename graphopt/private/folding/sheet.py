@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from graphopt.ir.sharing import gives_only_aliases
 from graphopt.ir.ops import is_effectful, is_random
+from graphopt.ir.sharing import gives_only_aliases
 from graphopt.private.folding.affine import Affine, Sources
 from graphopt.private.folding.linear import Linear
 
@@ -46,6 +46,7 @@ class Sheet:
     Attributes:
         module: The graph, in eval mode.
         known: Values of nodes that depend on no input.
+        lists: Values of such nodes that give several.
         forms: What is known of nodes: linear operators, scales and shifts.
         places: Which argument of a node is the value that its form is applied to.
         barred: Nodes that share memory with something that is written to, and their readers.
@@ -53,6 +54,7 @@ class Sheet:
 
     module: fx.GraphModule
     known: dict[fx.Node, Known] = field(default_factory=dict)
+    lists: dict[fx.Node, list[Known]] = field(default_factory=dict)
     forms: dict[fx.Node, Form] = field(default_factory=dict)
     places: dict[fx.Node, int] = field(default_factory=dict)
     barred: set[fx.Node] = field(default_factory=set)

@@ -137,9 +137,7 @@ def _of_product(sheet: Sheet, node: fx.Node) -> Quadratic | None:
     return Quadratic(base, (a0, a1, a2), axis, joined(first.sources, second.sources))
 
 
-def _of_affine(
-    sheet: Sheet, node: fx.Node, found: dict[fx.Node, Quadratic]
-) -> Quadratic | None:
+def _of_affine(sheet: Sheet, node: fx.Node, found: dict[fx.Node, Quadratic]) -> Quadratic | None:
     form = sheet.affine(node)
     if form is None:
         return None
@@ -164,9 +162,7 @@ def _of_sum(sheet: Sheet, node: fx.Node, found: dict[fx.Node, Quadratic]) -> Qua
     return None
 
 
-def _nearest(
-    sheet: Sheet, one: fx.Node, other: fx.Node
-) -> tuple[fx.Node, Affine, Affine] | None:
+def _nearest(sheet: Sheet, one: fx.Node, other: fx.Node) -> tuple[fx.Node, Affine, Affine] | None:
     """The nearest value of which both are scaled and shifted forms, and these.
 
     The nearest: a weight further off would make public coefficients secret.

@@ -80,7 +80,9 @@ def check_rounded(source: fx.GraphModule, view: fx.GraphModule, inputs: Sequence
         limit = ROUNDED.get(dtype, EXACT)
         if worst > limit:
             exact = _run(_doubled(source), [_double(x) for x in inputs])
-            limit = max(limit, _TIMES * _worst([exact[i] for i in chosen], [want[i] for i in chosen]))
+            limit = max(
+                limit, _TIMES * _worst([exact[i] for i in chosen], [want[i] for i in chosen])
+            )
         if worst > limit:
             raise _differs(worst, limit, dtype)
 
