@@ -98,7 +98,7 @@ def predict(
         UnsupportedError: Ops without a rule, or without figures under this protocol; all are named.
     """
     if folded:
-        model = folded_model(model, example, kwargs or {}, protocol_name)
+        model = folded_model(model, example, kwargs or {}, protocol_name, public)
     if not isinstance(model, Circuit):
         model = lower(model, example, kwargs, weights=weights, public=public)
     return predict_circuit(model, protocol(protocol_name), network(network_name))

@@ -150,7 +150,7 @@ def private_cost(
     link = network(network_name)
     progress("reading the graph")
     if folded:
-        model = folded_model(model, args, kwargs or {}, under)
+        model = folded_model(model, args, kwargs or {}, under, public)
     graph, flat = graph_of(model, tuple(args), dict(kwargs or {}))
     circuit = lower_graph(graph, flat, weights=weights, public=public)
     predicted = predict_circuit(circuit, under, link)

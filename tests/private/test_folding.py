@@ -444,6 +444,7 @@ def test_what_is_written_to_stays() -> None:
             self.register_buffer("factor", torch.ones(4, 1, 1))
 
         def forward(self, x: Tensor) -> Tensor:
+            assert isinstance(self.factor, Tensor)
             self.factor.add_(1)
             return self.conv(x) * self.factor
 
@@ -459,7 +460,7 @@ def test_a_wrong_fold_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     module = captured(settled(nn.Sequential(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4))), drawn(*IMAGE))
 
     def wrong(sheet: Any) -> int:
-        for node, form in list(sheet.forms.items()):
+        for node in list(sheet.forms):
             linear = sheet.linear(node)
             if linear is not None:
                 sheet.change(node, linear.then(number(1.0 + 1e-8)), sheet.data(node))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from torch import fx
 
-from graphopt.private.folding.affine import Affine, rank
+from graphopt.private.folding.affine import Affine
 from graphopt.private.folding.read import addends
 from graphopt.private.folding.sheet import Sheet, aten
 from graphopt.private.folding.through import through
@@ -45,9 +45,10 @@ def _takes(sheet: Sheet, node: fx.Node, form: Affine) -> bool:
         return False
     linear, affine = sheet.linear(node), sheet.affine(node)
     if linear is not None:
-        return form.axis is None or form.axis == linear.axis
+        along = form.axis is None or form.axis == linear.axis
+        return along and sheet.takes(linear.sources, form.sources)
     if affine is not None:
-        free = not form.scales or (affine.scales and rank(form.sources) <= rank(affine.sources))
+        free = not form.scales or (affine.scales and sheet.takes(affine.sources, form.sources))
         return free and form.fits(affine)
     terms = addends(sheet, node)
     if terms is not None:

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from graphopt.ir.skeleton import ADDED
-
 Sources = tuple[str, ...]
 """Names of the parameters and buffers that a number is made of, each once."""
 
@@ -17,17 +15,6 @@ Sources = tuple[str, ...]
 def joined(*sources: Iterable[str]) -> Sources:
     """All of several sources."""
     return tuple(dict.fromkeys(name for each in sources for name in each))
-
-
-def rank(sources: Sources) -> int:
-    """How secret a number is: 0 if it is written in the graph, 1 if a pass added it, else 2.
-
-    Coefficients that a pass added may be public where weights are secret, so a rule never mixes a
-    weight into a product that may have been free.
-    """
-    if not sources:
-        return 0
-    return 1 if all(name.split(".")[0] == ADDED for name in sources) else 2
 
 
 @dataclass(frozen=True, eq=False)

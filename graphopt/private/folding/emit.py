@@ -180,28 +180,30 @@ def _tree(module: fx.GraphModule, program: Program) -> Container:
     old = program.skeleton.root
     root = _like(old, "")
     for node in module.graph.find_nodes(op="get_attr"):
-        path = str(node.target)
-        value = lookup(module, path)
-        if not isinstance(value, Tensor):
-            continue
-        *parents, name = path.split(".")
-        place, source = root, old
-        for depth, part in enumerate(parents):
-            source = source._modules.get(part) if source is not None else None  # type: ignore
-            if part not in place._modules:
-                place._modules[part] = _like(source, ".".join(parents[: depth + 1]))
-            place = place._modules[part]  # type: ignore[assignment]
-        if isinstance(value, nn.Parameter):
-            place._parameters[name] = value
-        else:
-            place._buffers[name] = value
-            if (
-                source is None
-                or name not in source._buffers
-                or (name in source._non_persistent_buffers_set)
-            ):
-                place._non_persistent_buffers_set.add(name)
+        value = lookup(module, str(node.target))
+        if isinstance(value, Tensor):
+            _plant(root, old, str(node.target), value)
     return root
+
+
+def _plant(root: Container, old: Container, path: str, value: Tensor) -> None:
+    """Put a tensor at its path, with the containers on the way."""
+    *parents, name = path.split(".")
+    place: nn.Module = root
+    source: nn.Module | None = old
+    for depth, part in enumerate(parents):
+        source = None if source is None else source._modules.get(part)
+        inner = place._modules.get(part)
+        if inner is None:
+            inner = place._modules[part] = _like(source, ".".join(parents[: depth + 1]))
+        place = inner
+    if isinstance(value, nn.Parameter):
+        place._parameters[name] = value
+        return
+    place._buffers[name] = value
+    persists = source is not None and name in source._buffers
+    if not persists or name in source._non_persistent_buffers_set:  # type: ignore[union-attr]
+        place._non_persistent_buffers_set.add(name)
 
 
 def _retie(module: fx.GraphModule, root: Container, old: Container) -> None:

@@ -28,7 +28,10 @@ from graphopt.private.protocols import Protocol
 
 
 def folded(
-    module: OptimizedModule | Program, *, protocol: str | Protocol | None = None
+    module: OptimizedModule | Program,
+    *,
+    protocol: str | Protocol | None = None,
+    public: Sequence[str] = (),
 ) -> OptimizedModule:
     """The module in eval mode with constants folded into its linear operators.
 
@@ -44,6 +47,8 @@ def folded(
         module: The module, which stays as it is, or a program.
         protocol: Decides by this protocol's rounds and bytes which operators merge; default: those
             that cost no multiply-adds more.
+        public: Names of parameters and buffers that both parties know, with ``*``: nothing secret
+            goes into these.
 
     Raises:
         UsageError: There is no such protocol.
@@ -54,8 +59,8 @@ def folded(
     source = _plain(program)
     signature = program.eval_signature or program.signature
     inputs = inputs_like(signature)
-    view = refreshed(emit(_rewritten(source, pays), program))
-    exact = emit(_rewritten(source, pays), program, double=True)
+    view = refreshed(emit(_rewritten(source, pays, tuple(public)), program))
+    exact = emit(_rewritten(source, pays, tuple(public)), program, double=True)
     check_exact(source, exact.module, inputs)
     check_rounded(source, view.module, inputs)
     result = view.emit()
@@ -64,7 +69,11 @@ def folded(
 
 
 def folded_model(
-    model: Any, args: Sequence[Any], kwargs: Mapping[str, Any], protocol: str | Protocol | None
+    model: Any,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    protocol: str | Protocol | None,
+    public: Sequence[str] = (),
 ) -> OptimizedModule:
     """`folded` for any model; one that isn't captured yet is, with the example's sizes.
 
@@ -72,15 +81,17 @@ def folded_model(
         UsageError: A graph module, which has no modules and signature.
     """
     if isinstance(model, OptimizedModule | Program):
-        return folded(model, protocol=protocol)
+        return folded(model, protocol=protocol, public=public)
     if isinstance(model, fx.GraphModule):
         raise UsageError("a graph module can't be folded", hint="give a model or a program")
-    return folded(capture(model, tuple(args), dict(kwargs), dynamic=None), protocol=protocol)
+    program = capture(model, tuple(args), dict(kwargs), dynamic=None)
+    return folded(program, protocol=protocol, public=public)
 
 
-def _rewritten(source: fx.GraphModule, pays: costs.Pays) -> Sheet:
+def _rewritten(source: fx.GraphModule, pays: costs.Pays, public: tuple[str, ...]) -> Sheet:
     """The sheet of a graph after all rules."""
     sheet = read(copy_graph(source))
+    sheet.public = public
     complete_squares(sheet)
     while absorb(sheet) + merge(sheet, pays) + push(sheet):
         sheet.sweep()

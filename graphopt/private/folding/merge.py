@@ -45,6 +45,8 @@ def _with_data(sheet: Sheet, node: fx.Node, pays: Pays) -> bool:
     first, second = sheet.linear(data), sheet.linear(node)
     if first is None or second is None or not sheet.is_private(data):
         return False
+    if not _alike(sheet, first, second):
+        return False
     outline = composed(_weightless(first), _weightless(second))
     if outline is None:
         return False
@@ -56,6 +58,11 @@ def _with_data(sheet: Sheet, node: fx.Node, pays: Pays) -> bool:
     assert merged is not None
     sheet.change(node, merged, sheet.data(data))
     return True
+
+
+def _alike(sheet: Sheet, first: Linear, second: Linear) -> bool:
+    """Whether both are secret or both public."""
+    return sheet.is_public(first.sources) == sheet.is_public(second.sources)
 
 
 def _weightless(linear: Linear) -> Linear:
@@ -165,7 +172,7 @@ def _terms(sheet: Sheet, node: fx.Node, pays: Pays) -> bool:
             continue
         beside = _beside(sheet, other, sheet.data(one), linear)
         merged = None if beside is None else summed(linear, beside, signs)
-        if merged is None or beside is None:
+        if merged is None or beside is None or not sheet.takes(linear.sources, beside.sources):
             continue
         given, result = _sizes(sheet.data(one)), _sizes(node)
         before = [Op(linear, given, result)]

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from graphopt.private.folding.affine import Affine, rank
+from graphopt.private.folding.affine import Affine
 from graphopt.private.folding.read import addends, product
 from graphopt.private.folding.sheet import Sheet
 from graphopt.private.folding.through import through
@@ -69,10 +69,10 @@ def _takes(sheet: Sheet, reader: fx.Node, node: fx.Node, form: Affine) -> bool:
     linear, affine = sheet.linear(reader), sheet.affine(reader)
     if linear is not None:
         along = form.axis is None or form.axis == linear.axis
-        return along and not (form.shifts and linear.adds_zeros)
+        free = along and sheet.takes(linear.sources, form.sources)
+        return free and not (form.shifts and linear.adds_zeros)
     if affine is not None:
-        free = not form.scales or (affine.scales and rank(form.sources) <= rank(affine.sources))
-        return free and affine.fits(form)
+        return affine.fits(form) and _takes_over(sheet, reader, affine, form)
     factors = product(sheet, reader)
     if factors is not None:
         square = _squared(form)
@@ -84,6 +84,15 @@ def _takes(sheet: Sheet, reader: fx.Node, node: fx.Node, form: Affine) -> bool:
     passed = through(sheet, reader)
     after = passed and passed.onward(form)
     return bool(after and _all_take(sheet, reader, after))
+
+
+def _takes_over(sheet: Sheet, reader: fx.Node, affine: Affine, form: Affine) -> bool:
+    """Whether a scale and shift gets no dearer by one before it."""
+    if not form.scales:
+        return True
+    if affine.scales:
+        return sheet.takes(affine.sources, form.sources)
+    return _scale_alone(sheet, reader, affine.after(form)) is not None
 
 
 def _hand_on(sheet: Sheet, node: fx.Node, form: Affine) -> None:

@@ -35,9 +35,8 @@ def read(module: fx.GraphModule) -> Sheet:
             continue
         if node.op == "get_attr":
             _read_attribute(sheet, node)
-        elif node.op == "call_function":
-            if not _evaluate(sheet, node):
-                _read_op(sheet, node)
+        elif node.op == "call_function" and not _evaluate(sheet, node):
+            _read_op(sheet, node)
     return sheet
 
 
@@ -46,9 +45,7 @@ def _drop_idle(sheet: Sheet) -> None:
     for node in sheet.nodes():
         dropout = node.target in _DROPOUTS and len(node.args) > 2 and node.args[2] is False
         if dropout or node.target in _NOTHING:
-            source = node.args[0]
-            assert isinstance(source, fx.Node)
-            sheet.replace(node, source)
+            sheet.replace(node, node.all_input_nodes[0])
 
 
 # known values -------------------------------------------------------------------------------------
@@ -117,7 +114,7 @@ def _arguments(node: fx.Node) -> dict[str, Any]:
 
 
 Reader = Callable[[Sheet, fx.Node, dict[str, Any]], None]
-_READERS: dict[Any, Reader] = {}
+_READERS: dict[object, Reader] = {}
 
 
 def _reads(*targets: Any) -> Callable[[Reader], Reader]:
@@ -343,11 +340,14 @@ def product(sheet: Sheet, node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     return None
 
 
+_SUMS: dict[object, float] = {aten.add.Tensor: 1.0, aten.sub.Tensor: -1.0}
+
+
 def addends(sheet: Sheet, node: fx.Node) -> tuple[tuple[fx.Node, fx.Node], float] | None:
     """The terms of a sum of two values of its sizes, and the sign of the second."""
     if node in sheet.barred or node.op != "call_function" or node in sheet.forms:
         return None
-    sign = {aten.add.Tensor: 1.0, aten.sub.Tensor: -1.0}.get(node.target)
+    sign = _SUMS.get(node.target)
     if sign is None or node.kwargs.get("alpha", 1) != 1 or len(node.args) != 2:
         return None
     first, second = node.args

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, fx
 
 from graphopt.ir.ops import is_effectful, is_random
 from graphopt.ir.sharing import gives_only_aliases
+from graphopt.ir.skeleton import ADDED
 from graphopt.private.folding.affine import Affine, Sources
 from graphopt.private.folding.linear import Linear
 
@@ -49,6 +51,7 @@ class Sheet:
         lists: Values of such nodes that give several.
         forms: What is known of nodes: linear operators, scales and shifts.
         places: Which argument of a node is the value that its form is applied to.
+        public: Names of public parameters and buffers, with ``*``.
         barred: Nodes that share memory with something that is written to, and their readers.
     """
 
@@ -57,6 +60,7 @@ class Sheet:
     lists: dict[fx.Node, list[Known]] = field(default_factory=dict)
     forms: dict[fx.Node, Form] = field(default_factory=dict)
     places: dict[fx.Node, int] = field(default_factory=dict)
+    public: tuple[str, ...] = ()
     barred: set[fx.Node] = field(default_factory=set)
 
     @property
@@ -112,6 +116,20 @@ class Sheet:
         self.graph.erase_node(node)
         self.forms.pop(node, None)
 
+    def is_public(self, sources: Sources) -> bool:
+        """Whether all that a number is made of is known to both parties."""
+        return all(any(fnmatchcase(name, p) for p in self.public) for name in sources)
+
+    def takes(self, one: Sources, other: Sources) -> bool:
+        """Whether a number may take in another one: a public one takes no secret.
+
+        Coefficients that a pass added may be public where weights are secret, so they take no
+        weights either.
+        """
+        if self.is_public(one):
+            return self.is_public(other)
+        return not all(_added(name) for name in one) or all(_added(name) for name in other)
+
     def is_private(self, node: Any) -> bool:
         """Whether one op alone reads a node, once."""
         readers = [a for u in node.users for a in _leaves([u.args, u.kwargs]) if a is node]
@@ -120,6 +138,10 @@ class Sheet:
     def sweep(self) -> None:
         """Drop what nobody reads."""
         self.graph.eliminate_dead_code(is_impure_node=_stays)
+
+
+def _added(name: str) -> bool:
+    return name.split(".")[0] == ADDED
 
 
 def _leaves(value: Any) -> Iterator[Any]:

@@ -22,9 +22,9 @@ OFFSET_LIMIT = 64.0
 """Largest ``a1^2 / (4 |a2|)``: what the square and c have too much of each other.
 
 The sum cancels it, which costs three of the 16 fraction bits of an engine's fixed-point numbers
-(the square's error is ``2 sqrt(64) 2^-16``), or six bits of float32.  A ReLU fitted at N(0, d^2) has
-0.31 d.  A site with a channel beyond it (a2 about zero, a channel that is all but affine) stays as
-it is; a channel with ``a2 = a1 = 0`` is a constant and does no harm.
+(the square's error is ``2 sqrt(64) 2^-16``), or six bits of float32.  A ReLU fitted at N(0, d^2)
+has 0.31 d.  A site with a channel beyond it (a2 about zero, a channel that is all but affine)
+stays as it is; a channel with ``a2 = a1 = 0`` is a constant and does no harm.
 """
 
 
