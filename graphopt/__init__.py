@@ -11,6 +11,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from graphopt import derived
+
 if TYPE_CHECKING:
     from graphopt.api import capture, explain, frontier, load, optimize
     from graphopt.budget import Budget
@@ -86,6 +88,15 @@ __all__ = [
     "load",
     "optimize",
 ]
+
+
+def _folded(*args: Any, **kwargs: Any) -> Any:
+    from graphopt.private.folding import folded
+
+    return folded(*args, **kwargs)
+
+
+derived.register("folded", _folded)
 
 
 def __getattr__(name: str) -> Any:

@@ -43,6 +43,12 @@ from graphopt.cli.models import load_model
     "--public", multiple=True, metavar="NAME", help="An input or parameter known to all, with *."
 )
 @click.option(
+    "--folded",
+    is_flag=True,
+    help="Run the folded view: batch norms, scales and shifts in the linear operators, one square "
+    "for a polynomial of degree two.",
+)
+@click.option(
     "--timeout",
     type=click.FloatRange(min=0, min_open=True),
     default=600.0,
@@ -60,6 +66,7 @@ def private_cost(
     network: str,
     weights: str,
     public: tuple[str, ...],
+    folded: bool,
     timeout: float,
     trust: bool,
     as_json: bool,
@@ -86,6 +93,7 @@ def private_cost(
             network_name=network,
             weights=weights,
             public=public,
+            folded=folded,
             timeout=timeout,
             progress=told,
         )

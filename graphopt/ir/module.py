@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from graphopt.derived import derived
 from graphopt.errors import MissingMethodError
 from graphopt.ir.code import Code
 from graphopt.ir.codegen import generate
@@ -138,6 +139,24 @@ class OptimizedModule(Container):
             )
             state = {**state, **own}
         return super().load_state_dict(state, strict=strict, assign=assign)
+
+    def folded(self, *, protocol: Any = None, public: Sequence[str] = ()) -> OptimizedModule:
+        """A view for engines: in eval mode, the same outputs with fewer operations.
+
+        Batch norms, scales and shifts fold into linear operators, polynomials of degree two
+        complete the square, linear operators merge.  This module and its state stay as they are;
+        the view's tensors are its own.  See `graphopt.private.folding.folded`.
+
+        Args:
+            protocol: A protocol's name, whose rounds and bytes decide which linear operators merge;
+                default: those that cost no multiply-adds more.
+            public: Names of parameters and buffers that both parties know, with ``*``.
+
+        Raises:
+            UsageError: There is no such protocol.
+            VerificationError: The view computes something else.
+        """
+        return derived("folded", self, protocol=protocol, public=public)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write this module to a file, without pickle; `graphopt.load` reads it.

@@ -124,7 +124,7 @@ class _Lowering:
             if node.op == "placeholder":
                 self.values[node] = self._input(node, *next(waiting))
             elif node.op == "get_attr":
-                self.values[node] = self._attribute(str(node.target))
+                self.values[node] = self._attribute(node)
             elif node.op == "output":
                 self._refuse_missing()
                 return self._finish(node)
@@ -142,11 +142,13 @@ class _Lowering:
             return Ids(node.name, tuple(value.shape))
         return self.builder.input(node.name, value.shape)
 
-    def _attribute(self, name: str) -> Any:
-        value = lookup(self.module, name)
+    def _attribute(self, node: fx.Node) -> Any:
+        value = lookup(self.module, str(node.target))
         if not isinstance(value, torch.Tensor):
             return value
-        secret = value.is_floating_point() and self.secret and not self._is_shown(name)
+        names = node.meta.get("sources") or (str(node.target),)  # of a folded view: all of them
+        shown = all(self._is_shown(name) for name in names)
+        secret = value.is_floating_point() and self.secret and not shown
         return Plain(value.detach(), secret)
 
     def _is_shown(self, name: str) -> bool:

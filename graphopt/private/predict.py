@@ -9,6 +9,7 @@ from typing import Any
 from graphopt.errors import UnsupportedError
 from graphopt.private.circuit import Circuit, Site
 from graphopt.private.cost import Cost, Network, network
+from graphopt.private.folding import folded_model
 from graphopt.private.lower import Model, lower
 from graphopt.private.protocols import Protocol, protocol
 
@@ -78,6 +79,7 @@ def predict(
     kwargs: Mapping[str, Any] | None = None,
     weights: str = "secret",
     public: Sequence[str] = (),
+    folded: bool = False,
 ) -> PrivateCost:
     """Predict bytes, rounds and communication seconds of one evaluation.
 
@@ -89,10 +91,14 @@ def predict(
         kwargs: Keyword inputs.
         weights: ``"secret"`` or ``"public"``.
         public: Names of parameters and buffers that are public nevertheless, with ``*``.
+        folded: Of the model's folded view (`OptimizedModule.folded`), made for this protocol.
 
     Raises:
+        UsageError: A circuit or a graph module can't be folded.
         UnsupportedError: Ops without a rule, or without figures under this protocol; all are named.
     """
+    if folded:
+        model = folded_model(model, example, kwargs or {}, protocol_name, public)
     if not isinstance(model, Circuit):
         model = lower(model, example, kwargs, weights=weights, public=public)
     return predict_circuit(model, protocol(protocol_name), network(network_name))

@@ -15,6 +15,7 @@ from graphopt.plain import human_bytes, to_plain
 from graphopt.private import engines
 from graphopt.private.circuit import Circuit
 from graphopt.private.cost import Cost, Network, network
+from graphopt.private.folding import folded_model
 from graphopt.private.lower import Model, graph_of, lower_graph
 from graphopt.private.plain import evaluate, range_of
 from graphopt.private.predict import REVEAL, PrivateCost, predict_circuit
@@ -121,6 +122,7 @@ def private_cost(
     network_name: str | tuple[float, float] | Network = "lan",
     weights: str = "secret",
     public: Sequence[str] = (),
+    folded: bool = False,
     timeout: float = 600.0,
     progress: Callable[..., None] = lambda *_: None,
 ) -> PrivateReport:
@@ -136,6 +138,7 @@ def private_cost(
         network_name: ``lan``, ``wan`` or ``(bits a second, round-trip seconds)``.
         weights: ``"secret"``: the parameters are shared as the input is; ``"public"``.
         public: Names of parameters and buffers that are public nevertheless, with ``*``.
+        folded: Run the model's folded view (`OptimizedModule.folded`), made for this protocol.
         timeout: Seconds that the engine may take.
         progress: Told what goes on.
 
@@ -146,6 +149,8 @@ def private_cost(
     under = _protocol(engine, protocol_name)
     link = network(network_name)
     progress("reading the graph")
+    if folded:
+        model = folded_model(model, args, kwargs or {}, under, public)
     graph, flat = graph_of(model, tuple(args), dict(kwargs or {}))
     circuit = lower_graph(graph, flat, weights=weights, public=public)
     predicted = predict_circuit(circuit, under, link)
