@@ -10,30 +10,32 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar, Literal
 
-import torch
 from torch import Tensor
 
 from graphopt.budget import Quantity
-from graphopt.errors import BudgetError, BudgetInfeasible, UnsupportedError, VerificationError
+from graphopt.errors import BudgetError, BudgetInfeasible, UnsupportedError
 from graphopt.ir.program import Program
 from graphopt.passes.linearize.calibration import reference
-from graphopt.passes.linearize.choice import Granularity, Limits, Prices, SitePrices
+from graphopt.passes.linearize.choice import (
+    Granularity,
+    Limits,
+    Structure,
+)
+from graphopt.passes.linearize.coupling import coupled
+from graphopt.passes.linearize.fisher import Damage
 from graphopt.passes.linearize.latency import PrivateLatency
+from graphopt.passes.linearize.levels import AUTO, CKKS, Levels
+from graphopt.passes.linearize.ranges import InRange, escapes, grown, in_range
 from graphopt.passes.linearize.refit import Refitted, Survey, refit, survey
 from graphopt.passes.linearize.replacements import DEGREES, Kind, Replacement
 from graphopt.passes.linearize.report import LinearizeReport, SiteReport
 from graphopt.passes.linearize.rewrite import linearized
-from graphopt.passes.linearize.selection import METHODS, Selected, Task, solved
+from graphopt.passes.linearize.selection import METHODS, Selected, Task
 from graphopt.passes.linearize.sites import Site, sites
 from graphopt.pipeline import Pass, PassContext, PassResult, Position, Preserves
-from graphopt.private import PrivateCost
 
 # Elements of the largest site that calibration keeps at once, times some.
 _ELEMENTS = 1 << 26
-# How often a selection is made anew where the program costs more than its sites were priced.
-_ATTEMPTS = 5
-# Growth of a site's range that is told, and one that no fixed-point ring takes.
-_WARNED, _REFUSED = 10.0, 1e4
 
 
 @dataclass(frozen=True)
@@ -48,18 +50,26 @@ class Linearize(Pass):
         relu_sites: Calls of non-linearities that may evaluate any.
         pi_latency: Communication seconds of one private inference on the example inputs, as
             `graphopt.private.predict` tells them; a percentage is one of the source's.
-        protocol: For `pi_latency`.
+        levels: Multiplicative levels along every path under homomorphic encryption (CKKS), as
+            `graphopt.private.predict` tells them; nothing is compared there, so that every site is
+            replaced.
+        protocol: For `pi_latency`; ``ckks`` asks for what `levels` does, whatever the limit is on.
         network: For `pi_latency`: ``lan``, ``wan``, or ``bits a second,round-trip seconds``.
-        replacement: ``auto`` (the least damage of ``affine`` and ``poly2``), or one of them.
+        replacement: ``auto`` (the least damage of ``affine`` and ``poly2``; where levels count of
+            all that there are), or one of them.
         select: How what is kept is chosen: ``fisher`` (scores that need no labels); ``datafree``
             (the same on noise, by BatchNorm's statistics, even where there is data); ``random``.
         granularity: What is kept or replaced as one.
         rounds: In how many rounds ``fisher`` scores anew on what is left.
         norms: Whether BatchNorms that see other values get new running statistics.
+        couple: Modules (by their paths) or calls that choose alike, with ``*``; several groups of
+            them with ``|`` in between.
+        max_growth: How many times the source's range a site's may become before the polynomials
+            in front of it give way to something tamer.
     """
 
     name: ClassVar[str] = "linearize"
-    serves: ClassVar[tuple[str, ...]] = ("relus", "relu_sites", "pi_latency")
+    serves: ClassVar[tuple[str, ...]] = ("relus", "relu_sites", "pi_latency", "levels")
     position: ClassVar[int] = Position.FORWARD
     preserves: ClassVar[Preserves] = Preserves(
         outputs=None, gradients=None, buffers=None, state_dict_keys=False
@@ -68,13 +78,16 @@ class Linearize(Pass):
     relus: Quantity | None = None
     relu_sites: Quantity | None = None
     pi_latency: Quantity | None = None
-    protocol: Literal["crypten", "cheetah", "semi2k", "aby3", "gc"] = "crypten"
+    levels: Quantity | None = None
+    protocol: Literal["crypten", "cheetah", "semi2k", "aby3", "gc", "ckks"] = "crypten"
     network: str = "lan"
     replacement: Literal["auto", "identity", "affine", "poly2", "poly3", "poly4"] = "auto"
     select: Literal["fisher", "datafree", "random"] = "fisher"
     granularity: Granularity = "element"
     rounds: int = 4
     norms: bool = True
+    couple: str | None = None
+    max_growth: float = 10.0
 
     def run(self, program: Program, context: PassContext) -> PassResult:
         """Chooses what to keep, fits the rest, rewrites, and counts.
@@ -95,7 +108,7 @@ class Linearize(Pass):
                 "linearizing a model whose forward branches on self.training",
                 hint="branch on an argument or a constant instead",
             )
-        if self.relus is None and self.relu_sites is None and self.pi_latency is None:
+        if all(getattr(self, name) is None for name in self.serves):
             raise BudgetError("linearize without a budget", hint="linearize{relus=10%}")
         return _Run(self, program, context).result()
 
@@ -121,27 +134,57 @@ class _Run:
         calibrated = reference(self.program, source, max(1, _ELEMENTS // largest))
         found = survey(calibrated, {site: self._kinds(site) for site in self.free})
         task = Task(
-            calibrated, found, limits, self._prices(), self.options.granularity,
-            self.options.rounds, context.time_limit / self.options.rounds, context.seed,
-            context.progress,
+            calibrated, found, limits, {} if self.promise is None else self.promise.prices,
+            self.options.granularity, self.options.rounds,
+            context.time_limit / self.options.rounds, context.seed, context.progress,
+            self._structure(),
         )  # fmt: skip
         method = METHODS["fisher" if self.options.select == "datafree" else self.options.select]
-        selected = self._within_seconds(task, method(task))
-        context.progress("fitting replacements one after the other")
-        refitted = refit(calibrated, selected.replacements, self.options.norms)
-        chosen = list(refitted.replacements.values())
-        changed = linearized(self.program, chosen, refitted.statistics)
-        report = self._report(changed, found, selected, refitted)
+        chosen = self._in_range(task, self._within(task, method(task)))
+        refitted = chosen.refitted
+        replaced = list(refitted.replacements.values())
+        changed = linearized(self.program, replaced, refitted.statistics)
+        report = self._report(changed, found, chosen)
         return PassResult(changed, changed=True, report={"linearize": report})
+
+    def _in_range(self, task: Task, selected: Selected) -> InRange:
+        """The choice refitted, or another one where ranges grow too far."""
+
+        def choose(damage: Damage) -> Selected | None:
+            found = selected.again(task, damage, task.limits)
+            return self._kept(task, found, damage)
+
+        def fit(chosen: Selected) -> Refitted:
+            self.context.progress("fitting replacements one after the other")
+            return refit(task.reference, chosen.replacements, self.options.norms)
+
+        return in_range(task, selected, choose, fit, self.options.max_growth)
+
+    def _structure(self) -> Structure:
+        edges = () if self.depth is None else self.depth.edges
+        names = self.options.couple
+        together = coupled(self.free, names, self.options.granularity) if names else ()
+        return Structure(edges, together)
+
+    @cached_property
+    def depth(self) -> Levels | None:
+        """Levels of programs without comparisons; None where nobody asks for them."""
+        return Levels.asked(
+            self.program, self.context, self.free, self._kinds, self.options.levels,
+            self.options.pi_latency, self.options.protocol, self.options.network,
+        )  # fmt: skip
 
     def _limits(self) -> Limits:
         relus, relu_sites = self.options.relus, self.options.relu_sites
+        fixed = [site for site in self.sites if site.fixed is not None]
+        if self.depth is not None:
+            self.depth.check(fixed)
+            return Limits(0, levels=self.depth.limit)
         limits = Limits(
             None if relus is None else math.floor(relus.of(self.total) + 1e-9),
             None if relu_sites is None else math.floor(relu_sites.of(len(self.sites)) + 1e-9),
-            self._cost(self._seconds()),
+            None if self.promise is None else self.promise.cost(),
         )
-        fixed = [site for site in self.sites if site.fixed is not None]
         left = limits.without(fixed)
         for field, limit, least in (
             ("relus", left.relus, sum(site.per_sample for site in fixed)),
@@ -159,85 +202,37 @@ class _Run:
         return left
 
     @cached_property
-    def latency(self) -> PrivateLatency | None:
-        """What a limit on seconds says of programs; None without one."""
-        if self.options.pi_latency is None:
-            return None
-        protocol, network = self.options.protocol, self.options.network
-        return PrivateLatency(self.program, self.context, protocol, network)
+    def promise(self) -> Levels | PrivateLatency | None:
+        """A limit that a prediction of the whole program has to keep, if there is one."""
+        asked = self.options
+        if self.depth is not None or asked.pi_latency is None:
+            return self.depth
+        return PrivateLatency(
+            self.program, self.context, asked.protocol, asked.network, self.free, self._kinds,
+            asked.pi_latency,
+        )  # fmt: skip
 
-    def _seconds(self) -> float:
-        """The limit on seconds."""
-        limit = self.options.pi_latency
-        if limit is None or self.latency is None:
-            return math.inf
-        return limit.of(self.latency.before.seconds)
-
-    def _cost(self, seconds: float) -> int | None:
-        """What is left of a limit for the sites that can be replaced."""
-        if self.latency is None:
-            return None
-        left = seconds - self.latency.rest(self.free)
-        if left < 0:
-            raise self._too_slow(self.latency.rest(self.free))
-        return self.latency.units(left)
-
-    def _prices(self) -> Prices:
-        if self.latency is None:
-            return {}
-        return {
-            site: SitePrices(
-                self.latency.kept(site),
-                {kind: self.latency.replaced(site, kind) for kind in self._kinds(site)},
-            )
-            for site in self.free
-        }
-
-    def _within_seconds(self, task: Task, selected: Selected) -> Selected:
-        """The selection whose program, predicted whole, keeps the limit on seconds."""
-        if self.latency is None:
-            return selected
-        limit = asked = self._seconds()
-        for _ in range(_ATTEMPTS):
-            if selected.answer.found:
-                program = linearized(self.program, list(selected.replacements.values()), {})
-                seconds = self.latency.of(program).seconds
-                if seconds <= asked:
-                    return selected
-                limit -= seconds - asked
-            if not selected.answer.found or limit < self.latency.rest(self.free):
-                break
-            limits = dataclasses.replace(task.limits, cost=self._cost(limit))
-            selected = solved(task, selected.damage, limits)
-        raise self._too_slow(self._fewest(task).seconds)
-
-    def _fewest(self, task: Task) -> PrivateCost:
-        """What the network costs with every site replaced by what is cheapest."""
-        assert self.latency is not None
-        none = torch.zeros(0, dtype=torch.int64)
-        cheapest: dict[Site, Kind] = {
-            site: min(kinds, key=lambda kind: DEGREES[kind])
-            for site, kinds in task.survey.options.items()
-        }
-        replaced = [
-            Replacement(site, none, kind, task.survey.options[site][kind])
-            for site, kind in cheapest.items()
-        ]
-        return self.latency.of(linearized(self.program, replaced, {}))
-
-    def _too_slow(self, least: float) -> BudgetInfeasible:
-        asked = self._seconds()
-        return BudgetInfeasible(
-            f"no linearization keeps pi_latency at {asked:.4g} s",
-            field="pi_latency",
-            requested=asked,
-            smallest=least,
-            obstacle="linear layers and what can't be replaced",
-            proven=False,
+    def _within(self, task: Task, selected: Selected) -> Selected:
+        """The selection whose program, predicted whole, keeps the limits."""
+        found = self._kept(task, selected, selected.damage)
+        if found is not None:
+            return found
+        if isinstance(self.promise, PrivateLatency):
+            raise self.promise.too_slow(self.promise.fewest(task).seconds)
+        raise BudgetInfeasible(
+            f"no linearization found within {self.options}",
+            field=next(f for f in self.options.serves if getattr(self.options, f) is not None),
+            obstacle="sites that choose alike" if self.options.couple else "levels along paths",
         )
 
+    def _kept(self, task: Task, selected: Selected, damage: Damage) -> Selected | None:
+        """The selection, or one made anew by these damages, that keeps the limits; None: no."""
+        if self.promise is not None:
+            return self.promise.within(task, selected, damage)
+        return selected if selected.answer.found else None
+
     def _kept_already(self, limits: Limits) -> bool:
-        if self.latency is not None and self.latency.before.seconds > self._seconds():
+        if self.promise is not None and not self.promise.kept_already():
             return False
         elements = sum(site.per_sample for site in self.free)
         return (limits.relus is None or elements <= limits.relus) and (
@@ -246,15 +241,18 @@ class _Run:
 
     def _kinds(self, site: Site) -> tuple[Kind, ...]:
         asked = self.options.replacement
-        if site.is_pool:
-            return ("identity",) if asked == "identity" else ("affine",)
-        return ("affine", "poly2") if asked == "auto" else (asked,)
+        deep = self.options.levels is not None or self.options.protocol == CKKS
+        auto = AUTO if deep else ("affine", "poly2")
+        if not site.is_pool:
+            return auto if asked == "auto" else (asked,)
+        if asked == "auto":
+            return tuple(kind for kind in auto if DEGREES[kind] <= 1)
+        return ("identity",) if asked == "identity" else ("affine",)
 
-    def _report(
-        self, changed: Program, found: Survey, selected: Selected, refitted: Refitted
-    ) -> LinearizeReport:
-        growth = {s: refitted.largest[s] / (found.largest[s] or 1.0) for s in self.free}
-        escaping = _escaping(growth)
+    def _report(self, changed: Program, found: Survey, chosen: InRange) -> LinearizeReport:
+        refitted, answer = chosen.refitted, chosen.selected.answer
+        growth = grown(found, refitted)
+        escaping = escapes(growth, self.options.max_growth)
         told = [self._site(site, refitted.replacements, growth) for site in self.sites]
         error, agreement = compared(*refitted.outputs)
         for text in escaping:
@@ -265,13 +263,16 @@ class _Run:
             sites=tuple(told),
             select=self.options.select,
             granularity=self.options.granularity,
-            damage=selected.answer.objective,
-            bound=selected.answer.bound,
-            greedy_damage=selected.answer.greedy_objective,
+            damage=answer.objective,
+            bound=answer.bound,
+            gap=answer.gap,
+            status=answer.status,
+            greedy_damage=answer.greedy_objective,
             output_error=error,
             agreement=agreement,
             warnings=tuple(escaping),
-            **self._told_latency(changed),
+            avoided=chosen.avoided,
+            **self._told(changed),
         )
 
     def _as_it_is(self) -> LinearizeReport:
@@ -284,25 +285,16 @@ class _Run:
             granularity=self.options.granularity,
             damage=0.0,
             bound=0.0,
+            gap=0.0,
+            status="optimal",
             greedy_damage=0.0,
             output_error=0.0,
             agreement=None,
-            **self._told_latency(self.program),
+            **self._told(self.program),
         )
 
-    def _told_latency(self, changed: Program) -> dict[str, Any]:
-        if self.latency is None:
-            return {}
-        before, after = self.latency.before, self.latency.of(changed)
-        return {
-            "protocol": self.options.protocol,
-            "seconds_before": before.seconds,
-            "seconds_after": after.seconds,
-            "rounds_before": before.rounds,
-            "rounds_after": after.rounds,
-            "bytes_before": before.bytes,
-            "bytes_after": after.bytes,
-        }
+    def _told(self, changed: Program) -> dict[str, Any]:
+        return {} if self.promise is None else self.promise.told(changed)
 
     def _site(
         self, site: Site, chosen: Mapping[Site, Replacement], growth: Mapping[Site, float]
@@ -318,26 +310,6 @@ class _Run:
 
 def _without_data(context: PassContext) -> PassContext:
     return dataclasses.replace(context, data=None)
-
-
-def _escaping(growth: Mapping[Site, float]) -> list[str]:
-    """What to warn of.
-
-    Raises:
-        VerificationError: A range grows beyond what any fixed-point arithmetic holds.
-    """
-    found = []
-    for site, ratio in growth.items():
-        if not ratio < _REFUSED:
-            raise VerificationError(
-                f"activations escape at {site.name}: {ratio:.3g} times the source's range",
-                claim="outputs",
-                pass_name=Linearize.name,
-                hint="keep more, take replacement=affine, or fine-tune between smaller steps",
-            )
-        if ratio > _WARNED:
-            found.append(f"the range at {site.name} grew to {ratio:.1f} times the source's")
-    return found
 
 
 def compared(expected: Sequence[object], got: Sequence[object]) -> tuple[float, float | None]:

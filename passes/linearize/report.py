@@ -41,18 +41,22 @@ class LinearizeReport:
         granularity: What was kept or replaced as one.
         damage: Estimated increase of the loss, by the method's scores.
         bound: Proven: no choice has less by these scores.
+        gap: ``(damage - bound) / damage``.
+        status: Of the solver's last answer: ``optimal`` or ``feasible``.
         greedy_damage: What a greedy choice would have had.
         output_error: ``||y - y_source|| / ||y_source||`` over the calibration outputs.
         agreement: Share of calibration samples with the same largest output; None where the
             output isn't one row of numbers for each.
-        protocol: With a limit on seconds of private inference: the protocol; else None, as what
-            follows.
+        protocol: With a limit on seconds or levels of private inference: the protocol; else None,
+            as what follows.
         seconds_before: Predicted communication of the source on the example inputs.
         seconds_after: The same of the result.
         rounds_before: Rounds of the source.
         rounds_after: Rounds of the result.
         bytes_before: Bytes of the source.
         bytes_after: Bytes of the result.
+        levels_after: Multiplicative levels of the result, where these are limited.
+        avoided: Polynomials that were withdrawn since ranges behind them grew too far.
         warnings: What a user should know, such as growing ranges.
     """
 
@@ -63,6 +67,8 @@ class LinearizeReport:
     granularity: str
     damage: float
     bound: float
+    gap: float
+    status: str
     greedy_damage: float
     output_error: float
     agreement: float | None
@@ -74,3 +80,5 @@ class LinearizeReport:
     rounds_after: int | None = None
     bytes_before: float | None = None
     bytes_after: float | None = None
+    levels_after: int | None = None
+    avoided: tuple[str, ...] = ()
