@@ -64,8 +64,8 @@ class Linearize(Pass):
         norms: Whether BatchNorms that see other values get new running statistics.
         couple: Modules (by their paths) or calls that choose alike, with ``*``; several groups of
             them with ``|`` in between.
-        max_growth: How many times the source's range a site's may become before the polynomials
-            in front of it give way to something tamer.
+        max_growth: How many times the source's range a site's may become before the replacements
+            in front of it are withdrawn and the choice is made anew.
     """
 
     name: ClassVar[str] = "linearize"

@@ -1,9 +1,10 @@
 """Choices whose activations stay in range.
 
-A polynomial that fits where activations are grows without bound beyond, and the next one squares
-what it gets: ranges escape where nothing stops them (Garimella et al. 2021, Sisyphus). What a score
-at the source's activations can't see shows once the choice is refitted: then the polynomials in
-front of the first site whose range has grown too far are withdrawn, and the choice is made anew.
+What stands in for a bounded function isn't bounded: the identity hands on what saturation held,
+and a polynomial that fits where activations are grows beyond, and the next one squares what it
+gets (Garimella et al. 2021, Sisyphus). What a score at the source's activations can't see shows
+once the choice is refitted: then the replacements in front of the first site whose range has grown
+too far are withdrawn, and the choice is made anew.
 """
 
 from __future__ import annotations
@@ -12,21 +13,21 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from torch import Tensor, fx
+from torch import fx
 
 from graphopt.errors import VerificationError
 from graphopt.passes.linearize.fisher import Damage
 from graphopt.passes.linearize.refit import Refitted, Survey
-from graphopt.passes.linearize.replacements import DEGREES, Kind, Replacement
+from graphopt.passes.linearize.replacements import Kind, Replacement
 from graphopt.passes.linearize.selection import Selected, Task
 from graphopt.passes.linearize.sites import Site, read_by
 
 # How often a choice is made anew, and of how many sites in the order of calls the first time; each
 # time of so many times more, since what is behind a range that has escaped tells little.
 _ATTEMPTS, _FIRST, _MORE = 4, 1, 4
-_AFFINE = 1
 # Growth of a site's range that no fixed-point ring takes.
 _REFUSED = 1e4
+_DEAREST = 1e3  # a factor for each attempt, squared
 
 
 @dataclass(frozen=True)
@@ -116,48 +117,49 @@ def _worst(task: Task, each: InRange) -> float:
 
 
 class _Weights:
-    """What damages of polynomials count; none where they are withdrawn."""
+    """What damages of replacements count; None where they are withdrawn."""
 
     def __init__(self, task: Task) -> None:
         self.offered = task.survey.options
         self.factors: dict[tuple[Site, Kind], float | None] = {}
 
     def withdraw(self, site: Site, chosen: Mapping[Site, Replacement], excess: float) -> list[str]:
-        """Makes those polynomials dearer whose values a site reads; what it did, to be read.
+        """Withdraws the replacements whose values a site reads; what it did, to be read.
 
-        Where a site has nothing tamer to offer, its damage grows with the square of the excess.
+        Where there is nothing else, the damage grows with the square of the excess, so that more
+        is kept there.
         """
         told = []
-        for blamed in _polynomials_before(site, chosen):
+        for blamed in _replaced_before(site, chosen):
             kind = chosen[blamed].kind
-            tamer = any(
-                DEGREES[k] <= _AFFINE and self.factors.get((blamed, k), 1.0)
-                for k in self.offered[blamed]
-            )
+            others = [
+                other for other in self.offered[blamed]
+                if other != kind and self.factors.get((blamed, other), 1.0) is not None
+            ]  # fmt: skip
             before = self.factors.get((blamed, kind), 1.0)
-            if tamer:
+            if others:
                 self.factors[blamed, kind] = None
-            elif before is not None and math.isfinite(excess):
-                self.factors[blamed, kind] = before * max(excess, 2.0) ** 2
+            elif before is not None:
+                self.factors[blamed, kind] = before * min(max(excess, 2.0), _DEAREST) ** 2
             told.append(f"{kind} at {blamed.name}: the range at {site.name} grew too far")
         return told
 
     def on(self, damage: Damage) -> Damage:
         """Damages as they count."""
-        found: Damage = {}
-        for site, options in damage.items():
-            weighed: dict[Kind, Tensor] = {}
-            for kind, values in options.items():
-                factor = self.factors.get((site, kind), 1.0)
-                if factor is not None:
-                    weighed[kind] = values * factor
-            found[site] = weighed
-        return found
+        factors = {key: self.factors.get(key, 1.0) for key in _keys(damage)}
+        return {
+            site: {k: v * f for k, v in kinds.items() if (f := factors[site, k]) is not None}
+            for site, kinds in damage.items()
+        }
 
 
-def _polynomials_before(site: Site, chosen: Mapping[Site, Replacement]) -> list[Site]:
-    """Sites with a polynomial from which a way leads here past no other one."""
-    by_node = {each.node: each for each in chosen}
+def _keys(damage: Damage) -> list[tuple[Site, Kind]]:
+    return [(site, kind) for site, kinds in damage.items() for kind in kinds]
+
+
+def _replaced_before(site: Site, chosen: Mapping[Site, Replacement]) -> list[Site]:
+    """Replaced sites from which a way leads here past no other one."""
+    by_node = {each.node: each for each in chosen if not chosen[each].is_whole}
     found: list[Site] = []
     stack, seen = [read_by(site.node)], set[fx.Node]()
     while stack:
@@ -166,12 +168,8 @@ def _polynomials_before(site: Site, chosen: Mapping[Site, Replacement]) -> list[
             continue
         seen.add(node)
         each = by_node.get(node)
-        if each is not None and _is_polynomial(chosen[each]):
+        if each is not None:
             found.append(each)
         else:
             stack += node.all_input_nodes
     return found
-
-
-def _is_polynomial(replacement: Replacement) -> bool:
-    return not replacement.is_whole and DEGREES[replacement.kind] > _AFFINE

@@ -56,7 +56,7 @@ class LinearizeReport:
         bytes_before: Bytes of the source.
         bytes_after: Bytes of the result.
         levels_after: Multiplicative levels of the result, where these are limited.
-        avoided: Polynomials that were withdrawn since ranges behind them grew too far.
+        avoided: Replacements that were withdrawn since ranges behind them grew too far.
         warnings: What a user should know, such as growing ranges.
     """
 
