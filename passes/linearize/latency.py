@@ -25,6 +25,8 @@ from graphopt.pipeline import PassContext
 from graphopt.private import Cost, PrivateCost, network, predict, protocol
 from graphopt.solvers.nonlinearity import Price
 
+# What may stand in for a site where seconds count.
+BY_SECONDS: tuple[Kind, ...] = ("affine", "poly2", "poly3", "poly4")
 # The solver counts in whole units of this many seconds.
 _UNIT = 1e-12
 # How often a selection is made anew where the program costs more than its sites were priced.

@@ -40,7 +40,7 @@ from graphopt.solvers.nonlinearity import Price
 CKKS = "ckks"
 # What may stand in for a site where levels count: what takes the same levels as something of a
 # higher degree is left out.
-AUTO: tuple[Kind, ...] = ("identity", "affine", "poly2", "poly4")
+BY_LEVELS: tuple[Kind, ...] = ("identity", "affine", "poly2", "poly4")
 _PUBLIC = (f"{ADDED}.*",)
 _MARK = 2.0  # any number whose product isn't left out
 _ATTEMPTS = 3

@@ -23,8 +23,8 @@ from graphopt.passes.linearize.choice import (
 )
 from graphopt.passes.linearize.coupling import coupled
 from graphopt.passes.linearize.fisher import Damage
-from graphopt.passes.linearize.latency import PrivateLatency
-from graphopt.passes.linearize.levels import AUTO, CKKS, Levels
+from graphopt.passes.linearize.latency import BY_SECONDS, PrivateLatency
+from graphopt.passes.linearize.levels import BY_LEVELS, CKKS, Levels
 from graphopt.passes.linearize.ranges import InRange, escapes, grown, in_range
 from graphopt.passes.linearize.refit import Refitted, Survey, refit, survey
 from graphopt.passes.linearize.replacements import DEGREES, Kind, Replacement
@@ -55,8 +55,9 @@ class Linearize(Pass):
             replaced.
         protocol: For `pi_latency`; ``ckks`` asks for what `levels` does, whatever the limit is on.
         network: For `pi_latency`: ``lan``, ``wan``, or ``bits a second,round-trip seconds``.
-        replacement: ``auto`` (the least damage of ``affine`` and ``poly2``; where levels count of
-            all that there are), or one of them.
+        replacement: ``auto``, or one of them. ``auto`` is what does the least damage: of
+            ``affine`` and ``poly2``; of higher degrees too where seconds or levels are limited, so
+            that their products count.
         select: How what is kept is chosen: ``fisher`` (scores that need no labels); ``datafree``
             (the same on noise, by BatchNorm's statistics, even where there is data); ``random``.
         granularity: What is kept or replaced as one.
@@ -241,8 +242,11 @@ class _Run:
 
     def _kinds(self, site: Site) -> tuple[Kind, ...]:
         asked = self.options.replacement
-        deep = self.options.levels is not None or self.options.protocol == CKKS
-        auto = AUTO if deep else ("affine", "poly2")
+        auto: tuple[Kind, ...] = ("affine", "poly2")
+        if self.options.levels is not None or self.options.protocol == CKKS:
+            auto = BY_LEVELS
+        elif self.options.pi_latency is not None:
+            auto = BY_SECONDS
         if not site.is_pool:
             return auto if asked == "auto" else (asked,)
         if asked == "auto":
