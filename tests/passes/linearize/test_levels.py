@@ -28,7 +28,7 @@ PUBLIC = ("_graphopt.*",)
 DEEP: tuple[Kind, ...] = ("identity", "affine", "poly2", "poly3", "poly4")
 
 
-def optimized(model: nn.Module, budget: str, **options: Any) -> Any:
+def optimized(model: nn.Module, budget: str | None, **options: Any) -> Any:
     return graphopt.optimize(
         model, budget, (images[:1],), data=[images], time_limit=10.0, **options
     )
@@ -147,7 +147,7 @@ def test_the_fewest_levels() -> None:
     assert (error.field, error.requested, error.smallest, error.proven) == ("levels", 5, 6, True)
     assert "conv2d -> batch_norm -> avg_pool2d -> conv2d_1 -> batch_norm_1 -> linear" in str(error)
     with pytest.raises(BudgetInfeasible) as caught:
-        optimized(model(), None, passes="canonicalize,linearize{levels=7,replacement=affine}")  # type: ignore[arg-type]
+        optimized(model(), None, passes="canonicalize,linearize{levels=7,replacement=affine}")
     assert caught.value.smallest == 8
 
 
