@@ -90,6 +90,7 @@ _RULES: Final[Mapping[str, _Rule]] = {
     "relus": _Rule("", "element-wise non-linearities evaluated", zero=True),
     "relu_sites": _Rule("", "calls of non-linearities", zero=True),
     "pi_latency": _Rule("s", "latency of private inference"),
+    "levels": _Rule("", "multiplicative levels along a path"),
     "flops": _Rule("", "FLOPs of one forward"),
     "params": _Rule("", "parameters"),
     "bytes": _Rule("B", "bytes of the parameters"),
@@ -99,7 +100,7 @@ _RULES: Final[Mapping[str, _Rule]] = {
 }
 _CHOICES: Final[Mapping[str, tuple[str, ...]]] = {
     "memory_scope": ("activations", "step"),
-    "protocol": ("crypten", "cheetah", "semi2k", "aby3", "gc"),
+    "protocol": ("crypten", "cheetah", "semi2k", "aby3", "gc", "ckks"),
     "network": ("lan", "wan"),
 }
 
@@ -118,6 +119,7 @@ class Budget:
         relus: Element-wise non-linearities evaluated per example.
         relu_sites: Calls of non-linearities that evaluate any.
         pi_latency: Seconds of one private inference: communication, as predicted.
+        levels: Multiplicative levels along every path, under homomorphic encryption.
         protocol: Under which protocol: ``crypten`` (default), ``cheetah``, ``semi2k``, ...
         network: ``lan`` (default) or ``wan``.
         flops: FLOPs of one forward (a multiply-add is 2).
@@ -135,6 +137,7 @@ class Budget:
     relus: Quantity | None = None
     relu_sites: Quantity | None = None
     pi_latency: Quantity | None = None
+    levels: Quantity | None = None
     protocol: str | None = None
     network: str | None = None
     flops: Quantity | None = None

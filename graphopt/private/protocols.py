@@ -125,10 +125,14 @@ class Protocol:
         """Multiplicative depth of a circuit, which sets the size of CKKS parameters."""
         depth: dict[str, int] = {}
         for step in circuit.steps:
-            unit = self.units.get(self._sizes(circuit, step)[0])
             before = max((depth.get(name, 0) for name in step.inputs), default=0)
-            depth[step.name] = before + (unit.levels if unit else 0)
+            depth[step.name] = before + self.step_levels(circuit, step)
         return max((depth.get(name, 0) for name in circuit.outputs), default=0)
+
+    def step_levels(self, circuit: Circuit, step: Step) -> int:
+        """Levels that one step of a circuit uses up; none where the table has no figures."""
+        unit = self.units.get(self._sizes(circuit, step)[0])
+        return unit.levels if unit else 0
 
     def linear(self, operands: int, result: int, kind: str = "matmul") -> Cost:
         """Cost of a linear map with secret weights.

@@ -36,6 +36,37 @@ _FREE = solver.Price()
 
 
 @dataclass(frozen=True)
+class Edge:
+    """A way from one site to the next.
+
+    Attributes:
+        before: A site; None: the inputs.
+        after: A site; None: the outputs.
+        levels: Used up in between.
+    """
+
+    before: Site | None
+    after: Site | None
+    levels: int
+
+
+@dataclass(frozen=True)
+class Structure:
+    """How sites stand to each other.
+
+    Attributes:
+        edges: The ways between them, where levels are limited.
+        coupled: Sites that make the same choice.
+    """
+
+    edges: tuple[Edge, ...] = ()
+    coupled: tuple[tuple[Site, ...], ...] = ()
+
+
+_APART = Structure()
+
+
+@dataclass(frozen=True)
 class Limits:
     """What may be kept.
 
@@ -43,11 +74,13 @@ class Limits:
         relus: Elements of all sites, those that have to stay included.
         relu_sites: Sites with a kept element, those that have to stay included.
         cost: What all sites may cost by their prices.
+        levels: Multiplicative levels along every path, linear layers included.
     """
 
     relus: int | None = None
     relu_sites: int | None = None
     cost: int | None = None
+    levels: int | None = None
 
     def without(self, fixed: Sequence[Site]) -> Limits:
         """What is left for sites that can be replaced."""
@@ -56,6 +89,7 @@ class Limits:
             None if self.relus is None else self.relus - spent,
             None if self.relu_sites is None else self.relu_sites - len(fixed),
             self.cost,
+            self.levels,
         )
 
     def less(self, elements: int, sites: int) -> Limits:
@@ -80,6 +114,7 @@ class Limits:
             between(self.relus, elements),
             between(self.relu_sites, len(sites)),
             between(self.cost, sum(p.fixed + p.element * count for p, count in keep)),
+            self.levels,
         )
 
 
@@ -93,7 +128,11 @@ def groups(site: Site, granularity: Granularity) -> Tensor:
 
 
 def problem(
-    damage: Damage, limits: Limits, granularity: Granularity, prices: Prices
+    damage: Damage,
+    limits: Limits,
+    granularity: Granularity,
+    prices: Prices,
+    structure: Structure = _APART,
 ) -> solver.NonlinearityProblem:
     """What to keep, as plain data."""
     described = []
@@ -106,9 +145,19 @@ def problem(
         count = int(groups(site, granularity).max()) + 1
         size = site.per_sample // count
         described.append(solver.Site(site.name, count, size, offered, own.keep))
+    places: dict[Site | None, int | None] = {site: place for place, site in enumerate(damage)}
+    places[None] = None
     return solver.NonlinearityProblem(
-        tuple(described), limits.relus, limits.relu_sites, limits.cost
-    )
+        tuple(described), limits.relus, limits.relu_sites, limits.cost, limits.levels,
+        tuple(
+            solver.Edge(places[edge.before], places[edge.after], edge.levels)
+            for edge in structure.edges
+        ),
+        tuple(
+            tuple(place for site in together if (place := places[site]) is not None)
+            for together in structure.coupled
+        ),
+    )  # fmt: skip
 
 
 def replacements(

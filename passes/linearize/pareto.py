@@ -29,8 +29,9 @@ from graphopt.errors import (
 from graphopt.ir.capture import capture
 from graphopt.ir.program import Program
 from graphopt.ir.untouched import outside_inference_mode
-from graphopt.passes.linearize.latency import PrivateLatency
-from graphopt.passes.linearize.linearize import Linearize, compared
+from graphopt.passes.linearize.latency import priced
+from graphopt.passes.linearize.linearize import Linearize
+from graphopt.passes.linearize.outputs import compared
 from graphopt.passes.linearize.points import Measure, Point, Sweep
 from graphopt.passes.linearize.sites import sites
 from graphopt.pipeline import PassContext, Pipeline, Progress, silent
@@ -272,7 +273,7 @@ class _Sweeping:
         for name in protocols:
             here = dataclasses.replace(point, protocol=name)
             try:
-                cost = PrivateLatency(program, self.context, name, self.network).of(program)
+                cost = priced(program, self.context, name, self.network)
                 here = dataclasses.replace(
                     here, bytes=cost.bytes, rounds=cost.rounds, seconds=cost.seconds
                 )

@@ -63,18 +63,22 @@ class LinearizeReport:
         granularity: What was kept or replaced as one.
         damage: Estimated increase of the loss, by the method's scores.
         bound: Proven: no choice has less by these scores.
+        gap: ``(damage - bound) / damage``.
+        status: Of the solver's last answer: ``optimal`` or ``feasible``.
         greedy_damage: What a greedy choice would have had.
         output_error: ``||y - y_source|| / ||y_source||`` over the calibration outputs.
         agreement: Share of calibration samples with the same largest output; None where the
             output isn't one row of numbers for each.
-        protocol: With a limit on seconds of private inference: the protocol; else None, as what
-            follows.
+        protocol: With a limit on seconds or levels of private inference: the protocol; else None,
+            as what follows.
         seconds_before: Predicted communication of the source on the example inputs.
         seconds_after: The same of the result.
         rounds_before: Rounds of the source.
         rounds_after: Rounds of the result.
         bytes_before: Bytes of the source.
         bytes_after: Bytes of the result.
+        levels_after: Multiplicative levels of the result, where these are limited.
+        avoided: Replacements that were withdrawn since ranges behind them grew too far.
         warnings: What a user should know, such as growing ranges.
         impact: Accuracy by class on the calibration data, of the source and of the result; by the
             source's own answers where there are no labels. None where outputs are no class scores,
@@ -89,6 +93,8 @@ class LinearizeReport:
     granularity: str
     damage: float
     bound: float
+    gap: float
+    status: str
     greedy_damage: float
     output_error: float
     agreement: float | None
@@ -102,3 +108,5 @@ class LinearizeReport:
     bytes_after: float | None = None
     impact: Impact | None = None
     softmaxes: tuple[SoftmaxReport, ...] = ()
+    levels_after: int | None = None
+    avoided: tuple[str, ...] = ()

@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from graphopt.passes.linearize.calibration import Reference
-from graphopt.passes.linearize.choice import Granularity, Limits, Prices, problem, replacements
+from graphopt.passes.linearize.choice import (
+    Granularity,
+    Limits,
+    Prices,
+    Structure,
+    problem,
+    replacements,
+)
 from graphopt.passes.linearize.fisher import Damage, fisher
 from graphopt.passes.linearize.normalisers import Softmaxes
 from graphopt.passes.linearize.refit import Refitted, Survey, refit
@@ -32,6 +39,7 @@ class Task:
         seed: Of everything random.
         progress: Told what goes on.
         softmaxes: Those that are replaced whatever is chosen.
+        structure: How sites stand to each other.
     """
 
     reference: Reference
@@ -44,6 +52,7 @@ class Task:
     seed: int
     progress: Progress
     softmaxes: Softmaxes | None = None
+    structure: Structure = field(default_factory=Structure)
 
 
 @dataclass(frozen=True)
@@ -54,13 +63,16 @@ class Selected:
         replacements: What becomes of each site; coefficients are fitted anew afterwards.
         answer: The solver's last answer.
         damage: By which it was chosen.
+        again: Chooses as the method does at the end, by other damages or within other limits.
     """
 
     replacements: Mapping[Site, Replacement]
     answer: solver.Selection
     damage: Damage
+    again: Chooser
 
 
+Chooser = Callable[[Task, Damage, Limits], Selected]
 Method = Callable[[Task], Selected]
 
 
@@ -84,10 +96,7 @@ def _refitted(task: Task, chosen: Selected) -> Refitted:
 
 def by_random(task: Task) -> Selected:
     """At random: what any method has to beat."""
-    damage = _scored(task, 0, None)
-    question = problem(damage, task.limits, task.granularity, task.prices)
-    answer = solver.by_random(question, task.seed)
-    return _selected(task, damage, answer)
+    return _drawn(task, _scored(task, 0, None), task.limits)
 
 
 METHODS: Mapping[str, Method] = {"fisher": by_fisher, "random": by_random}
@@ -113,12 +122,20 @@ def _scored(task: Task, number: int, refitted: Refitted | None) -> Damage:
 def solved(task: Task, damage: Damage, limits: Limits) -> Selected:
     """The least damage within limits."""
     task.progress("choosing non-linearities")
-    question = problem(damage, limits, task.granularity, task.prices)
+    question = problem(damage, limits, task.granularity, task.prices, task.structure)
     answer = solver.select(question, time_limit=task.time_limit, seed=task.seed)
     return _selected(task, damage, answer)
 
 
-def _selected(task: Task, damage: Damage, answer: solver.Selection) -> Selected:
+def _drawn(task: Task, damage: Damage, limits: Limits) -> Selected:
+    """At random within limits."""
+    question = problem(damage, limits, task.granularity, task.prices, task.structure)
+    return _selected(task, damage, solver.by_random(question, task.seed), _drawn)
+
+
+def _selected(
+    task: Task, damage: Damage, answer: solver.Selection, again: Chooser = solved
+) -> Selected:
     options = task.survey.options
     found = replacements(answer, damage, options, task.granularity)
-    return Selected(found, answer, damage)
+    return Selected(found, answer, damage, again)
