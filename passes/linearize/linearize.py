@@ -19,6 +19,7 @@ from graphopt.ir.program import Program
 from graphopt.passes.linearize.calibration import reference
 from graphopt.passes.linearize.choice import Granularity, Limits, Prices, SitePrices
 from graphopt.passes.linearize.latency import PrivateLatency
+from graphopt.passes.linearize.modes import training_names
 from graphopt.passes.linearize.refit import Refitted, Survey, refit, survey
 from graphopt.passes.linearize.replacements import DEGREES, Kind, Replacement
 from graphopt.passes.linearize.report import LinearizeReport, SiteReport
@@ -82,7 +83,8 @@ class Linearize(Pass):
         Raises:
             BudgetInfeasible: What can't be replaced takes more; carries the smallest budget.
             BudgetError: There is no budget.
-            UnsupportedError: A plan, two graphs, or neither data nor BatchNorm.
+            UnsupportedError: A plan, non-linearities that depend on the mode, or neither data nor
+                BatchNorm.
             VerificationError: Activations escape.
         """
         if program.planner is not None:
@@ -90,11 +92,7 @@ class Linearize(Pass):
                 "linearizing a program that carries a memory plan",
                 hint="linearize first: optimize(model, 'relus=25%,memory=60%') does",
             )
-        if program.eval_module is not None:
-            raise UnsupportedError(
-                "linearizing a model whose forward branches on self.training",
-                hint="branch on an argument or a constant instead",
-            )
+        training_names(program)
         if self.relus is None and self.relu_sites is None and self.pi_latency is None:
             raise BudgetError("linearize without a budget", hint="linearize{relus=10%}")
         return _Run(self, program, context).result()
