@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.nn.functional import interpolate, unfold
+from torch.nn.functional import interpolate, pad, unfold
 
-from graphopt.errors import UnsupportedError
 from graphopt.private.builder import Builder, Plain, Value
 from graphopt.private.rules.registry import aten, rule
 from graphopt.private.rules.shapes import wide
@@ -19,11 +19,8 @@ def _max_pool2d(
     b: Builder, x: Value, kernel: Any, stride: Any = (), padding: Any = 0, dilation: Any = 1,
     ceil_mode: bool = False,
 ) -> Value:  # fmt: skip
-    if ceil_mode:
-        raise UnsupportedError("max pooling with ceil_mode")
-
     def windows(places: torch.Tensor) -> torch.Tensor:
-        found = _windows(places, kernel, stride, padding, dilation)
+        found = _windows(places, kernel, stride, padding, dilation, ceil_mode)
         # Padding must not win: a place of the window stands in for it.
         return torch.where(found == 0, found.amax(-1, keepdim=True), found)
 
@@ -34,27 +31,72 @@ def _max_pool2d(
 rule(aten.max_pool2d_with_indices)(lambda b, *args: (_max_pool2d(b, *args), None))
 
 
+@rule(aten.max_pool1d)
+def _max_pool1d(
+    b: Builder, x: Value, kernel: Any, stride: Any = (), padding: Any = 0, dilation: Any = 1,
+    ceil_mode: bool = False,
+) -> Value:  # fmt: skip
+    sizes = (_flat(kernel, 1), _flat(stride, 1), _flat(padding, 0), _flat(dilation, 1))
+    return _as_image(b, x, lambda y: _max_pool2d(b, y, *sizes, ceil_mode))
+
+
 @rule(aten.avg_pool2d)
 def _avg_pool2d(
     b: Builder, x: Value, kernel: Any, stride: Any = (), padding: Any = 0, ceil_mode: bool = False,
     count_include_pad: bool = True, divisor_override: int | None = None,
 ) -> Value:  # fmt: skip
-    padded = any(wide(padding, 2)) and not count_include_pad
-    if ceil_mode or padded:
-        raise UnsupportedError("average pooling with ceil_mode or without its padding counted")
-    found = b.move(lambda t: _windows(t, kernel, stride, padding, 1), [x], whole=False)
-    return b.sum(found, [-1], divisor=divisor_override or found.shape[-1])
+    def windows(t: torch.Tensor) -> torch.Tensor:
+        return _windows(t, kernel, stride, padding, 1, ceil_mode)
+
+    found = b.move(windows, [x], whole=False)
+    ones = torch.ones(1, 1, *x.shape[-2:], dtype=torch.float64)
+    average = aten.avg_pool2d(
+        ones, wide(kernel, 2), wide(stride, 2) if stride else [], wide(padding, 2), ceil_mode,
+        count_include_pad, divisor_override,
+    )  # fmt: skip
+    shares = (average / windows(ones).sum(-1))[0, 0]
+    divisor = 1.0 / float(shares.flatten()[0])
+    if bool((shares == shares.flatten()[0]).all()) and abs(divisor - round(divisor)) < 1e-9:
+        return b.sum(found, [-1], divisor=round(divisor))
+    return b.multiply(b.sum(found, [-1]), Plain(shares))  # fewer elements at the edges
 
 
-def _windows(x: torch.Tensor, kernel: Any, stride: Any, padding: Any, dilation: Any) -> Any:
-    """(..., h, w) -> (..., h', w', elements of a window)."""
+@rule(aten.avg_pool1d)
+def _avg_pool1d(
+    b: Builder, x: Value, kernel: Any, stride: Any = (), padding: Any = 0, ceil_mode: bool = False,
+    count_include_pad: bool = True,
+) -> Value:  # fmt: skip
+    sizes = (_flat(kernel, 1), _flat(stride, 1), _flat(padding, 0))
+    return _as_image(b, x, lambda y: _avg_pool2d(b, y, *sizes, ceil_mode, count_include_pad))
+
+
+def _flat(size: Any, other: int) -> Any:
+    """A size of sequences as one of images of one row."""
+    return (other, *wide(size, 1)) if size not in ((), [], None) else ()
+
+
+def _as_image(b: Builder, x: Value, pool: Callable[[Value], Value]) -> Value:
+    """Pool sequences as images of one row."""
+    pooled = pool(b.move(lambda t: t.unsqueeze(-2), [x], whole=False))
+    return b.move(lambda t: t.squeeze(-2), [pooled], whole=False)
+
+
+def _windows(
+    x: torch.Tensor, kernel: Any, stride: Any, padding: Any, dilation: Any, ceil_mode: bool
+) -> torch.Tensor:
+    """(..., h, w) -> (..., h', w', elements of a window), zeros where there are none."""
     kernel, padding, dilation = wide(kernel, 2), wide(padding, 2), wide(dilation, 2)
     steps = wide(stride, 2) if stride not in ((), [], None) else kernel
-    height, width = x.shape[-2:]
-    images = x.reshape(-1, 1, height, width)
-    columns = unfold(images, kernel, dilation, padding, steps)
-    rows = (height + 2 * padding[0] - dilation[0] * (kernel[0] - 1) - 1) // steps[0] + 1
-    return columns.transpose(1, 2).reshape(*x.shape[:-2], rows, -1, math.prod(kernel))
+    images = x.reshape(-1, 1, *x.shape[-2:])
+    shape = aten.max_pool2d(images[:1], kernel, steps, padding, dilation, ceil_mode).shape[-2:]
+    pads = []
+    for axis in (1, 0):  # the last dimension first
+        reach = (shape[axis] - 1) * steps[axis] + dilation[axis] * (kernel[axis] - 1) + 1
+        missing = reach - x.shape[axis - 2] - padding[axis]
+        pads += [padding[axis], max(missing, padding[axis])]
+    columns = unfold(pad(images, pads), kernel, dilation, 0, steps)
+    rows = columns.transpose(1, 2).reshape(*x.shape[:-2], -1, shape[1], math.prod(kernel))
+    return rows[..., : shape[0], :, :]
 
 
 @rule(aten.adaptive_avg_pool2d, aten._adaptive_avg_pool2d)
