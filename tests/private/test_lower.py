@@ -93,10 +93,8 @@ def test_convolutions_and_pooling_of_any_geometry(
 
 
 @pytest.mark.parametrize("ceil", [False, True])
-@pytest.mark.parametrize(
-    ("kernel", "stride", "padding"), [(3, 2, 1), (2, 3, 0), (3, 3, 1), (2, 1, 1)]
-)
-def test_pooling_at_the_edges(kernel: int, stride: int, padding: int, ceil: bool) -> None:
+@pytest.mark.parametrize("sizes", [(3, 2, 1), (2, 3, 0), (3, 3, 1), (2, 1, 1)])
+def test_pooling_at_the_edges(sizes: tuple[int, int, int], ceil: bool) -> None:
     """Padding that doesn't count, windows that reach out, and sequences."""
     image, sequence = torch.randn(2, 3, 7, 8), torch.randn(2, 3, 8)
     pools = [
