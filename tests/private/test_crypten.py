@@ -48,6 +48,14 @@ def test_a_gathered_tenth_pays_a_tenth_and_a_mask_pays_for_all(runs: dict[str, D
 
 
 @needs_crypten
+def test_what_linearize_emits_pays_for_what_it_keeps(runs: dict[str, Done]) -> None:
+    total = 3 * 4 * 12 * 12
+    kept = compared_bytes(runs["emitted"]) / compared_bytes(runs["residual"])
+    assert total * kept == pytest.approx(0.25 * total, abs=1)
+    assert runs["emitted"].measured == runs["emitted"].predicted
+
+
+@needs_crypten
 def test_the_report_of_a_model_is_what_the_engine_counted() -> None:
     model, x = build("plain", 2)
     report = private_cost(model, (x,), network_name=(1e8, 0.01))
