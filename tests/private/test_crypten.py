@@ -80,6 +80,24 @@ def test_public_weights_leave_only_comparisons_to_talk_about() -> None:
     assert report.max_error < 2e-3
 
 
+class Known(nn.Module):
+    """An output that depends on no input, beside one that does, in half precision."""
+
+    def forward(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        x = batch["x"]
+        return {"known": torch.ones(3, dtype=x.dtype), "sum": x.relu().sum()}
+
+
+@needs_crypten
+def test_outputs_that_are_known_already_cost_nothing() -> None:
+    batch = {"x": torch.tensor([1.5, -2.0, 0.25]).half()}
+    report = private_cost(Known(), (batch,))
+    assert (report.rounds, report.bytes) == (9 + 1, 3 * 464 + 16)
+    assert (report.predicted.rounds, report.predicted.bytes) == (report.rounds, report.bytes)
+    assert report.max_error is not None
+    assert report.max_error < 1e-3
+
+
 def test_an_absent_engine_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(crypten, "_NEEDS", ("no_such_package",))
     model, x = build("plain")
