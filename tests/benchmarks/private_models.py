@@ -50,13 +50,14 @@ class Mobile(nn.Module):
 
 def vit() -> nn.Module:
     """A ViT of two layers: softmax, GELU, layer norm; weights as large as trained ones."""
-    from transformers import ViTConfig, ViTForImageClassification
+    import transformers
 
-    config = ViTConfig(
+    library: Any = transformers
+    config = library.ViTConfig(
         hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
         image_size=16, patch_size=4, num_labels=5, initializer_range=0.15,
     )  # fmt: skip
-    return ViTForImageClassification(config)
+    return library.ViTForImageClassification(config)
 
 
 def cnn() -> nn.Module:

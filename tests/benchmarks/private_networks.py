@@ -1,7 +1,7 @@
 """What emitted networks cost in real engines, beside what was predicted.
 
     python -m tests.benchmarks.private_networks [--sections crypten spu efficientnet]
-        [--protocols semi2k aby3 cheetah] [--side 224] [--replacement affine] [--json FILE]
+        [--protocols semi2k aby3 cheetah] [--side 224] [--replacement auto] [--json FILE]
 
 `crypten`: networks that `linearize` has emitted run between two processes; rounds have to be those
 predicted, bytes within 1 %.
@@ -104,7 +104,7 @@ def main() -> int:
     parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS))
     parser.add_argument("--protocols", nargs="+", choices=spu.PROTOCOLS, default=spu.PROTOCOLS)
     parser.add_argument("--side", type=int, default=224, help="pixels of EfficientNet's images")
-    parser.add_argument("--replacement", default="affine", help="for EfficientNet")
+    parser.add_argument("--replacement", default="auto", help="for EfficientNet")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     if {"crypten", "efficientnet"} & set(options.sections) and crypten.missing():
