@@ -129,7 +129,7 @@ def predict_circuit(circuit: Circuit, under: Protocol, link: Network) -> Private
 def _opening(circuit: Circuit, under: Protocol) -> Cost:
     """What it costs to hand the inputs in, where that costs anything, and to open the outputs."""
     unit, total = under.unit(REVEAL), Cost()
-    for name in circuit.outputs:
+    for name in (n for n in circuit.outputs if not circuit.is_public(n)):
         total += unit.cost(circuit.elements(name), circuit.elements(name))
     if "input" in under.units:
         for name in circuit.inputs:

@@ -123,22 +123,27 @@ class TriplePool:
     Attributes:
         batch: Triples in a batch.
         bytes: Bytes of making one.
-        direct: From as many elements on, a call multiplies without triples ...
-        direct_fixed: ... for which each piece of that size costs so many bytes ...
-        direct_element: ... and so many for each element.
+        tiles: Parts that a large call is cut into, one for each thread.
+        direct: A call whose parts have so many elements multiplies without triples, in pieces of
+            that size, ...
+        direct_bytes: ... each of which costs so many bytes, whatever fills it.
     """
 
     batch: int
     bytes: float
+    tiles: int
     direct: int
-    direct_fixed: float
-    direct_element: float
+    direct_bytes: float
+
+    def takes_triples(self, n: int) -> bool:
+        """Whether a call with n elements multiplies by triples."""
+        return n < self.tiles * self.direct
 
     def take(self, left: int, n: int) -> tuple[int, float]:
         """Multiply n pairs with so many triples left: triples left then, bytes of the making."""
-        if n >= self.direct:
-            pieces = -(-n // self.direct)
-            return left, pieces * self.direct_fixed + n * self.direct_element
+        if not self.takes_triples(n):
+            parts = [(n + tile) // self.tiles for tile in range(self.tiles)]
+            return left, self.direct_bytes * sum(-(-part // self.direct) for part in parts)
         if left >= n:
             return left - n, 0.0
         made = -(-n // self.batch)

@@ -17,6 +17,7 @@ from typing import Any
 from graphopt.errors import UnsupportedError, UsageError, suggest
 from graphopt.private.circuit import LOCAL_OPS, Circuit, Step
 from graphopt.private.cost import Cost
+from graphopt.private.points import Points
 from graphopt.private.products import Packing, TriplePool, is_depthwise, product
 
 
@@ -30,6 +31,7 @@ class Unit:
         result: Bytes for each element of the result.
         operand: Bytes for each element of the operands (of the secret ones).
         fixed: Bytes of a call.
+        points: Bytes by the elements of the result, in addition; None: nothing.
         levels: Multiplicative depth that a call uses up under homomorphic encryption.
         source: Where the figures come from.
     """
@@ -39,6 +41,7 @@ class Unit:
     result: float = 0.0
     operand: float = 0.0
     fixed: float = 0.0
+    points: Points | None = None
     levels: int = 0
     source: str = ""
 
@@ -46,7 +49,9 @@ class Unit:
         """Cost of a call with these numbers of elements; of none, nothing."""
         if not result:
             return Cost()
-        return Cost(self.fixed + self.result * result + self.operand * operands, self.rounds)
+        stepped = self.points.at(result) if self.points else 0.0
+        linear = self.fixed + self.result * result + self.operand * operands
+        return Cost(linear + stepped, self.rounds)
 
 
 @dataclass(frozen=True)
@@ -175,8 +180,8 @@ class Protocol:
                 if kind in ("multiply", "square") and result:
                     left, extra = self.pool.take(left, result)
                     if turn:
-                        online = self.unit("online").cost(result, 0)
-                        base = online.bytes if result < self.pool.direct else 0.0
+                        rest = "online" if self.pool.takes_triples(result) else "scale"
+                        base = self.unit(rest).cost(result, 0).bytes
                         costs[step.name] = Cost(base + extra, costs[step.name].rounds)
         return costs
 
@@ -249,10 +254,12 @@ def _tables() -> dict[str, Protocol]:
 
 
 def _read(name: str, table: dict[str, Any]) -> Protocol:
-    units = {
-        kind: Unit(kind=kind, **{"source": table["source"], **figures})
-        for kind, figures in table.pop("units").items()
-    }
+    points = {key: Points.read(pairs) for key, pairs in table.pop("points", {}).items()}
+    units = {}
+    for kind, figures in table.pop("units").items():
+        if "points" in figures:
+            figures["points"] = points[figures["points"]]
+        units[kind] = Unit(kind=kind, **{"source": table["source"], **figures})
     table.pop("source")
     packing = Packing(**table.pop("packing")) if "packing" in table else None
     pool = TriplePool(**table.pop("pool")) if "pool" in table else None

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from graphopt.errors import UnsupportedError
-from graphopt.private.rules import windows
+from graphopt.private.rules.pooling import windows
 
 aten = torch.ops.aten
 

@@ -11,6 +11,7 @@ from graphopt.errors import BudgetError, UnsupportedError
 from graphopt.ir.program import Program
 from graphopt.passes.linearize.choice import Granularity
 from graphopt.passes.linearize.levels import CKKS
+from graphopt.passes.linearize.modes import training_names
 from graphopt.passes.linearize.run import Run
 from graphopt.pipeline import Pass, PassContext, PassResult, Position, Preserves
 
@@ -82,7 +83,8 @@ class Linearize(Pass):
         Raises:
             BudgetInfeasible: What can't be replaced takes more; carries the smallest budget.
             BudgetError: There is no budget.
-            UnsupportedError: A plan, two graphs, or neither data nor BatchNorm.
+            UnsupportedError: A plan, non-linearities that depend on the mode, or neither data nor
+                BatchNorm.
             VerificationError: Activations escape.
         """
         if program.planner is not None:
@@ -90,9 +92,10 @@ class Linearize(Pass):
                 "linearizing a program that carries a memory plan",
                 hint="linearize first: optimize(model, 'relus=25%,memory=60%') does",
             )
-        if program.eval_module is not None:
+        training_names(program)
+        if program.eval_module is not None and self.softmax != "keep":
             raise UnsupportedError(
-                "linearizing a model whose forward branches on self.training",
+                f"softmax={self.softmax} in a model whose forward branches on self.training",
                 hint="branch on an argument or a constant instead",
             )
         limits = [getattr(self, name) for name in self.serves]

@@ -23,6 +23,7 @@ from graphopt.ir.graphs import bind_graph, copy_graph
 from graphopt.ir.metadata import refreshed
 from graphopt.ir.program import Program
 from graphopt.ir.skeleton import Container, copy_tree
+from graphopt.passes.linearize.modes import training_names
 from graphopt.passes.linearize.normalisers import Left, Normaliser, write_normaliser
 from graphopt.passes.linearize.replacements import Replacement
 from graphopt.passes.linearize.sites import read_by
@@ -45,18 +46,37 @@ def linearized(
         statistics: New running statistics of BatchNorms, by path.
         normalisers: What becomes of each softmax that was set apart.
     """
-    module = copy_graph(program.module)
     root = _with_statistics(program, statistics)
+    names, evaluated = training_names(program), program.eval_module
+    written = _written(program.module, names, replacements, root, normalisers)
+    module = bind_graph(written, root)
+    if evaluated is not None:
+        # written into a tree of its own at the same paths, then bound to the first one's tensors
+        beside = _with_statistics(program, statistics)
+        evaluated = bind_graph(_written(evaluated, {}, replacements, beside), root)
+    skeleton = program.skeleton.rebuilt(root)
+    return refreshed(program.replace(module=module, eval_module=evaluated, skeleton=skeleton))
+
+
+def _written(
+    source: fx.GraphModule,
+    names: Mapping[str, str],
+    replacements: Sequence[Replacement],
+    root: Container,
+    normalisers: Sequence[Normaliser | Left] = (),
+) -> fx.GraphModule:
+    """A copy of a graph with its sites replaced, which may have other names in it."""
+    module = copy_graph(source)
     added = added_container(root)
     nodes = {node.name: node for node in module.graph.nodes}
     for each in replacements:
         if not each.is_whole:
-            _Rewriting(module, nodes[each.site.name], each, added).run()
+            node = nodes[names.get(each.site.name, each.site.name)]
+            _Rewriting(module, node, each, added).run()
     for normaliser in normalisers:
         write_normaliser(module, nodes[normaliser.call.name], normaliser, added)
-    bound = bind_graph(module, root)
-    bound.graph.lint()
-    return refreshed(program.replace(module=bound, skeleton=program.skeleton.rebuilt(root)))
+    module.graph.lint()
+    return module
 
 
 def _with_statistics(program: Program, statistics: Mapping[str, Tensor]) -> Container:

@@ -7,7 +7,7 @@ import math
 import warnings
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -32,17 +32,20 @@ from graphopt.passes.linearize.sites import Site, sites
 from graphopt.passes.linearize.softmax import Prepared, prepared
 from graphopt.pipeline import PassContext, PassResult
 
-if TYPE_CHECKING:
-    from graphopt.passes.linearize.linearize import Linearize
-
 # Elements of the largest site that calibration keeps at once, times some.
 _ELEMENTS = 1 << 26
 
 
 class Run:
-    """One run of the pass."""
+    """One run of the pass.
 
-    def __init__(self, options: Linearize, program: Program, context: PassContext) -> None:
+    Args:
+        options: The pass, `graphopt.passes.linearize.Linearize`, which imports this.
+        program: What it gets.
+        context: And with what.
+    """
+
+    def __init__(self, options: Any, program: Program, context: PassContext) -> None:
         self.options, self.source, self.context = options, program, context
         self.softmax = Prepared(program)
         self.softmaxes = None

@@ -134,11 +134,16 @@ def read_by(node: fx.Node) -> fx.Node:
 
 
 def sites(program: Program) -> list[Site]:
-    """The sites of a program in the order of their calls.
+    """The sites of a program in the order of their calls, as inference runs them.
 
     Only what depends on the model's inputs counts: a function of parameters alone is a constant.
     """
-    graph = program.module.graph
+    return sites_of(program.module if program.eval_module is None else program.eval_module)
+
+
+def sites_of(module: fx.GraphModule) -> list[Site]:
+    """The sites of one graph."""
+    graph = module.graph
     read: set[fx.Node] = set()
     batch = batch_of(graph)
     found = []
@@ -150,7 +155,7 @@ def sites(program: Program) -> list[Site]:
                 site = _site(node, family, batch, read)
                 found += [] if site is None else [site]
             elif node.op == "call_function":
-                found += _inside(program.module, node, batch)
+                found += _inside(module, node, batch)
     return found
 
 

@@ -4,7 +4,8 @@
 
 Every op runs alone on several sizes in the engine; bytes are fitted as ``fixed + result * elements
 of the result + operand * elements of the operands`` by least squares, and printed beside the
-table's with the largest deviation of any size.  Cheetah's products depend on packing and on pools
+table's with the largest deviation of any size; where the table is a list of measured points, every
+size is printed beside it.  Cheetah's products depend on packing and on pools
 of triples, so that its rows for ``multiply`` and ``matmul`` are printed as they are measured.
 """
 
@@ -24,7 +25,7 @@ from graphopt.private.circuit import Circuit, Site, Step
 from graphopt.private.engines import Run, crypten, spu
 from graphopt.private.protocols import Unit
 
-SIZES = (1, 7, 100, 1000, 8192)
+SIZES = (1, 7, 14, 33, 50, 64, 65, 100, 128, 200, 1000, 8192)
 PRODUCTS = ((1, 64, 10), (4, 64, 10), (100, 9, 8), (196, 72, 16), (49, 288, 32), (1000, 27, 32))
 UNARY = ("relu", "negative", "square", "exp", "reciprocal", "rsqrt", "sigmoid", "tanh")
 
@@ -96,6 +97,16 @@ def engine(name: str) -> Callable[[Circuit, list[torch.Tensor]], Run]:
     return functools.partial(spu.run, protocol=name, timeout=1800)
 
 
+def _print_points(rows: list[Sample], there: Unit) -> None:
+    """Units whose table is a list of measured points: each size beside the table's."""
+    for row in rows:
+        expected = there.cost(row.result, row.operands)
+        print(
+            f"{there.kind:12}{row.rounds:8d}{row.bytes:12.0f} bytes of {row.result} elements; "
+            f"table {expected.rounds}, {expected.bytes:.0f} ({row.bytes / expected.bytes - 1:+.1%})"
+        )
+
+
 def main() -> None:
     """Measure one protocol and print its units beside the table's."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -111,6 +122,9 @@ def main() -> None:
         found[step.op].append(sample)
     print(f"{'op':12}{'rounds':>8}{'result':>10}{'operand':>10}{'fixed':>10}{'off':>8}   table")
     for kind, rows in found.items():
+        if table[kind].points is not None and kind != "matmul":
+            _print_points(rows, table[kind])
+            continue
         unit, worst = fit(rows, table[kind])
         figures = (unit.rounds, unit.result, unit.operand, unit.fixed)
         there = table[kind]

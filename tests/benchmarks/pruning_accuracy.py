@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import graphopt
 from tests.benchmarks.digits import Data, accuracy, digits, epoch, train, trained
 from tests.benchmarks.peer_pruning import Settings, counted, pruned, torch_pruning
+from tests.benchmarks.photos import crops, photos
 
 Row = dict[str, Any]
 
@@ -39,6 +40,8 @@ _TUNING_RATE, _TUNINGS = 1e-3, 3
 # Ours without fine-tuning must be this far above each of these.
 _BAR = 0.10
 _BELOW = ("l2 uniform", "l2 global", *_PEERS)
+# Photos that run at once.
+_PART = 8
 
 cross_entropy = nn.functional.cross_entropy
 
@@ -131,45 +134,6 @@ def _summary(name: str, runs: Sequence[Row]) -> Row:
         row[key] = statistics.mean(values)
         row[f"{key}_deviation"] = statistics.stdev(values) if len(values) > 1 else 0.0
     return row
-
-
-_PHOTOS = (
-    "astronaut", "chelsea", "coffee", "rocket", "hubble_deep_field", "immunohistochemistry",
-    "retina", "camera", "coins", "clock", "page", "moon",
-)  # fmt: skip
-_SIDE, _PART = 224, 8
-_MEAN, _STD = 0.498, 0.502
-
-
-def photos() -> list[Tensor]:
-    """Photos that ship with scikit-image and scikit-learn, as (3, height, width) in [0, 1]."""
-    import skimage.data
-    from sklearn.datasets import load_sample_images
-
-    arrays = [getattr(skimage.data, name)() for name in _PHOTOS]
-    found = []
-    for array in [*arrays, skimage.data.stereo_motorcycle()[0], *load_sample_images().images]:
-        image = torch.from_numpy(array.copy()).float() / 255
-        image = image.expand(3, -1, -1) if image.dim() == 2 else image[..., :3].permute(2, 0, 1)
-        found.append(image)
-    return found
-
-
-def crops(images: Sequence[Tensor], each: int, seed: int) -> Tensor:
-    """Random square crops, every other one mirrored, normalised."""
-    generator = torch.Generator().manual_seed(seed)
-    found = []
-    for image in images:
-        height, width = image.shape[1:]
-        for index in range(each):
-            share, top, left = torch.rand(3, generator=generator).tolist()
-            side = int((0.6 + 0.4 * share) * min(height, width))
-            top, left = int(top * (height - side)), int(left * (width - side))
-            part = image[None, :, top : top + side, left : left + side]
-            size = (_SIDE, _SIDE)
-            part = nn.functional.interpolate(part, size, mode="bilinear", antialias=True)
-            found.append(part.flip(-1) if index % 2 else part)
-    return (torch.cat(found) - _MEAN) / _STD
 
 
 @torch.no_grad()

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+import graphopt
 
 
 class Plain(nn.Module):
@@ -113,8 +117,17 @@ class Attention(nn.Module):
         return x + self.mlp(x)
 
 
+def emitted() -> nn.Module:
+    """`Residual` with a quarter of its ReLUs kept, the rest replaced by polynomials."""
+    images = torch.randn(32, 1, 12, 12)
+    spec = "canonicalize,linearize{relus=25%,replacement=poly2}"
+    return graphopt.optimize(
+        Residual().eval(), passes=spec, example_inputs=(images[:2],), data=[images], time_limit=5.0
+    )
+
+
 IMAGE = (1, 1, 12, 12)
-NETS: dict[str, tuple[type[nn.Module], tuple[int, ...]]] = {
+NETS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "plain": (Plain, IMAGE),
     "gathered": (Gathered, IMAGE),
     "blended": (Blended, IMAGE),
@@ -122,6 +135,7 @@ NETS: dict[str, tuple[type[nn.Module], tuple[int, ...]]] = {
     "pooled": (Pooled, IMAGE),
     "residual": (Residual, IMAGE),
     "attention": (Attention, (1, 5, 8)),
+    "emitted": (emitted, IMAGE),
 }
 
 

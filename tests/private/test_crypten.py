@@ -48,6 +48,14 @@ def test_a_gathered_tenth_pays_a_tenth_and_a_mask_pays_for_all(runs: dict[str, D
 
 
 @needs_crypten
+def test_what_linearize_emits_pays_for_what_it_keeps(runs: dict[str, Done]) -> None:
+    total = 3 * 4 * 12 * 12
+    kept = compared_bytes(runs["emitted"]) / compared_bytes(runs["residual"])
+    assert total * kept == pytest.approx(0.25 * total, abs=1)
+    assert runs["emitted"].measured == runs["emitted"].predicted
+
+
+@needs_crypten
 def test_the_report_of_a_model_is_what_the_engine_counted() -> None:
     model, x = build("plain", 2)
     report = private_cost(model, (x,), network_name=(1e8, 0.01))
@@ -70,6 +78,24 @@ def test_public_weights_leave_only_comparisons_to_talk_about() -> None:
     assert report.rounds == 3 * 9 + 1
     assert report.max_error is not None
     assert report.max_error < 2e-3
+
+
+class Known(nn.Module):
+    """An output that depends on no input, beside one that does, in half precision."""
+
+    def forward(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        x = batch["x"]
+        return {"known": torch.ones(3, dtype=x.dtype), "sum": x.relu().sum()}
+
+
+@needs_crypten
+def test_outputs_that_are_known_already_cost_nothing() -> None:
+    batch = {"x": torch.tensor([1.5, -2.0, 0.25]).half()}
+    report = private_cost(Known(), (batch,))
+    assert (report.rounds, report.bytes) == (9 + 1, 3 * 464 + 16)
+    assert (report.predicted.rounds, report.predicted.bytes) == (report.rounds, report.bytes)
+    assert report.max_error is not None
+    assert report.max_error < 1e-3
 
 
 def test_an_absent_engine_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -92,6 +92,23 @@ def test_convolutions_and_pooling_of_any_geometry(
         )
 
 
+@pytest.mark.parametrize("ceil", [False, True])
+@pytest.mark.parametrize("sizes", [(3, 2, 1), (2, 3, 0), (3, 3, 1), (2, 1, 1)])
+def test_pooling_at_the_edges(sizes: tuple[int, int, int], ceil: bool) -> None:
+    """Padding that doesn't count, windows that reach out, and sequences."""
+    image, sequence = torch.randn(2, 3, 7, 8), torch.randn(2, 3, 8)
+    pools = [
+        (image, nn.AvgPool2d(*sizes, ceil, False)), (image, nn.AvgPool2d(*sizes, ceil, True)),
+        (image, nn.AvgPool2d(*sizes, ceil, True, divisor_override=5)),
+        (image, nn.MaxPool2d(*sizes, ceil_mode=ceil)),
+        (sequence, nn.AvgPool1d(*sizes, ceil, False)),
+        (sequence, nn.MaxPool1d(*sizes, ceil_mode=ceil)),
+    ]  # fmt: skip
+    for x, pool in pools:
+        circuit = lower(pool, (x,))
+        torch.testing.assert_close(computed(circuit, x), pool(x).double(), atol=1e-5, rtol=1e-5)
+
+
 def test_the_users_model_stays_as_it_is() -> None:
     model, x = build("residual")
     model.train()

@@ -10,6 +10,7 @@ from torch import nn
 
 from graphopt.errors import UnsupportedError, UsageError
 from graphopt.private import LAN, WAN, Cost, lower, network, predict, protocol, protocols
+from graphopt.private.points import Points
 from graphopt.private.products import Packing, Product, TriplePool, blocks
 from tests.private.nets import build
 
@@ -125,7 +126,33 @@ def test_packing_prices_both_cross_terms() -> None:
 
 
 def test_triples_left_over_are_used_before_more_are_made() -> None:
-    pool = TriplePool(batch=10, bytes=100.0, direct=50, direct_fixed=1000.0, direct_element=1.0)
+    pool = TriplePool(batch=10, bytes=100.0, tiles=2, direct=25, direct_bytes=1000.0)
     assert pool.take(0, 12) == (8, 200.0)
     assert pool.take(8, 8) == (0, 0.0)
-    assert pool.take(3, 60) == (3, 2 * 1000.0 + 60)
+    assert pool.take(3, 49) == (4, 500.0)
+    assert pool.take(3, 50) == (3, 2 * 1000.0)
+    assert pool.take(3, 51) == (3, 3 * 1000.0)  # 26 and 25
+
+
+def test_measured_points_are_hit_and_blocks_repeat() -> None:
+    points = Points.read([[1, 24], [4, 32], [8, 40]])
+    assert [points.at(n) for n in (0, 1, 4, 8)] == [0.0, 24.0, 32.0, 40.0]
+    assert points.at(3) == pytest.approx(24 + 8 * 2 / 3)
+    assert points.at(2 * 8 + 1) == 2 * 40 + 24
+    sizes = [points.at(n) for n in range(40)]
+    assert sizes == sorted(sizes)
+
+
+# python -m tests.benchmarks.private_protocols --protocol cheetah, another run than the table's
+MEASURED = {
+    "relu": {14: 1584, 20: 2160, 40: 4064, 129: 13008, 200: 19904, 1000: 98608, 8192: 806912},
+    "negative": {14: 1328, 48: 4064, 127: 10464, 257: 21408, 500: 41200, 2000: 164656},
+    "scale": {14: 56, 33: 120, 50: 168, 127: 392, 129: 424, 1000: 3128, 8192: 25600},
+}
+
+
+@pytest.mark.parametrize("kind", MEASURED)
+def test_few_elements_cost_more_under_cheetah(kind: str) -> None:
+    unit = protocol("cheetah").unit(kind)
+    for n, bytes_ in MEASURED[kind].items():
+        assert unit.cost(n, n).bytes == pytest.approx(bytes_, rel=0.03, abs=8)

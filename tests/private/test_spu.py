@@ -30,6 +30,10 @@ def test_outputs_and_bytes_are_as_predicted(name: str) -> None:
         assert done.error < 5e-3  # 18 fraction bits
         measured, predicted = totals(done.measured).bytes, totals(done.predicted).bytes
         assert measured == pytest.approx(predicted, rel=0.05)
+        for step in done.circuit.steps:
+            if step.op in ("relu", "negative"):
+                compared = done.measured[step.name].bytes, done.predicted[step.name].bytes
+                assert compared[0] == pytest.approx(compared[1], rel=0.05)
     # Cheetah sends a message's overhead with every call, which shows at 14 elements
     share = 0.11 if name != "cheetah" else 0.13
     assert compared_bytes(runs["gathered"]) <= share * compared_bytes(runs["plain"])

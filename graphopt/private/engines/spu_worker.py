@@ -174,11 +174,18 @@ class Simulation:
             thread.join()
         if self.failure is not None:
             raise self.failure
+        return self._outputs(), self.figures
+
+    def _outputs(self):
+        """The outputs in the clear."""
         outputs = []
         for i, name in enumerate(self.document["outputs"]):
+            if self.document["constants"].get(name) is False:
+                outputs.append(self.values[name])  # known to all
+                continue
             shares = [self.results[rank][i] for rank in range(self.parties)]
             outputs.append(np.asarray(self.io.reconstruct(shares)).reshape(self.shapes[name]))
-        return outputs, self.figures
+        return outputs
 
     def _party(self, rank, description, steps, compiled, shared):
         try:
@@ -203,7 +210,10 @@ class Simulation:
                     if turn and done % 10 == 0:
                         place = len(steps) + done
                         print(f"@{place}/{2 * len(steps)}", file=sys.__stdout__, flush=True)
-        self.results[rank] = [runtime.get_var(name) for name in self.document["outputs"]]
+        known = {name for name, secret in self.document["constants"].items() if not secret}
+        self.results[rank] = [
+            None if name in known else runtime.get_var(name) for name in self.document["outputs"]
+        ]
 
     def _read(self, seconds):
         """Bytes sent by all parties and messages sent by the busiest, from the profile."""
