@@ -14,7 +14,13 @@ import torch
 from torch import Tensor
 
 from graphopt.budget import Quantity
-from graphopt.errors import BudgetError, BudgetInfeasible, UnsupportedError, VerificationError
+from graphopt.errors import (
+    BudgetError,
+    BudgetInfeasible,
+    UnsupportedError,
+    UsageError,
+    VerificationError,
+)
 from graphopt.ir.program import Program
 from graphopt.passes.linearize.calibration import reference
 from graphopt.passes.linearize.choice import Granularity, Limits, Prices, SitePrices
@@ -23,8 +29,9 @@ from graphopt.passes.linearize.refit import Refitted, Survey, refit, survey
 from graphopt.passes.linearize.replacements import DEGREES, Kind, Replacement
 from graphopt.passes.linearize.report import LinearizeReport, SiteReport
 from graphopt.passes.linearize.rewrite import linearized
-from graphopt.passes.linearize.selection import METHODS, Selected, Task, solved
+from graphopt.passes.linearize.selection import METHODS
 from graphopt.passes.linearize.sites import Site, sites
+from graphopt.passes.linearize.task import Selected, Task, solved
 from graphopt.pipeline import Pass, PassContext, PassResult, Position, Preserves
 from graphopt.private import PrivateCost
 
@@ -52,10 +59,15 @@ class Linearize(Pass):
         network: For `pi_latency`: ``lan``, ``wan``, or ``bits a second,round-trip seconds``.
         replacement: ``auto`` (the least damage of ``affine`` and ``poly2``), or one of them.
         select: How what is kept is chosen: ``fisher`` (scores that need no labels); ``datafree``
-            (the same on noise, by BatchNorm's statistics, even where there is data); ``random``.
+            (the same on noise, by BatchNorm's statistics, even where there is data); ``snl``
+            (slopes trained together with a throw-away copy of the weights); ``autorep`` (indicators
+            with hysteresis, likewise); ``bcd`` (blocks are tried and removed one by one);
+            ``deepreduce`` (stages are culled, then thinned); ``random``.
         granularity: What is kept or replaced as one.
         rounds: In how many rounds ``fisher`` scores anew on what is left.
         norms: Whether BatchNorms that see other values get new running statistics.
+        steps: How many steps ``snl`` and ``autorep`` train at most.
+        trials: Blocks that ``bcd`` tries for each one that it removes.
     """
 
     name: ClassVar[str] = "linearize"
@@ -71,10 +83,14 @@ class Linearize(Pass):
     protocol: Literal["crypten", "cheetah", "semi2k", "aby3", "gc"] = "crypten"
     network: str = "lan"
     replacement: Literal["auto", "identity", "affine", "poly2", "poly3", "poly4"] = "auto"
-    select: Literal["fisher", "datafree", "random"] = "fisher"
+    select: Literal["fisher", "datafree", "snl", "autorep", "bcd", "deepreduce", "random"] = (
+        "fisher"
+    )
     granularity: Granularity = "element"
     rounds: int = 4
     norms: bool = True
+    steps: int = 400
+    trials: int = 8
 
     def run(self, program: Program, context: PassContext) -> PassResult:
         """Chooses what to keep, fits the rest, rewrites, and counts.
@@ -82,6 +98,8 @@ class Linearize(Pass):
         Raises:
             BudgetInfeasible: What can't be replaced takes more; carries the smallest budget.
             BudgetError: There is no budget.
+            UsageError: Rounds, steps or trials below 1.
+            NonFiniteError: A method that trains met NaN.
             UnsupportedError: A plan, two graphs, or neither data nor BatchNorm.
             VerificationError: Activations escape.
         """
@@ -97,6 +115,9 @@ class Linearize(Pass):
             )
         if self.relus is None and self.relu_sites is None and self.pi_latency is None:
             raise BudgetError("linearize without a budget", hint="linearize{relus=10%}")
+        for name in ("rounds", "steps", "trials"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"linearize{{{name}={getattr(self, name)}}}: at least 1 is needed")
         return _Run(self, program, context).result()
 
 
@@ -123,7 +144,7 @@ class _Run:
         task = Task(
             calibrated, found, limits, self._prices(), self.options.granularity,
             self.options.rounds, context.time_limit / self.options.rounds, context.seed,
-            context.progress,
+            context.progress, self.options.steps, self.options.trials,
         )  # fmt: skip
         method = METHODS["fisher" if self.options.select == "datafree" else self.options.select]
         selected = self._within_seconds(task, method(task))
@@ -208,7 +229,8 @@ class _Run:
             if not selected.answer.found or limit < self.latency.rest(self.free):
                 break
             limits = dataclasses.replace(task.limits, cost=self._cost(limit))
-            selected = solved(task, selected.damage, limits)
+            again = solved(task, selected.damage, limits)
+            selected = dataclasses.replace(again, advice=selected.advice)
         raise self._too_slow(self._fewest(task).seconds)
 
     def _fewest(self, task: Task) -> PrivateCost:
@@ -271,6 +293,7 @@ class _Run:
             output_error=error,
             agreement=agreement,
             warnings=tuple(escaping),
+            advice=selected.advice,
             **self._told_latency(changed),
         )
 

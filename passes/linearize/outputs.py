@@ -34,18 +34,14 @@ def distance(student: Sequence[Tensor], teacher: Sequence[Tensor], temperature: 
 
     Returns:
         For class scores ``T^2 KL`` of the softened classes (Hinton et al. 2015); else the sum over
-        outputs of half the squared error, relative to the source's mean square. A scalar, float32
-        or float64.
+        outputs of half the squared error, relative to the source's mean square. A scalar,
+        float64: the distances of single elements are lost in float32.
     """
     if logits_of(teacher) is not None:
         (mine,), (aims,) = student, teacher
-        return distillation_loss(_wide(mine), _wide(aims), temperature)
-    pairs = [(_wide(a), _wide(b)) for a, b in zip(student, teacher, strict=True)]
+        return distillation_loss(mine.double(), aims.double(), temperature)
+    pairs = [(a.double(), b.double()) for a, b in zip(student, teacher, strict=True)]
     errors = [
         (a - b).square().mean() / (2 * b.square().mean().clamp_min(_LEAST_SCALE)) for a, b in pairs
     ]
-    return torch.stack(errors).sum() if errors else torch.zeros(())
-
-
-def _wide(value: Tensor) -> Tensor:
-    return value if value.dtype == torch.float64 else value.float()
+    return torch.stack(errors).sum() if errors else torch.zeros((), dtype=torch.float64)

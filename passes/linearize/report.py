@@ -53,6 +53,7 @@ class LinearizeReport:
         rounds_after: Rounds of the result.
         bytes_before: Bytes of the source.
         bytes_after: Bytes of the result.
+        advice: What would help if the network were designed anew, of ``select=deepreduce``.
         warnings: What a user should know, such as growing ranges.
     """
 
@@ -67,6 +68,7 @@ class LinearizeReport:
     output_error: float
     agreement: float | None
     warnings: tuple[str, ...] = ()
+    advice: tuple[str, ...] = ()
     protocol: str | None = None
     seconds_before: float | None = None
     seconds_after: float | None = None
