@@ -89,7 +89,7 @@ class Linearize(Pass):
     granularity: Granularity = "element"
     rounds: int = 4
     norms: bool = True
-    steps: int = 400
+    steps: int = 600
     trials: int = 8
 
     def run(self, program: Program, context: PassContext) -> PassResult:

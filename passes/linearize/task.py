@@ -42,7 +42,7 @@ class Task:
     time_limit: float
     seed: int
     progress: Progress
-    steps: int = 400
+    steps: int = 600
     trials: int = 8
 
 
