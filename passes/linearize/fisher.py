@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from graphopt.passes.linearize.calibration import Reference
+from graphopt.passes.linearize.distillation import floating, logits_of
 from graphopt.passes.linearize.interpret import Value, call, interpret, writes_to_values
-from graphopt.passes.linearize.outputs import floating, logits_of
 from graphopt.passes.linearize.replacements import Kind, Replacement, approximated
 from graphopt.passes.linearize.sites import Site, read_by
 

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from graphopt.passes.linearize.distillation import distance, floating
 from graphopt.passes.linearize.fisher import fisher
 from graphopt.passes.linearize.methods.groups import Groups, damage_of, grouped
 from graphopt.passes.linearize.methods.student import TEMPERATURE
-from graphopt.passes.linearize.outputs import distance, floating
 from graphopt.passes.linearize.refit import refit
 from graphopt.passes.linearize.replacements import Kind, Replacement
 from graphopt.passes.linearize.sites import Site

@@ -13,9 +13,9 @@ from torch import Tensor, fx, nn
 from graphopt.errors import NonFiniteError
 from graphopt.ir.graphs import lookup
 from graphopt.passes.linearize.calibration import Reference
+from graphopt.passes.linearize.distillation import distance, floating
 from graphopt.passes.linearize.interpret import Value, call, interpret, writes, writes_to_values
 from graphopt.passes.linearize.methods.groups import Groups
-from graphopt.passes.linearize.outputs import distance, floating
 from graphopt.passes.linearize.replacements import approximated
 from graphopt.passes.linearize.sites import Site, read_by
 from graphopt.passes.linearize.task import Task

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 import graphopt
 from graphopt.errors import NonFiniteError, UsageError
+from graphopt.passes.linearize.distillation import distance
 from graphopt.passes.linearize.linearize import Linearize
 from graphopt.passes.linearize.methods.autorep import Indicators
-from graphopt.passes.linearize.outputs import distance
 from graphopt.private import comparisons, predict
 from graphopt.registry import parse
 from tests.passes.linearize.nets import Net, cnn, drawn, linearized, mlp, section

@@ -1,4 +1,4 @@
-"""What a model's outputs say: class scores, or numbers of any other kind."""
+"""How far outputs are from the source's: class scores, or numbers of any other kind."""
 
 from __future__ import annotations
 
