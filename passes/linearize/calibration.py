@@ -14,6 +14,7 @@ from graphopt.batches import read_batch
 from graphopt.errors import InputMismatch, NonFiniteError, UnsupportedError
 from graphopt.ir.graphs import lookup
 from graphopt.ir.program import Program
+from graphopt.passes.linearize.interpret import Value, call, interpret, writes
 from graphopt.pipeline import PassContext
 
 aten = torch.ops.aten
@@ -53,7 +54,7 @@ class Reference:
         if path in self.statistics:
             return self.statistics[path]
         value = lookup(self.module, path)
-        written = any(_writes(user, node) for user in node.users)
+        written = any(writes(user) for user in node.users)
         if not isinstance(value, Tensor):
             return value
         return value.detach().clone() if written else value.detach()
@@ -62,31 +63,12 @@ class Reference:
         """Samples of a batch."""
         return max((int(t.shape[0]) for t in self.inputs[index] if t.dim()), default=1)
 
-
-def _writes(user: fx.Node, node: fx.Node) -> bool:
-    target = user.target
-    return isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable
-
-
-def writes_to_values(graph: fx.Graph) -> bool:
-    """Whether a call writes to what another one computed, or to an input."""
-    return any(
-        _writes(node, source) and source.op != "get_attr"
-        for node in graph.nodes
-        for source in node.all_input_nodes[:1]
-    )
-
-
-def call(node: fx.Node, value: Callable[[fx.Node], Any]) -> Any:
-    """Run one call of a graph.
-
-    Args:
-        node: The call.
-        value: Gives the value of each node that it reads.
-    """
-    args = fx.map_arg(node.args, value)
-    kwargs = fx.map_arg(node.kwargs, value)
-    return node.target(*args, **kwargs)  # type: ignore[operator]
+    def parts(self, index: int, at_once: int) -> list[list[Tensor]]:
+        """A batch as smaller ones; whole where something in it has no samples."""
+        flat, size = self.inputs[index], self.batch_size(index)
+        if not all(t.dim() and t.shape[0] == size for t in flat):
+            return [list(flat)]
+        return [list(part) for part in zip(*(t.split(at_once) for t in flat), strict=True)]
 
 
 def reference(program: Program, context: PassContext, most_samples: int) -> Reference:
@@ -212,21 +194,18 @@ def _observe_norms(noise: Reference, statistics: dict[str, Tensor]) -> None:
 
     What then comes out of a norm has the mean and deviation that the data had: its bias and scale.
     """
-    values: dict[fx.Node, Any] = {}
-    placeholders = iter(noise.inputs[0])
     norms = batch_norms(noise.module.graph)
-    for node in noise.module.graph.nodes:
-        if node.op == "placeholder":
-            values[node] = next(placeholders).clone()  # a call may write to it
-        elif node.op == "get_attr":
-            values[node] = noise.attribute(node)
-        elif node.op == "call_function":
-            norm = norms.get(node)
-            if norm is not None:
-                own = moments(values[norm.value])
-                values.update(zip(norm.statistics, own, strict=True))
-                statistics.update(zip(norm.paths, own, strict=True))
-            values[node] = call(node, values.__getitem__)
+
+    def run(node: fx.Node, value: Value) -> Any:
+        norm = norms.get(node)
+        if norm is None:
+            return call(node, value)
+        own = moments(value(norm.value))
+        statistics.update(zip(norm.paths, own, strict=True))
+        known = dict(zip(norm.statistics, own, strict=True))
+        return call(node, lambda each: known[each] if each in known else value(each))
+
+    interpret(noise.module.graph, noise.inputs[0], noise.attribute, run)
 
 
 def moments(*values: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from graphopt.passes.linearize.calibration import Reference, writes_to_values
+from graphopt.passes.linearize.calibration import Reference
+from graphopt.passes.linearize.distillation import floating, logits_of
+from graphopt.passes.linearize.interpret import Value, interpret, writes_to_values
 from graphopt.passes.linearize.replacements import Kind, Replacement, approximated
 from graphopt.passes.linearize.sites import Site, read_by
 
@@ -51,7 +53,7 @@ def fisher(
     at_once = max(1, min(_MOST_AT_ONCE, _ELEMENTS_AT_ONCE // max(elements, 1)))
     samples = 0
     for index in range(len(reference.inputs)):
-        for part in _parts(reference, index, at_once):
+        for part in reference.parts(index, at_once):
             count = max((int(t.shape[0]) for t in part if t.dim()), default=1)
             samples += count
             for site, kind, gate in _gates(reference, part, options, generator, present or {}):
@@ -59,13 +61,6 @@ def fisher(
                 total[site][kind] = total[site][kind] + each.double().square().sum(0)
     scale = 2 * samples * _DRAWS
     return {s: {k: v.cpu() / scale for k, v in o.items()} for s, o in total.items()}
-
-
-def _parts(reference: Reference, index: int, at_once: int) -> list[list[Tensor]]:
-    flat, size = reference.inputs[index], reference.batch_size(index)
-    if not all(t.dim() and t.shape[0] == size for t in flat):
-        return [list(flat)]
-    return [list(part) for part in zip(*(t.split(at_once) for t in flat), strict=True)]
 
 
 def _gates(
@@ -77,32 +72,25 @@ def _gates(
 ) -> Any:
     """For each draw, site and replacement ``dL/dh`` at every element."""
     by_node = {site.name: site for site in options}
-    values: dict[fx.Node, Any] = {}
     seen: dict[Site, tuple[Tensor, Tensor, Tensor]] = {}
-    apart = writes_to_values(reference.module.graph)  # then nothing may see what is written later
-    placeholders = iter([each.clone() for each in inputs] if apart else inputs)
-    outputs: list[Tensor] = []
+    graph = reference.module.graph
+    apart = writes_to_values(graph)  # then nothing may see what is written later
+
+    def run(node: fx.Node, value: Value) -> Any:
+        exact = reference.run(node, value)
+        site = by_node.get(node.name)
+        if site is None:
+            return exact
+        x = value(read_by(node))
+        y = present[site].of(x, exact) if site in present else exact
+        gate = y if y.requires_grad else y.requires_grad_()
+        x, exact = x.detach(), exact.detach()
+        seen[site] = (x.clone(), exact.clone(), gate) if apart else (x, exact, gate)
+        return gate.clone() if apart else gate
+
     with torch.enable_grad():
-        for node in reference.module.graph.nodes:
-            if node.op == "placeholder":
-                values[node] = next(placeholders)
-            elif node.op == "get_attr":
-                values[node] = reference.attribute(node)
-            elif node.op == "output":
-                outputs = [
-                    v for v in fx.map_arg(node.args[0], values.__getitem__)
-                    if isinstance(v, Tensor) and v.is_floating_point() and v.requires_grad
-                ]  # fmt: skip
-            else:
-                values[node] = reference.run(node, values.__getitem__)
-                site = by_node.get(node.name)
-                if site is not None:
-                    x, exact = values[read_by(node)], values[node]
-                    y = present[site].of(x, exact) if site in present else exact
-                    gate = y if y.requires_grad else y.requires_grad_()
-                    values[node] = gate.clone() if apart else gate
-                    x, exact = x.detach(), exact.detach()
-                    seen[site] = (x.clone(), exact.clone(), gate) if apart else (x, exact, gate)
+        outputs = floating(interpret(graph, inputs, reference.attribute, run))
+        outputs = [each for each in outputs if each.requires_grad]
         if not outputs:
             return
         results = [y for _, _, y in seen.values()]
@@ -118,8 +106,8 @@ def _gates(
 
 def _drawn_loss(outputs: Sequence[Tensor], generator: torch.Generator) -> Tensor:
     """The log-likelihood of labels drawn from the model: classes of logits, else Gaussian noise."""
-    if len(outputs) == 1 and outputs[0].dim() == 2 and outputs[0].shape[1] > 1:
-        (logits,) = outputs
+    logits = logits_of(outputs)
+    if logits is not None:
         likely = logits.detach().float().softmax(1).cpu()
         labels = torch.multinomial(likely, 1, generator=generator).squeeze(1)
         return F.cross_entropy(logits, labels.to(logits.device), reduction="sum")

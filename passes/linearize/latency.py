@@ -18,8 +18,8 @@ from graphopt.ir.skeleton import ADDED
 from graphopt.passes.linearize.choice import Prices, SitePrices
 from graphopt.passes.linearize.fisher import Damage
 from graphopt.passes.linearize.replacements import DEGREES, Kind, Replacement
-from graphopt.passes.linearize.selection import Selected, Task
 from graphopt.passes.linearize.sites import Site
+from graphopt.passes.linearize.task import Selected, Task
 from graphopt.pipeline import PassContext
 from graphopt.private import Cost, PrivateCost, network, predict, protocol
 from graphopt.solvers.nonlinearity import Price

@@ -29,8 +29,8 @@ from graphopt.passes.linearize.fisher import Damage
 from graphopt.passes.linearize.latency import PUBLIC, priced
 from graphopt.passes.linearize.replacements import DEGREES, Kind
 from graphopt.passes.linearize.rewrite import linearized
-from graphopt.passes.linearize.selection import Selected, Task
 from graphopt.passes.linearize.sites import Site, read_by
+from graphopt.passes.linearize.task import Selected, Task
 from graphopt.pipeline import PassContext
 from graphopt.private import PrivateCost, lower, network, protocol
 from graphopt.private.circuit import Circuit, Step

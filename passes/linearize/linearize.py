@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from graphopt.budget import Quantity
-from graphopt.errors import BudgetError, UnsupportedError
+from graphopt.errors import BudgetError, UnsupportedError, UsageError
 from graphopt.ir.program import Program
 from graphopt.passes.linearize.choice import Granularity
 from graphopt.passes.linearize.levels import CKKS
@@ -37,7 +37,10 @@ class Linearize(Pass):
             ``affine`` and ``poly2``; of higher degrees too where seconds or levels are limited, so
             that their products count.
         select: How what is kept is chosen: ``fisher`` (scores that need no labels); ``datafree``
-            (the same on noise, by BatchNorm's statistics, even where there is data); ``random``.
+            (the same on noise, by BatchNorm's statistics, even where there is data); ``snl``
+            (slopes trained together with a throw-away copy of the weights); ``autorep`` (indicators
+            with hysteresis, likewise); ``bcd`` (blocks are tried and removed one by one);
+            ``deepreduce`` (stages are culled, then thinned); ``random``.
         granularity: What is kept or replaced as one.
         rounds: In how many rounds ``fisher`` scores anew on what is left.
         norms: Whether BatchNorms that see other values get new running statistics.
@@ -52,6 +55,8 @@ class Linearize(Pass):
             wholly, or whose sum is zero, give zeros.
         centered: Whether these take scores less their row's mean, which changes no softmax and
             needs no communication; without, they are as published.
+        steps: How many steps ``snl`` and ``autorep`` train at most.
+        trials: Blocks that ``bcd`` tries for each one that it removes.
     """
 
     name: ClassVar[str] = "linearize"
@@ -68,7 +73,9 @@ class Linearize(Pass):
     protocol: Literal["crypten", "cheetah", "semi2k", "aby3", "gc", "ckks"] = "crypten"
     network: str = "lan"
     replacement: Literal["auto", "identity", "affine", "poly2", "poly3", "poly4"] = "auto"
-    select: Literal["fisher", "datafree", "random"] = "fisher"
+    select: Literal["fisher", "datafree", "snl", "autorep", "bcd", "deepreduce", "random"] = (
+        "fisher"
+    )
     granularity: Granularity = "element"
     rounds: int = 4
     norms: bool = True
@@ -76,6 +83,8 @@ class Linearize(Pass):
     max_growth: float = 10.0
     softmax: Literal["keep", "relu", "quad"] = "keep"
     centered: bool = True
+    steps: int = 600
+    trials: int = 8
 
     def run(self, program: Program, context: PassContext) -> PassResult:
         """Chooses what to keep, fits the rest, rewrites, and counts.
@@ -83,6 +92,8 @@ class Linearize(Pass):
         Raises:
             BudgetInfeasible: What can't be replaced takes more; carries the smallest budget.
             BudgetError: There is no budget.
+            UsageError: Rounds, steps or trials below 1.
+            NonFiniteError: A method that trains met NaN.
             UnsupportedError: A plan, non-linearities that depend on the mode, or neither data nor
                 BatchNorm.
             VerificationError: Activations escape.
@@ -92,6 +103,9 @@ class Linearize(Pass):
                 "linearizing a program that carries a memory plan",
                 hint="linearize first: optimize(model, 'relus=25%,memory=60%') does",
             )
+        for name in ("rounds", "steps", "trials"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"linearize{{{name}={getattr(self, name)}}}: at least 1 is needed")
         training_names(program)
         if program.eval_module is not None and self.softmax != "keep":
             raise UnsupportedError(

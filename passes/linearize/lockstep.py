@@ -7,16 +7,24 @@ data with everything in front of it replaced already, in one sweep.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
 
-from graphopt.passes.linearize.calibration import Reference, call, writes_to_values
+from graphopt.passes.linearize.calibration import Reference
+from graphopt.passes.linearize.interpret import Value, call, interpret, writes_to_values
 
 Values = list[Any]  # of one node, one for each batch; a single one where it is the same for all
 Known = Callable[[fx.Node], Values]
 Step = Callable[[fx.Node, Known, Known], Values | None]
+
+
+@dataclass(frozen=True)
+class _Pair:
+    teacher: Values
+    student: Values
 
 
 @torch.no_grad()
@@ -36,62 +44,47 @@ def lockstep(reference: Reference, step: Step) -> tuple[Values, Values]:
     """
     count = len(reference.inputs)
     graph = reference.module.graph
-    teacher: dict[fx.Node, Values] = {}
-    student: dict[fx.Node, Values] = {}
-    last_use = _last_uses(graph)
-    placeholders = 0
     apart = writes_to_values(graph)  # then what one of the two writes, the other must not see
-    for node in graph.nodes:
-        if node.op == "placeholder":
-            teacher[node] = student[node] = [batch[placeholders] for batch in reference.inputs]
-            if apart:
-                teacher[node], student[node] = _copies(teacher[node]), _copies(teacher[node])
-            placeholders += 1
-        elif node.op == "get_attr":
-            teacher[node] = student[node] = [reference.attribute(node)]
-            if apart:
-                student[node] = [reference.attribute(node)]
-        elif node.op == "output":
-            (results,) = node.args
-            both = (teacher, student)
-            found = [[fx.map_arg(results, at(e, i)) for i in range(count)] for e in both]
-            return found[0], found[1]
-        else:
-            teacher[node] = [call(node, at(teacher, i)) for i in range(count)]
-            changed = step(node, teacher.__getitem__, student.__getitem__)
-            if changed is not None:
-                student[node] = changed
-            elif not apart and all(student[n] is teacher[n] for n in node.all_input_nodes):
-                student[node] = teacher[node]
-            else:
-                student[node] = [call(node, at(student, i)) for i in range(count)]
-        for done in last_use.get(node, ()):
-            del teacher[done], student[done]
-    raise AssertionError("a graph ends with its output")
+
+    def attribute(node: fx.Node) -> _Pair:
+        values = [reference.attribute(node)]
+        return _Pair(values, [reference.attribute(node)] if apart else values)
+
+    def run(node: fx.Node, value: Callable[[fx.Node], _Pair]) -> _Pair:
+        own = [call(node, _at(lambda n: value(n).teacher, i)) for i in range(count)]
+        changed = step(
+            node, lambda n: own if n is node else value(n).teacher, lambda n: value(n).student
+        )
+        if changed is not None:
+            return _Pair(own, changed)
+        read = [value(n) for n in node.all_input_nodes]
+        if not apart and all(each.student is each.teacher for each in read):
+            return _Pair(own, own)
+        return _Pair(own, [call(node, _at(lambda n: value(n).student, i)) for i in range(count)])
+
+    given = [_given(list(each), apart) for each in zip(*reference.inputs, strict=True)]
+    results = interpret(graph, given, attribute, run)
+    sides = ("teacher", "student")
+    found = [[[_picked(each, s, i) for each in results] for i in range(count)] for s in sides]
+    return found[0], found[1]
 
 
-def _copies(values: Values) -> Values:
-    return [value.clone() for value in values]
+def _given(values: Values, apart: bool) -> _Pair:
+    if not apart:
+        return _Pair(values, values)
+    return _Pair([v.clone() for v in values], [v.clone() for v in values])
 
 
-def at(values: dict[fx.Node, Values], index: int) -> Callable[[fx.Node], Any]:
+def _at(known: Known, index: int) -> Value:
     """The values of one batch."""
-
-    def value(node: fx.Node) -> Any:
-        found = values[node]
-        return found[index] if len(found) > 1 else found[0]
-
-    return value
+    return lambda node: of_batch(known(node), index)
 
 
-def _last_uses(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
-    """For each node the nodes whose values nobody reads after it."""
-    last: dict[fx.Node, fx.Node] = {}
-    for node in graph.nodes:
-        last[node] = node
-        for source in node.all_input_nodes:
-            last[source] = node
-    found: dict[fx.Node, list[fx.Node]] = {}
-    for node, user in last.items():
-        found.setdefault(user, []).append(node)
-    return found
+def of_batch(values: Values, index: int) -> Any:
+    """One batch's value of a node."""
+    return values[index] if len(values) > 1 else values[0]
+
+
+def _picked(result: Any, side: str, index: int) -> Any:
+    """One of the graph's results, of one batch."""
+    return of_batch(getattr(result, side), index) if isinstance(result, _Pair) else result

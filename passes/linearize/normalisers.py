@@ -24,7 +24,7 @@ from torch import Tensor, fx
 
 from graphopt.ir.ops import is_effectful, is_random
 from graphopt.ir.skeleton import Container
-from graphopt.passes.linearize.lockstep import Known, Values, at
+from graphopt.passes.linearize.lockstep import Known, Values, of_batch
 from graphopt.passes.linearize.masks import MASKED
 from graphopt.passes.linearize.softmax import Normal, SoftmaxCall, softmax_of
 from graphopt.passes.linearize.writing import Writing
@@ -195,7 +195,9 @@ class Softmaxes:
         (call,) = (each for each in self.calls if each.name == node.name)
         known = {n: student(n) for n in node.all_input_nodes}
         count = max(len(values) for values in known.values())
-        given: list[Any] = [fx.map_arg(node.args, at(known, i)) for i in range(count)]
+        given: list[Any] = [
+            fx.map_arg(node.args, lambda n, i=i: of_batch(known[n], i)) for i in range(count)
+        ]
         read = [Read(*each) for each in given]
         target = teacher(node)
         found: Normaliser | Left = Left(call, _unread(self, read) or "")

@@ -19,8 +19,8 @@ from graphopt.errors import VerificationError
 from graphopt.passes.linearize.fisher import Damage
 from graphopt.passes.linearize.refit import Refitted, Survey
 from graphopt.passes.linearize.replacements import Kind, Replacement
-from graphopt.passes.linearize.selection import Selected, Task
 from graphopt.passes.linearize.sites import Site, read_by
+from graphopt.passes.linearize.task import Selected, Task
 
 # How often a choice is made anew, and of how many sites in the order of calls the first time; each
 # time of so many times more, since what is behind a range that has escaped tells little.

