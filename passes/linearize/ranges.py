@@ -27,6 +27,8 @@ from graphopt.passes.linearize.task import Selected, Task
 _ATTEMPTS, _FIRST, _MORE = 4, 1, 4
 # Growth of a site's range that no fixed-point ring takes.
 _REFUSED = 1e4
+# So much more than at calibration a range may grow on larger inputs.
+_LEEWAY = 4.0
 _DEAREST = 1e3  # a factor for each attempt, squared
 
 
@@ -47,19 +49,31 @@ class InRange:
 
 def grown(survey: Survey, refitted: Refitted) -> dict[Site, float]:
     """Magnitudes that sites read, relative to those of the source."""
+    return {site: now / (survey.largest[site] or 1.0) for site, now in refitted.largest.items()}
+
+
+def _strained(survey: Survey, refitted: Refitted) -> dict[Site, float]:
+    """The same, or what is worse: a part of the growth on larger inputs, where some is natural."""
     return {
-        site: refitted.largest[site] / (survey.largest[site] or 1.0) for site in refitted.largest
+        site: max(ratio, refitted.beyond.get(site, 0.0) / _LEEWAY)
+        for site, ratio in grown(survey, refitted).items()
     }
 
 
-def escapes(growth: Mapping[Site, float], most: float) -> list[str]:
+def escapes(survey: Survey, refitted: Refitted, most: float) -> list[str]:
     """What to warn of.
+
+    Args:
+        survey: Of the source.
+        refitted: What became of it.
+        most: Growth of a range that is fine.
 
     Raises:
         VerificationError: A range grows beyond what any fixed-point arithmetic holds.
     """
     found = []
-    for site, ratio in growth.items():
+    for site, ratio in grown(survey, refitted).items():
+        beyond = refitted.beyond.get(site, 0.0)
         if not ratio < _REFUSED:
             raise VerificationError(
                 f"activations escape at {site.name}: {ratio:.3g} times the source's range",
@@ -69,6 +83,11 @@ def escapes(growth: Mapping[Site, float], most: float) -> list[str]:
             )
         if ratio > most:
             found.append(f"the range at {site.name} grew to {ratio:.1f} times the source's")
+        elif beyond > _LEEWAY * most:
+            found.append(
+                f"the range at {site.name} grows to {beyond:.3g} times the source's on inputs a "
+                "quarter larger than the calibration data"
+            )
     return found
 
 
@@ -91,7 +110,7 @@ def in_range(
     best = InRange(selected, fit(selected))
     now, weights, told = best, _Weights(task), []
     for attempt in range(_ATTEMPTS):
-        ratios = grown(task.survey, now.refitted)
+        ratios = _strained(task.survey, now.refitted)
         over = [site for site in ratios if not ratios[site] <= most]
         few = over[: _FIRST * _MORE**attempt]
         told += [
@@ -112,7 +131,7 @@ def in_range(
 
 
 def _worst(task: Task, each: InRange) -> float:
-    ratios = grown(task.survey, each.refitted).values()
+    ratios = _strained(task.survey, each.refitted).values()
     return max((ratio if ratio == ratio else math.inf for ratio in ratios), default=0.0)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -45,7 +46,7 @@ def survey(reference: Reference, wanted: Mapping[Site, tuple[Kind, ...]]) -> Sur
         if site is not None:
             x, y = teacher(read_by(node)), teacher(node)
             options[site] = {kind: fitted(site, kind, x, y) for kind in wanted[site]}
-            largest[site] = _largest(x)
+            largest[site] = magnitude(x)
 
     lockstep(reference, step)
     return Survey(options, largest)
@@ -60,6 +61,7 @@ class Refitted:
         statistics: New running statistics of BatchNorms, by path.
         here: The same for the calibration inputs, from which they differ where these are noise.
         largest: The largest magnitude that each site now reads.
+        beyond: Growth of ranges on inputs beyond the calibration ones, where that was probed.
         outputs: Of teacher and student, for each batch.
         normalisers: What becomes of each softmax that was set apart.
     """
@@ -68,6 +70,7 @@ class Refitted:
     statistics: dict[str, Tensor] = field(default_factory=dict)
     here: dict[str, Tensor] = field(default_factory=dict)
     largest: dict[Site, float] = field(default_factory=dict)
+    beyond: Mapping[Site, float] = field(default_factory=dict)
     outputs: tuple[Values, Values] = ((), ())  # type: ignore[assignment]
     normalisers: list[Normaliser | Left] = field(default_factory=list)
 
@@ -138,14 +141,21 @@ def _replaced(
 ) -> Values:
     source = read_by(node)
     x, target = student(source), teacher(node)
-    result.largest[site] = _largest(x)
+    result.largest[site] = magnitude(x)
     found = wanted
     if not wanted.is_whole:
         found = replace(wanted, coefficients=fitted(site, wanted.kind, x, target, wanted.kept))
     result.replacements[site] = found
+    return evaluated(found, node, teacher, student)
+
+
+def evaluated(each: Replacement, node: fx.Node, teacher: Known, student: Known) -> Values:
+    """What a site's replacement gives for what the student has."""
+    source = read_by(node)
+    x = student(source)
     same = x is teacher(source)
-    exact = target if same else [_called(node, source, v, student) for v in x]
-    return [found.of(*pair) for pair in zip(x, exact, strict=True)]
+    exact = teacher(node) if same else [_called(node, source, v, student) for v in x]
+    return [each.of(*pair) for pair in zip(x, exact, strict=True)]
 
 
 def _recalibrated(
@@ -165,14 +175,19 @@ def _recalibrated(
     result.statistics.update(zip(norm.paths, _moved(real, change, scale), strict=True))
     moved = _moved(here, change, torch.ones_like(scale))
     result.here.update(zip(norm.paths, moved, strict=True))
-    known = dict(zip(norm.statistics, moved, strict=True))
+    return normed(node, norm, moved, student)
+
+
+def normed(node: fx.Node, norm: BatchNorm, statistics: Sequence[Tensor], student: Known) -> Values:
+    """A norm of what the student has, by other statistics."""
+    known = dict(zip(norm.statistics, statistics, strict=True))
 
     def value(batch: Tensor, each: fx.Node) -> object:
         if each is norm.value:
             return batch
         return known[each] if each in known else student(each)[0]
 
-    return [call(node, lambda each, b=batch: value(b, each)) for batch in x]
+    return [call(node, lambda each, b=batch: value(b, each)) for batch in student(norm.value)]
 
 
 def _called(node: fx.Node, source: fx.Node, x: Tensor, student: Known) -> Tensor:
@@ -189,5 +204,7 @@ def _moved(
     return known[0] + change[0] * scale.sqrt(), variance.clamp_min(_LEAST_VARIANCE * known[1])
 
 
-def _largest(values: Values) -> float:
-    return max(float(v.abs().max()) for v in values)
+def magnitude(values: Values) -> float:
+    """The largest magnitude; infinite where any is not a number."""
+    found = max((float(v.abs().max()) for v in values), key=lambda v: math.inf if v != v else v)
+    return found if math.isfinite(found) else math.inf

@@ -22,6 +22,7 @@ from graphopt.passes.linearize.latency import BY_SECONDS, PrivateLatency
 from graphopt.passes.linearize.levels import BY_LEVELS, CKKS, Levels
 from graphopt.passes.linearize.normalisers import Left, Normaliser, Softmaxes
 from graphopt.passes.linearize.outputs import compared
+from graphopt.passes.linearize.probing import probed
 from graphopt.passes.linearize.ranges import InRange, escapes, grown, in_range
 from graphopt.passes.linearize.refit import Refitted, refit, survey
 from graphopt.passes.linearize.replacements import DEGREES, Kind, Replacement
@@ -117,7 +118,8 @@ class Run:
 
     def _fitted(self, task: Task, wanted: Mapping[Site, Replacement]) -> Refitted:
         self.context.progress("fitting replacements one after the other")
-        return refit(task.reference, wanted, self.options.norms, self.softmaxes)
+        found = refit(task.reference, wanted, self.options.norms, self.softmaxes)
+        return dataclasses.replace(found, beyond=probed(task.reference, found))
 
     def _in_range(self, task: Task, selected: Selected) -> InRange:
         """The choice refitted, or another one where ranges grow too far."""
@@ -240,7 +242,7 @@ class Run:
     def _report(self, changed: Program, task: Task, choice: InRange) -> LinearizeReport:
         refitted = choice.refitted
         growth = grown(task.survey, refitted)
-        escaping = escapes(growth, self.options.max_growth)
+        escaping = escapes(task.survey, refitted, self.options.max_growth)
         for text in escaping:
             warnings.warn(text, stacklevel=2)
         told = tuple(self._site(site, refitted.replacements, growth) for site in self.sites)
