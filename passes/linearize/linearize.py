@@ -92,7 +92,7 @@ class Linearize(Pass):
         Raises:
             BudgetInfeasible: What can't be replaced takes more; carries the smallest budget.
             BudgetError: There is no budget.
-            UsageError: Rounds, steps or trials below 1.
+            UsageError: Rounds, steps or trials below 1, or no growth at all.
             NonFiniteError: A method that trains met NaN.
             UnsupportedError: A plan, non-linearities that depend on the mode, or neither data nor
                 BatchNorm.
@@ -106,6 +106,8 @@ class Linearize(Pass):
         for name in ("rounds", "steps", "trials"):
             if getattr(self, name) < 1:
                 raise UsageError(f"linearize{{{name}={getattr(self, name)}}}: at least 1 is needed")
+        if not self.max_growth > 0:
+            raise UsageError(f"linearize{{max_growth={self.max_growth}}}: more than 0 is needed")
         training_names(program)
         if program.eval_module is not None and self.softmax != "keep":
             raise UnsupportedError(
