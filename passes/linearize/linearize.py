@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal
 from graphopt.budget import Quantity
 from graphopt.errors import BudgetError, UnsupportedError, UsageError
 from graphopt.ir.program import Program
+from graphopt.ir.randomness import kept_random_state, seed_torch
 from graphopt.passes.linearize.choice import Granularity
 from graphopt.passes.linearize.levels import CKKS
 from graphopt.passes.linearize.modes import training_names
@@ -122,7 +123,9 @@ class Linearize(Pass):
                 f"softmax={self.softmax} under {CKKS}: sums can't be divided by there",
                 hint="softmax is for protocols that divide, such as crypten",
             )
-        return Run(self, program, context).result()
+        with kept_random_state():
+            seed_torch(context.seed)  # models may draw in eval mode, too
+            return Run(self, program, context).result()
 
     @staticmethod
     def sweep(model: Any, example_inputs: Sequence[Any] = (), **options: Any) -> Any:

@@ -28,6 +28,7 @@ from graphopt.errors import (
 )
 from graphopt.ir.capture import capture
 from graphopt.ir.program import Program
+from graphopt.ir.randomness import kept_random_state, seed_torch
 from graphopt.ir.untouched import outside_inference_mode
 from graphopt.passes.linearize.latency import priced
 from graphopt.passes.linearize.linearize import Linearize
@@ -177,7 +178,7 @@ class _Judge:
         self.batches = [
             read_batch(batch, context.data_loss, len(context.args)) for batch in context.data or ()
         ]
-        self.example = (context.args, context.kwargs)
+        self.example, self.seed = (context.args, context.kwargs), context.seed
         self.expected = [] if evaluate is not None else self._outputs(self._module(program))
 
     @property
@@ -209,10 +210,13 @@ class _Judge:
 
     @torch.no_grad()
     def _outputs(self, module: nn.Module) -> list[list[Any]]:
-        if not self.batches:
-            args, kwargs = self.example
-            return [pytree.tree_leaves(module(*args, **kwargs))]
-        return [pytree.tree_leaves(batch.outputs(module)) for batch in self.batches]
+        """Flat outputs for each batch; where a module draws numbers, the same ones each time."""
+        with kept_random_state():
+            seed_torch(self.seed)
+            if not self.batches:
+                args, kwargs = self.example
+                return [pytree.tree_leaves(module(*args, **kwargs))]
+            return [pytree.tree_leaves(batch.outputs(module)) for batch in self.batches]
 
 
 class _Sweeping:
