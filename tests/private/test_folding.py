@@ -508,3 +508,23 @@ def test_a_public_factor_stays_public_beside_a_secret_shift(
         predict(net.eval(), protocol, "lan", **given, folded=view) for view in (False, True)
     )
     assert (after.rounds, after.bytes) == (before.rounds, before.bytes)
+
+
+@pytest.mark.parametrize("protocol", ["crypten", "cheetah"])
+@pytest.mark.parametrize(
+    "between",
+    [
+        lambda net, h: 0.3 * h * h + (0.5 * h + net.b),
+        lambda net, h: (0.3 * h.square() + 0.5 * h + 0.1) + net.b,
+    ],
+)
+def test_public_coefficients_of_a_square_take_no_secret_shift(
+    between: Callable[..., Tensor], protocol: str
+) -> None:
+    net = Net(lambda net, x: F.relu(between(net, F.relu(x))))
+    net.b = nn.Parameter(torch.randn(8))
+    before, after = (
+        predict(net.eval(), protocol, "lan", (drawn(4, 8),), folded=view) for view in (False, True)
+    )
+    assert after.rounds <= before.rounds
+    assert after.bytes <= before.bytes
