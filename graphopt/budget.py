@@ -30,6 +30,8 @@ _SCALES: Final[Mapping[str, Mapping[str, float]]] = {
     "s": _SECOND_UNITS,
     "": _COUNT_UNITS,
 }
+# Bits a second and seconds there and back; `graphopt.private.network` reads them.
+_LINK = re.compile(r"[\d.eE+]+\s*,\s*[\d.eE+-]+")
 _QUANTITY = re.compile(r"([+-]?(?:\d[\d_]*\.?[\d_]*|\.\d+)(?:[eE][+-]?\d+)?)\s*([%a-zA-Zµ]*)")
 
 
@@ -121,7 +123,7 @@ class Budget:
         pi_latency: Seconds of one private inference: communication, as predicted.
         levels: Multiplicative levels along every path, under homomorphic encryption.
         protocol: Under which protocol: ``crypten`` (default), ``cheetah``, ``semi2k``, ...
-        network: ``lan`` (default) or ``wan``.
+        network: ``lan`` (default), ``wan``, or ``bits a second,round-trip seconds``.
         flops: FLOPs of one forward (a multiply-add is 2).
         params: Number of parameters.
         weights: Number of weights that are not masked, of those that products read.
@@ -246,7 +248,9 @@ def read_field(name: str, value: Any) -> Quantity | str:
 
 
 def _choice(name: str, value: Any) -> str:
-    text = str(value).strip()
+    text = str(value).strip().strip('"')  # a pipeline's text quotes what has a comma in it
+    if name == "network" and _LINK.fullmatch(text):
+        return text
     if text not in _CHOICES[name]:
         raise BudgetError(
             f"{name}={text}: not one of {', '.join(_CHOICES[name])}",

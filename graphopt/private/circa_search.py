@@ -14,6 +14,7 @@ from graphopt.batches import Batch
 from graphopt.errors import InputMismatch, UsageError
 from graphopt.ir.program import Program
 from graphopt.private.circa import CircaMode, CircaSimulation, program_of, simulate
+from graphopt.training.reading import arguments
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ def search(
         model: A classifier: its output is one tensor ``[samples, classes]`` or
             ``[samples, classes, ...]``.
         data: Batches: what the model takes, or pairs ``(inputs, targets)`` with integer targets,
-            whose accuracy counts then.
+            whose accuracy counts then; of a model with two inputs ``((first, second), targets)``.
         tolerance: The loss of accuracy or agreement that is allowed, of [0, 1].
         mode: ``poszero`` or ``negpass``.
         fraction_bits: Of fixed-point values.
@@ -81,7 +82,8 @@ def search(
     """
     if not 0 <= tolerance <= 1:
         raise UsageError(f"a tolerance of {tolerance}: it is a share of answers, 0 to 1")
-    batches = [_batch(each) for each in itertools.islice(data, most_batches)]
+    count = len(model.signature.inputs) if isinstance(model, Program) else arguments(model)
+    batches = [_batch(each, count) for each in itertools.islice(data, most_batches)]
     if not batches:
         raise InputMismatch("data yields no batch", hint="give at least one")
     program = program_of(model, batches[0].args, batches[0].kwargs)
@@ -115,8 +117,10 @@ def _largest(fits: Callable[[int], bool], most: int) -> int | None:
     return low
 
 
-def _batch(batch: Any) -> Batch:
+def _batch(batch: Any, count: int) -> Batch:
+    """A batch as it was given; two tensors for a model of two inputs are no targets."""
     pair = isinstance(batch, (tuple, list)) and len(batch) == 2
+    pair = pair and (count != 2 or not isinstance(batch[0], Tensor))
     targets = batch[1] if pair else None
     if pair and isinstance(targets, Tensor) and not targets.is_floating_point():
         inputs = batch[0]

@@ -21,6 +21,8 @@ aten = torch.ops.aten
 # Samples of noise where there is no data.
 _NOISE_SAMPLES = 256
 _MOST_BATCHES = 64
+# Samples that are differentiated at once: at most so many, and so many elements of all sites.
+_MOST_AT_ONCE, _ELEMENTS_AT_ONCE = 64, 1 << 26
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,11 @@ class Reference:
         if not all(t.dim() and t.shape[0] == size for t in flat):
             return [list(flat)]
         return [list(part) for part in zip(*(t.split(at_once) for t in flat), strict=True)]
+
+
+def samples_at_once(elements: int) -> int:
+    """How many samples are differentiated at once, whose sites have so many elements each."""
+    return max(1, min(_MOST_AT_ONCE, _ELEMENTS_AT_ONCE // max(elements, 1)))
 
 
 def reference(program: Program, context: PassContext, most_samples: int) -> Reference:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -84,20 +85,14 @@ class Limits:
 
     def without(self, fixed: Sequence[Site]) -> Limits:
         """What is left for sites that can be replaced."""
-        spent = sum(site.per_sample for site in fixed)
-        return Limits(
-            None if self.relus is None else self.relus - spent,
-            None if self.relu_sites is None else self.relu_sites - len(fixed),
-            self.cost,
-            self.levels,
-        )
+        return self.less(sum(site.per_sample for site in fixed), len(fixed))
 
     def less(self, elements: int, sites: int) -> Limits:
         """What is left where so much is spent otherwise."""
-        return Limits(
-            None if self.relus is None else self.relus - elements,
-            None if self.relu_sites is None else self.relu_sites - sites,
-            self.cost,
+        return dataclasses.replace(
+            self,
+            relus=None if self.relus is None else self.relus - elements,
+            relu_sites=None if self.relu_sites is None else self.relu_sites - sites,
         )
 
     def eased(self, sites: Sequence[Site], prices: Prices, share: float) -> Limits:

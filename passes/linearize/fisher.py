@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from graphopt.passes.linearize.calibration import Reference
+from graphopt.passes.linearize.calibration import Reference, samples_at_once
 from graphopt.passes.linearize.distillation import floating, logits_of
 from graphopt.passes.linearize.interpret import Value, interpret, writes_to_values
 from graphopt.passes.linearize.replacements import Kind, Replacement, approximated
@@ -23,8 +23,6 @@ from graphopt.passes.linearize.sites import Site, read_by
 Damage = dict[Site, dict[Kind, Tensor]]
 # Labels drawn for each sample.
 _DRAWS = 4
-# Samples that are differentiated at once: at most so many, and so many elements of all sites.
-_MOST_AT_ONCE, _ELEMENTS_AT_ONCE = 64, 1 << 26
 
 
 def fisher(
@@ -49,8 +47,7 @@ def fisher(
     generator = torch.Generator().manual_seed(seed)
     zero = torch.zeros((), dtype=torch.float64)
     total: Damage = {site: dict.fromkeys(kinds, zero) for site, kinds in options.items()}
-    elements = sum(site.per_sample for site in options)
-    at_once = max(1, min(_MOST_AT_ONCE, _ELEMENTS_AT_ONCE // max(elements, 1)))
+    at_once = samples_at_once(sum(site.per_sample for site in options))
     samples = 0
     for index in range(len(reference.inputs)):
         for part in reference.parts(index, at_once):

@@ -168,14 +168,16 @@ class PrivateLatency:
         ]
         return self.of(self.written(replaced))
 
-    def too_slow(self, least: float) -> BudgetInfeasible:
-        """The error where the limit can't be kept, given what could be."""
+    def too_slow(
+        self, least: float, obstacle: str = "linear layers and what can't be replaced"
+    ) -> BudgetInfeasible:
+        """The error where the limit can't be kept, given what could be and what is in the way."""
         return BudgetInfeasible(
             f"no linearization keeps pi_latency at {self.seconds:.4g} s",
             field="pi_latency",
             requested=self.seconds,
             smallest=least,
-            obstacle="linear layers and what can't be replaced",
+            obstacle=obstacle,
             proven=False,
         )
 

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal
 from graphopt.budget import Quantity
 from graphopt.errors import BudgetError, UnsupportedError, UsageError
 from graphopt.ir.program import Program
+from graphopt.ir.randomness import kept_random_state, seed_torch
 from graphopt.passes.linearize.choice import Granularity
 from graphopt.passes.linearize.levels import CKKS
 from graphopt.passes.linearize.modes import training_names
@@ -92,7 +93,7 @@ class Linearize(Pass):
         Raises:
             BudgetInfeasible: What can't be replaced takes more; carries the smallest budget.
             BudgetError: There is no budget.
-            UsageError: Rounds, steps or trials below 1.
+            UsageError: Rounds, steps or trials below 1, or no growth at all.
             NonFiniteError: A method that trains met NaN.
             UnsupportedError: A plan, non-linearities that depend on the mode, or neither data nor
                 BatchNorm.
@@ -106,6 +107,8 @@ class Linearize(Pass):
         for name in ("rounds", "steps", "trials"):
             if getattr(self, name) < 1:
                 raise UsageError(f"linearize{{{name}={getattr(self, name)}}}: at least 1 is needed")
+        if not self.max_growth > 0:
+            raise UsageError(f"linearize{{max_growth={self.max_growth}}}: more than 0 is needed")
         training_names(program)
         if program.eval_module is not None and self.softmax != "keep":
             raise UnsupportedError(
@@ -120,7 +123,9 @@ class Linearize(Pass):
                 f"softmax={self.softmax} under {CKKS}: sums can't be divided by there",
                 hint="softmax is for protocols that divide, such as crypten",
             )
-        return Run(self, program, context).result()
+        with kept_random_state():
+            seed_torch(context.seed)  # models may draw in eval mode, too
+            return Run(self, program, context).result()
 
     @staticmethod
     def sweep(model: Any, example_inputs: Sequence[Any] = (), **options: Any) -> Any:

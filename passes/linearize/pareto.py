@@ -28,8 +28,10 @@ from graphopt.errors import (
 )
 from graphopt.ir.capture import capture
 from graphopt.ir.program import Program
+from graphopt.ir.randomness import kept_random_state, seed_torch
 from graphopt.ir.untouched import outside_inference_mode
 from graphopt.passes.linearize.latency import priced
+from graphopt.passes.linearize.levels import CKKS
 from graphopt.passes.linearize.linearize import Linearize
 from graphopt.passes.linearize.outputs import compared
 from graphopt.passes.linearize.points import Measure, Point, Sweep
@@ -177,7 +179,7 @@ class _Judge:
         self.batches = [
             read_batch(batch, context.data_loss, len(context.args)) for batch in context.data or ()
         ]
-        self.example = (context.args, context.kwargs)
+        self.example, self.seed = (context.args, context.kwargs), context.seed
         self.expected = [] if evaluate is not None else self._outputs(self._module(program))
 
     @property
@@ -209,10 +211,13 @@ class _Judge:
 
     @torch.no_grad()
     def _outputs(self, module: nn.Module) -> list[list[Any]]:
-        if not self.batches:
-            args, kwargs = self.example
-            return [pytree.tree_leaves(module(*args, **kwargs))]
-        return [pytree.tree_leaves(batch.outputs(module)) for batch in self.batches]
+        """Flat outputs for each batch; where a module draws numbers, the same ones each time."""
+        with kept_random_state():
+            seed_torch(self.seed)
+            if not self.batches:
+                args, kwargs = self.example
+                return [pytree.tree_leaves(module(*args, **kwargs))]
+            return [pytree.tree_leaves(batch.outputs(module)) for batch in self.batches]
 
 
 class _Sweeping:
@@ -228,6 +233,7 @@ class _Sweeping:
     ) -> None:
         self.program, self.context = program, context
         self.protocols, self.network, self.judge = protocols, network, judge
+        self.unpriced: dict[str, str] = {}  # protocols that lack figures for the source, and why
 
     def result(self, plans: Sequence[_Plan]) -> Sweep:
         """All points."""
@@ -236,6 +242,7 @@ class _Sweeping:
         accuracy = self.judge.of(self.program)
         point = Point("", "", count, calls, accuracy=accuracy)
         points = self._priced(self.program, point, self.protocols)
+        self.unpriced = {p.protocol: p.reason for p in points if p.reason is not None}
         interrupted = True
         with contextlib.suppress(KeyboardInterrupt):
             for index, plan in enumerate(plans):
@@ -249,6 +256,9 @@ class _Sweeping:
 
     def _tried(self, plan: _Plan, progress: Progress) -> list[Point]:
         point = Point(plan.option, plan.budget)
+        limit, name = plan.pass_.pi_latency, plan.protocols[0]
+        if limit is not None and name in self.unpriced and (limit.relative or name != CKKS):
+            return [dataclasses.replace(point, protocol=name, reason=self.unpriced[name])]
         try:
             context = dataclasses.replace(self.context, progress=progress)
             result = plan.pass_.run(self.program, context)

@@ -70,6 +70,7 @@ class Run:
         refitted = choice.refitted
         replaced = list(refitted.replacements.values())
         changed = linearized(self.program, replaced, refitted.statistics, refitted.normalisers)
+        self._check_promise(changed, refitted.normalisers)
         report = self._report(changed, task, choice)
         return PassResult(changed, changed=True, report={"linearize": report})
 
@@ -212,6 +213,20 @@ class Run:
             obstacle="sites that choose alike" if self.options.couple else "levels along paths",
         )
 
+    def _check_promise(self, changed: Program, found: Sequence[Normaliser | Left]) -> None:
+        """Refuse what costs more than was chosen by: softmaxes had to stay, as their scores show.
+
+        Raises:
+            BudgetInfeasible: The limit on seconds isn't kept; names the softmaxes.
+        """
+        stay = [each for each in found if isinstance(each, Left)]
+        if not stay or not isinstance(self.promise, PrivateLatency):
+            return
+        seconds = self.promise.of(changed).seconds
+        if seconds > self.promise.seconds:
+            told = "; ".join(f"{each.call.source}: {each.reason}" for each in stay[:5])
+            raise self.promise.too_slow(seconds, told)
+
     def _kept(self, task: Task, selected: Selected, damage: Damage) -> Selected | None:
         """The selection, or one made anew by these damages, that keeps the limits; None: no."""
         if self.promise is not None:
@@ -248,9 +263,14 @@ class Run:
         told = tuple(self._site(site, refitted.replacements, growth) for site in self.sites)
         error, agreement = compared(*refitted.outputs)
         by_data = self.options.select != "datafree" and self.context.data is not None
+        added = sum(
+            each.call.per_sample
+            for each in refitted.normalisers
+            if isinstance(each, Normaliser) and each.kind == "relu"
+        )
         return LinearizeReport(
             relus_before=self.total,
-            relus_after=sum(site.kept for site in told) + sum(self._added().values()),
+            relus_after=sum(site.kept for site in told) + added,
             sites=told,
             select=self.options.select,
             granularity=self.options.granularity,

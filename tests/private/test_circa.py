@@ -182,6 +182,30 @@ def test_search_by_targets_and_where_nothing_fits() -> None:
     assert everything.truncated_bits == 30
 
 
+class Masked(nn.Module):
+    """Two inputs, the second of whole numbers, as a tokenizer gives them."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        scores: Tensor = self.inner(x * mask.view(-1, *[1] * (x.dim() - 1)))
+        return scores
+
+
+def test_two_inputs_are_no_targets() -> None:
+    inner, x = classifier()
+    model, mask = Masked(inner), torch.ones(len(x), dtype=torch.long)
+    plain = search(inner, [x], tolerance=0.02, fraction_bits=12)
+    told = search(model, [(x, mask)], tolerance=0.02, fraction_bits=12)
+    assert told.metric == "agreement"
+    assert told.tried == plain.tried
+    targets = inner(x).argmax(1)
+    paired = search(model, [((x, mask), targets)], tolerance=0.02, fraction_bits=12)
+    assert (paired.metric, paired.tried) == ("accuracy", plain.tried)
+
+
 def test_bad_input() -> None:
     model, x = classifier()
     for options in ({"truncated_bits": 31}, {"truncated_bits": -1},

@@ -483,3 +483,48 @@ def test_public_coefficients_stay_cheap_and_secrets_secret() -> None:
         assert after.bytes <= before.bytes
     circuit = lower(module.folded(), (x,), public=("0.*",))
     assert all(c.secret for c in circuit.constants.values() if c.tensor.dim() > 1), "norms are not"
+
+
+@pytest.mark.parametrize("protocol", ["crypten", "cheetah"])
+@pytest.mark.parametrize(
+    "between",
+    [
+        lambda net, h: (h + net.b) * 0.5,
+        lambda net, h: -(h + net.b),
+        lambda net, h: h * 0.5 + net.b,
+        lambda net, h: (h + net.b) * net.known,
+    ],
+)
+def test_a_public_factor_stays_public_beside_a_secret_shift(
+    between: Callable[..., Tensor], protocol: str
+) -> None:
+    def forward(net: Any, x: Tensor) -> Tensor:
+        return F.relu(between(net, F.relu(x)))
+
+    net = Net(forward)
+    net.b, net.known = nn.Parameter(torch.randn(8)), nn.Parameter(torch.tensor(0.7))
+    given = {"example": (drawn(4, 8),), "public": ("known",)}
+    before, after = (
+        predict(net.eval(), protocol, "lan", **given, folded=view) for view in (False, True)
+    )
+    assert (after.rounds, after.bytes) == (before.rounds, before.bytes)
+
+
+@pytest.mark.parametrize("protocol", ["crypten", "cheetah"])
+@pytest.mark.parametrize(
+    "between",
+    [
+        lambda net, h: 0.3 * h * h + (0.5 * h + net.b),
+        lambda net, h: (0.3 * h.square() + 0.5 * h + 0.1) + net.b,
+    ],
+)
+def test_public_coefficients_of_a_square_take_no_secret_shift(
+    between: Callable[..., Tensor], protocol: str
+) -> None:
+    net = Net(lambda net, x: F.relu(between(net, F.relu(x))))
+    net.b = nn.Parameter(torch.randn(8))
+    before, after = (
+        predict(net.eval(), protocol, "lan", (drawn(4, 8),), folded=view) for view in (False, True)
+    )
+    assert after.rounds <= before.rounds
+    assert after.bytes <= before.bytes

@@ -27,7 +27,7 @@ def absorb(sheet: Sheet) -> int:
         inner = sheet.affine(data)
         if not form.scales and not form.shifts:
             sheet.replace(node, data)
-        elif inner is not None and form.fits(inner) and sheet.is_private(data):
+        elif inner is not None and sheet.composes(form, inner) and sheet.is_private(data):
             sheet.change(node, form.after(inner), sheet.data(data))
             sheet.sweep()
         elif _takes(sheet, data, form):
@@ -49,7 +49,7 @@ def _takes(sheet: Sheet, node: fx.Node, form: Affine) -> bool:
         return along and sheet.takes(linear.sources, form.sources)
     if affine is not None:
         free = not form.scales or (affine.scales and sheet.takes(affine.sources, form.sources))
-        return free and form.fits(affine)
+        return free and sheet.composes(form, affine)
     terms = addends(sheet, node)
     if terms is not None:
         (first, second), _ = terms

@@ -89,7 +89,7 @@ def _takes(sheet: Sheet, reader: fx.Node, node: fx.Node, form: Affine) -> bool:
 def _takes_over(sheet: Sheet, reader: fx.Node, affine: Affine, form: Affine) -> bool:
     """Whether a scale and shift gets no dearer by one before it."""
     if not form.scales:
-        return True
+        return sheet.composes(affine, form)
     if affine.scales:
         return sheet.takes(affine.sources, form.sources)
     return _scale_alone(sheet, reader, affine.after(form)) is not None

@@ -130,6 +130,19 @@ class Sheet:
             return self.is_public(other)
         return not all(_added(name) for name in one) or all(_added(name) for name in other)
 
+    def composes(self, second: Affine, first: Affine) -> bool:
+        """Whether a scale and shift and the one after it are better written as one.
+
+        Not where a public scale would take in a secret shift: the product, free for the parties,
+        would become one of secrets.
+        """
+        if not second.fits(first):
+            return False
+        if second.scales == first.scales:
+            return True
+        scaling, shifting = (second, first) if second.scales else (first, second)
+        return self.takes(scaling.sources, shifting.sources)
+
     def is_private(self, node: Any) -> bool:
         """Whether one op alone reads a node, once."""
         readers = [a for u in node.users for a in _leaves([u.args, u.kwargs]) if a is node]

@@ -144,6 +144,8 @@ def _of_affine(sheet: Sheet, node: fx.Node, found: dict[fx.Node, Quadratic]) -> 
     data = sheet.data(node)
     if data not in found or not sheet.is_private(data):
         return None
+    if not form.scales and not sheet.takes(found[data].sources, form.sources):
+        return None  # public coefficients take in no secret shift
     return found[data].then(form)
 
 
@@ -182,6 +184,6 @@ def _chain(sheet: Sheet, node: fx.Node) -> list[tuple[fx.Node, Affine]]:
     while True:
         base, affine = found[-1]
         form = sheet.affine(base)
-        if form is None or not affine.fits(form) or not sheet.is_private(base):
+        if form is None or not sheet.composes(affine, form) or not sheet.is_private(base):
             return found
         found.append((sheet.data(base), affine.after(form)))

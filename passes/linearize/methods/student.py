@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 
 from graphopt.errors import NonFiniteError
 from graphopt.ir.graphs import lookup
-from graphopt.passes.linearize.calibration import Reference
+from graphopt.passes.linearize.calibration import Reference, samples_at_once
 from graphopt.passes.linearize.distillation import distance, floating
 from graphopt.passes.linearize.interpret import Value, call, interpret, writes, writes_to_values
 from graphopt.passes.linearize.methods.groups import Groups
@@ -22,8 +22,6 @@ from graphopt.passes.linearize.task import Task
 
 Changed = Callable[[Site, Tensor], None]
 TEMPERATURE = 4.0
-# Samples of one step: at most so many, and so many elements of all sites.
-_MOST_AT_ONCE, _ELEMENTS_AT_ONCE = 64, 1 << 26
 _WEIGHTS_RATE = 1e-3  # SNL's, of Adam
 
 
@@ -38,8 +36,7 @@ class Lesson:
 @torch.no_grad()
 def lessons(reference: Reference, sites: tuple[Site, ...]) -> list[Lesson]:
     """The calibration inputs in the portions of one step."""
-    elements = sum(site.per_sample for site in sites)
-    at_once = max(1, min(_MOST_AT_ONCE, _ELEMENTS_AT_ONCE // max(elements, 1)))
+    at_once = samples_at_once(sum(site.per_sample for site in sites))
     graph = reference.module.graph
     return [
         Lesson(part, floating(interpret(graph, part, reference.attribute)))

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 import graphopt
+from graphopt.passes.linearize import sweep
 from graphopt.private import comparisons
-from tests.passes.linearize.nets import cnn, drawn, linearized, mlp, section
+from tests.passes.linearize.nets import Net, cnn, drawn, linearized, mlp, section
 
 images, vectors = drawn(12, 3, 8, 8), drawn(40, 6)
 
@@ -240,6 +241,39 @@ def test_the_same_seed_gives_the_same(pair: tuple[nn.Module, Any]) -> None:
     for key, value in pair[1].state_dict().items():
         assert torch.equal(value, again.state_dict()[key])
     assert torch.equal(outputs(again), outputs(pair[1]))
+
+
+def _noisy(net: Any, x: Tensor) -> Tensor:
+    y = net.first(x)
+    result: Tensor = net.last(torch.relu(y + 0.1 * torch.rand_like(y)))
+    return result
+
+
+@pytest.mark.parametrize("select", ["fisher", "bcd"])
+def test_a_model_that_draws_numbers_draws_its_own(select: str) -> None:
+    """Whatever the generator's state is: it comes out as it went in, and nothing depends on it."""
+
+    model = Net(_noisy, first=nn.Linear(6, 8), last=nn.Linear(8, 3)).eval()
+    states = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        before = torch.get_rng_state()
+        module = linearized(model, vectors, spec=f"relus=50%,select={select}")
+        assert torch.equal(torch.get_rng_state(), before)
+        states.append(module.state_dict())
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+
+
+def test_a_sweep_of_a_model_that_draws_numbers() -> None:
+    model, points = Net(_noisy, first=nn.Linear(6, 8), last=nn.Linear(8, 3)).eval(), []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        before = torch.get_rng_state()
+        found = sweep(model, (vectors,), data=[vectors], budgets=["50%"], options=[""])
+        assert torch.equal(torch.get_rng_state(), before)
+        points.append(found.points)
+    assert points[0] == points[1]
+    assert points[0][0].accuracy == 1.0
 
 
 @pytest.mark.slow

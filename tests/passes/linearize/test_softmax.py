@@ -422,6 +422,31 @@ def test_masks_that_are_not_understood_keep_their_softmax() -> None:
         assert [s["choice"] for s in told(published)] == ["relu"]
 
 
+def _scaled_mask(net: Any, x: Tensor) -> Tensor:
+    """Attention whose mask, a constant, is multiplied with the scores: it isn't understood."""
+    q, k, v = heads(net, x)
+    mask = torch.full((LENGTH, LENGTH), -3e4).triu(1)
+    found = ((q @ k.mT + mask) * 2).softmax(-1) @ v
+    result: Tensor = net.out(found.transpose(1, 2).flatten(2))
+    return result
+
+
+def test_what_a_softmax_that_stays_costs_is_not_forgotten() -> None:
+    """That it has to stay shows at calibration, after all else was chosen."""
+    from graphopt.private import predict
+
+    parts = attention(FORMS["summed"])
+    model, x = Net(_scaled_mask, q=parts.q, k=parts.k, v=parts.v, out=parts.out), inputs()[0]
+    relu = linearized(model, x, spec="softmax=relu")
+    assert [s["choice"] for s in told(relu)] == ["keep"]
+    assert section(relu)["relus_after"] == 0
+    source = predict(model, "crypten", "lan", (x,)).seconds
+    with pytest.raises(BudgetInfeasible, match="pi_latency") as caught:
+        linearized(model, x, spec="softmax=quad,pi_latency=90%")
+    assert caught.value.smallest == pytest.approx(source)
+    assert "isn't understood" in str(caught.value.obstacle)
+
+
 def test_bad_options() -> None:
     model, args = attention(FORMS["one_op"]), inputs()
     with pytest.raises(PipelineError, match="cube"):

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import graphopt
+from graphopt import registry
 from graphopt.errors import BudgetError, PipelineError, UnsupportedError, UsageError
 from graphopt.passes.linearize import Linearize, Point, Sweep, sweep
 from graphopt.private import comparisons, predict
@@ -175,6 +176,32 @@ def test_a_limit_on_seconds_is_kept_under_each_protocol_apart(model: nn.Module) 
         source, kept = (p for p in found.points if p.protocol == name)
         assert kept.seconds is not None
         assert kept.seconds <= 0.8 * (source.seconds or 0.0)
+
+
+def test_a_share_of_seconds_that_nobody_knows_is_a_point_with_a_reason() -> None:
+    """A source that compares has none under CKKS; the other protocol is swept all the same."""
+    x = drawn(8, 6)
+    found = sweep(
+        mlp(), (x,), data=[x], budgets=["pi_latency=80%"], options=[""],
+        protocols=["ckks", "crypten"],
+    )  # fmt: skip
+    none, other = (p for p in found.points if not p.is_source)
+    assert (none.protocol, none.seconds) == ("ckks", None)
+    assert none.reason == found.points[0].reason is not None
+    assert (other.protocol, other.reason) == ("crypten", None)
+    assert other.seconds is not None
+
+
+def test_a_limit_on_seconds_over_a_link_of_ones_own() -> None:
+    x, link = drawn(8, 6), "1e8,0.02"
+    found = sweep(mlp(), (x,), data=[x], budgets=["pi_latency=80%"], options=[""], network=link)
+    source, point = found.points
+    assert source.seconds is not None
+    assert point.seconds is not None
+    assert source.seconds > predict(mlp(), "crypten", "lan", (x,)).seconds
+    assert point.seconds <= 0.8 * source.seconds
+    chosen = registry.parse(f'linearize{{pi_latency=80%,network="{link}"}}')
+    assert registry.parse(str(chosen)) == chosen
 
 
 def test_without_a_function_accuracy_is_agreement_or_likeness(model: nn.Module) -> None:
