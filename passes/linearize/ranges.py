@@ -108,17 +108,19 @@ def in_range(
         most: Growth of a range that is fine.
     """
     best = InRange(selected, fit(selected))
-    now, weights, told = best, _Weights(task), []
+    now, weights = best, _Weights(task)
+    told: list[str] = []
     for attempt in range(_ATTEMPTS):
         ratios = _strained(task.survey, now.refitted)
         over = [site for site in ratios if not ratios[site] <= most]
         few = over[: _FIRST * _MORE**attempt]
-        told += [
+        withdrawn = [
             text for site in few
             for text in weights.withdraw(site, now.refitted.replacements, ratios[site] / most)
         ]  # fmt: skip
-        if not told:
+        if not withdrawn:
             break
+        told += withdrawn
         found = choose(weights.on(selected.damage))
         if found is None:
             break

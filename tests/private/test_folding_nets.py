@@ -122,7 +122,10 @@ LEFT = {
 }
 
 
-@pytest.mark.parametrize("spec", LEFT)
+@pytest.mark.parametrize(
+    "spec",
+    [pytest.param(each, marks=() if "50%" in each else pytest.mark.slow) for each in LEFT],
+)
 def test_a_linearized_resnet(spec: str) -> None:
     module, x = resnet(spec)
     view = module.folded()
