@@ -113,6 +113,20 @@ def calibration_batches(context: PassContext) -> list[Batch]:
     return found
 
 
+def check_data(data: Any) -> None:
+    """Refuses data that can't be gone through.
+
+    Raises:
+        UsageError: Says what it is.
+    """
+    # Asked of the type: `iter` of a DataLoader draws random numbers.
+    if data is not None and not any(hasattr(data, n) for n in ("__iter__", "__getitem__")):
+        raise UsageError(
+            f"data is an iterable of batches, not {type(data).__name__}",
+            hint="a list or a DataLoader, for example",
+        )
+
+
 def takes_targets(loss: Callable[..., Any]) -> bool:
     """Whether a loss needs two positional arguments."""
     try:

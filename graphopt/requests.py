@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from graphopt import registry
-from graphopt.batches import takes_targets
+from graphopt.batches import check_data, takes_targets
 from graphopt.budget import Budget
 from graphopt.cost.models import COST_MODELS
 from graphopt.errors import BudgetError, ModelError, NonFiniteError, UsageError
@@ -62,7 +62,11 @@ def read_loss(
 
     Returns:
         That loss, and the data with its first batch still in it.
+
+    Raises:
+        UsageError: The data is none, or holds no pairs although the loss takes targets.
     """
+    check_data(data)
     if loss is None or not takes_targets(loss):
         return loss, data
     iterator = iter(data if data is not None else ())

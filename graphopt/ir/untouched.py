@@ -39,6 +39,20 @@ def restored(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def buffers_kept(model: nn.Module) -> Iterator[None]:
+    """Restore what buffers hold, whether `forward` counts calls or averages in eval mode too."""
+    held = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    try:
+        yield
+    finally:
+        # By value: BatchNorm writes running statistics without a new `_version`.
+        with torch.no_grad():
+            for buffer, copy in held:
+                if not torch.equal(buffer, copy):
+                    buffer.copy_(copy)
+
+
+@contextlib.contextmanager
 def outside_inference_mode() -> Iterator[None]:
     """Leave ``torch.inference_mode``, where there is one: tensors made in it can't be trained."""
     if not torch.is_inference_mode_enabled():

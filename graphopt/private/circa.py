@@ -26,6 +26,7 @@ from graphopt.errors import UnsupportedError, UsageError
 from graphopt.ir.capture import capture
 from graphopt.ir.module import OptimizedModule
 from graphopt.ir.program import Program
+from graphopt.ir.untouched import buffers_kept
 from graphopt.private.comparisons import COMPARING, functional
 from graphopt.private.lower import graph_of
 from graphopt.private.reduced import REDUCED, Relu
@@ -115,12 +116,17 @@ class CircaSimulation(nn.Module):
             UnsupportedError: A value doesn't fit the ring, or is NaN; names the node.
         """
         flat = self.signature.flatten_inputs(args, kwargs)
-        return self.signature.unflatten_outputs(_Faulty(self).run(*flat))
+        return self._run(_Faulty(self), flat)
 
     def exactly(self, *args: Any, **kwargs: Any) -> Any:
         """The model's outputs without faults."""
         flat = self.signature.flatten_inputs(args, kwargs)
-        return self.signature.unflatten_outputs(fx.Interpreter(self.graph).run(*flat))
+        return self._run(fx.Interpreter(self.graph), flat)
+
+    def _run(self, interpreter: fx.Interpreter, flat: Sequence[Any]) -> Any:
+        """What an interpreter gives; the model's buffers are shared, and stay as they are."""
+        with buffers_kept(self.graph):
+            return self.signature.unflatten_outputs(interpreter.run(*flat))
 
     def relu(self, x: Tensor, node: fx.Node) -> Tensor:
         """One ReLU of Circa's."""

@@ -8,6 +8,7 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
+from graphopt.ir.untouched import buffers_kept
 from graphopt.private.lower import Model, graph_of
 
 aten = torch.ops.aten
@@ -48,7 +49,7 @@ def comparisons(model: Model, *inputs: Any, **kwargs: Any) -> dict[str, float]:
     graph, flat = graph_of(model, inputs, kwargs)
     batch = next((x.shape[0] for x in flat if isinstance(x, torch.Tensor) and x.dim()), 1)
     counter = _Counter(graph)
-    with torch.no_grad():
+    with torch.no_grad(), buffers_kept(graph):
         counter.run(*flat)
     return {name: count / batch for name, count in counter.counts.items()}
 

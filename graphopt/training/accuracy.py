@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from graphopt.batches import read_batch
+from graphopt.ir.untouched import buffers_kept
 from graphopt.training.objective import Scores, class_axis, class_scores
 from graphopt.training.reading import only_targets
 from graphopt.training.surroundings import surroundings
@@ -89,7 +90,7 @@ def accuracy_of(
         The accuracy, or None where targets are no classes.
     """
     tally = Tally()
-    with surroundings(module, None, ()), torch.no_grad():
+    with surroundings(module, None, ()), buffers_kept(module), torch.no_grad():
         module.eval()
         for each in data:
             batch = read_batch(each, only_targets, 1)

@@ -12,14 +12,14 @@ import torch
 from torch import nn
 
 from graphopt.ir.randomness import kept_random_state
-from graphopt.ir.untouched import outside_inference_mode
+from graphopt.ir.untouched import buffers_kept, outside_inference_mode
 
 
 @contextlib.contextmanager
 def surroundings(
     module: nn.Module, teacher: nn.Module | None, trained: Iterable[nn.Parameter]
 ) -> Iterator[None]:
-    """Modes, gradients, the random state and global modes come out as they went in."""
+    """Modes, gradients, the random state, global modes, the teacher's buffers stay as they were."""
     owners = [*module.modules(), *(teacher.modules() if teacher is not None else ())]
     modes = [(owner, owner.training) for owner in owners]
     held = [(p, p.grad, p.requires_grad) for p in {id(p): p for p in trained}.values()]
@@ -27,6 +27,8 @@ def surroundings(
         stack.enter_context(kept_random_state())
         stack.enter_context(outside_inference_mode())
         stack.enter_context(torch.enable_grad())
+        if teacher is not None:
+            stack.enter_context(buffers_kept(teacher))
         try:
             for parameter, *_ in held:
                 parameter.requires_grad_()

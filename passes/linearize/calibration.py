@@ -114,6 +114,8 @@ def reference(program: Program, context: PassContext, most_samples: int) -> Refe
                     hint="clean the data first",
                 )
         program.signature.check(flat)
+        if any(0 in tensor.shape for tensor in flat):
+            continue  # nothing is learnt from no sample
         inputs.append([t.detach().clone()[:room] if t.dim() else t for t in flat])
         paired = read.targets is not None
         targets.append(read.targets if paired else _targets(batch, len(context.args)))
@@ -121,7 +123,9 @@ def reference(program: Program, context: PassContext, most_samples: int) -> Refe
         if room <= 0:
             break
     if not inputs:
-        raise InputMismatch("data yields no batch", hint="give at least one, or data=None")
+        raise InputMismatch(
+            "data yields no batch with a sample in it", hint="give at least one, or data=None"
+        )
     return Reference(module, inputs, targets=targets)
 
 

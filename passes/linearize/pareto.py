@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from graphopt import registry
-from graphopt.batches import read_batch
+from graphopt.batches import check_data, read_batch
 from graphopt.budget import Budget
 from graphopt.errors import (
     BudgetInfeasible,
@@ -108,6 +108,7 @@ def sweep(
     for name in protocols:
         read_protocol(name)
     read_network(network)
+    check_data(data)
     plans = [
         each
         for option, budget in itertools.product(options, budgets)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import graphopt
-from graphopt.private import comparisons
+from graphopt.private import comparisons, simulate
 from tests.private.nets import build
 
 
@@ -44,3 +44,29 @@ def test_shared_modules_and_emitted_ones_count_each_call() -> None:
     emitted = graphopt.capture(model, (x,)).emit()
     for module in (model, emitted):
         assert sorted(comparisons(module, x).values()) == [2, 5]
+
+
+def test_a_model_that_counts_its_calls_is_left_as_it_is() -> None:
+    class Counting(nn.Module):
+        calls: torch.Tensor
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(3, 5)
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.calls.add_(1)
+            return F.relu(self.layer(x)) * self.calls
+
+    x = torch.randn(4, 3)
+    for kind in (Counting(), graphopt.capture(Counting(), (x,)).emit()):
+        assert sum(comparisons(kind, x).values()) == 5
+        assert float(kind.get_buffer("calls")) == 0
+    model = Counting()
+    simulation = simulate(model, (x,), truncated_bits=0)
+    exact, found = simulation.exactly(x), simulation(x)
+    assert float(model.calls) == 0
+    want = model(x)
+    assert torch.equal(exact, want)
+    assert torch.equal(found, want)

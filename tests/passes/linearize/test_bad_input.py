@@ -16,8 +16,10 @@ from graphopt.errors import (
     InputMismatch,
     NonFiniteError,
     UnsupportedError,
+    UsageError,
     VerificationError,
 )
+from graphopt.passes.linearize import sweep
 from graphopt.private import comparisons
 from tests.passes.linearize.nets import Net, cnn, drawn, linearized, mlp, section
 
@@ -54,9 +56,22 @@ def test_data_of_another_shape(data: list[Tensor]) -> None:
     assert "input" in str(refusal(InputMismatch, cnn(), images, data=data))
 
 
-@pytest.mark.parametrize("data", [[], iter(())])
+@pytest.mark.parametrize("data", [[], iter(()), [vectors[:0]]])
 def test_no_batch(data: Any) -> None:
     refusal(InputMismatch, mlp(), vectors, data=data)
+
+
+def test_a_batch_without_samples_counts_for_nothing() -> None:
+    model = mlp()
+    module, twin = (linearized(model, vectors, data=d) for d in ([vectors[:0], vectors], [vectors]))
+    assert torch.equal(module(vectors), twin(vectors))
+
+
+def test_data_that_is_none() -> None:
+    data: Any = 5
+    assert "int" in str(refusal(UsageError, mlp(), vectors, data=data))
+    with pytest.raises(UsageError, match="int"):
+        sweep(mlp(), (vectors,), data=data)
 
 
 def test_data_of_another_type() -> None:

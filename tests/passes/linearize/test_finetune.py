@@ -192,6 +192,28 @@ def test_two_inputs_without_labels() -> None:
     assert sum(c.examples for c in report.change.classes) == 16
 
 
+def test_a_teacher_that_counts_its_calls_is_left_as_it_is() -> None:
+    class Counting(nn.Module):
+        calls: Tensor
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.head = nn.Linear(4, 8), nn.Linear(8, 3)
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls.add_(1)
+            return self.head(torch.relu(self.layer(x)))
+
+    torch.manual_seed(0)
+    source = Counting()
+    batches = [drawn(16, 4, seed=s) for s in range(3)]
+    module = linearized(source, batches[0])
+    quiet(module, batches, teacher=source, steps=2)
+    assert float(source.calls) == 0
+    assert float(module.get_buffer("calls")) == 2
+
+
 def test_an_error_leaves_the_weights(source: nn.Module, small: nn.Module) -> None:
     student = copy.deepcopy(small)
     before = state(student)
