@@ -143,7 +143,7 @@ def datafree(subject: Subject) -> Iterator[tuple[str, int, float]]:
 
 def tuned(subject: Subject) -> Iterator[tuple[str, int, float]]:
     """Rows after distillation."""
-    for select in ("fisher", "random"):
+    for select in ("fisher", "autorep", "random"):
         for percent in BUDGETS:
             options = f"replacement=affine,select={select}"
             found = subject.linearized(percent, options, [subject.images])
