@@ -28,6 +28,7 @@ from graphopt.errors import (
 )
 from graphopt.ir.capture import capture
 from graphopt.ir.program import Program
+from graphopt.ir.randomness import kept_random_state
 from graphopt.ir.untouched import outside_inference_mode
 from graphopt.passes.linearize.latency import priced
 from graphopt.passes.linearize.linearize import Linearize
@@ -112,7 +113,7 @@ def sweep(
         for option, budget in itertools.product(options, budgets)
         for each in _plans(option, budget, protocols, network)
     ]
-    with outside_inference_mode():
+    with outside_inference_mode(), kept_random_state():
         source = _copied(model)
         args, kwargs = tuple(example_inputs), dict(example_kwargs or {})
         progress("capturing the model")
