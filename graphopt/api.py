@@ -33,6 +33,7 @@ from graphopt.errors import (
 from graphopt.instruments import Instrument, Verify
 from graphopt.ir import capture as _capture
 from graphopt.ir.mode import in_modes_of
+from graphopt.ir.randomness import kept_random_state
 from graphopt.ir.untouched import outside_inference_mode
 from graphopt.pipeline import Pass, PassContext, Pipeline, Progress, silent
 from graphopt.report import Report
@@ -57,18 +58,21 @@ CAPTURE_TOLERANCE = 1e-5
 """Allowed relative difference between the source model and its captured form."""
 
 
-def _outside_inference_mode(door: Callable[_P, _T]) -> Callable[_P, _T]:
-    """Run a door outside of the caller's inference mode, the copy of the model included."""
+def _isolated(door: Callable[_P, _T]) -> Callable[_P, _T]:
+    """Run a door outside of the caller's inference mode, and keep the random states.
+
+    The copy of the model is made inside too; a DataLoader draws a seed whenever it is read.
+    """
 
     @functools.wraps(door)
     def wrapped(*args: _P.args, **kwargs: _P.kwargs) -> _T:
-        with outside_inference_mode():
+        with outside_inference_mode(), kept_random_state():
             return door(*args, **kwargs)
 
     return wrapped
 
 
-@_outside_inference_mode
+@_isolated
 def capture(
     model: nn.Module,
     args: Sequence[Any] = (),
@@ -98,7 +102,7 @@ def capture(
     return _captured(model, positional, keywords, dynamic)
 
 
-@_outside_inference_mode
+@_isolated
 def optimize(
     model: nn.Module,
     budget: Budget | str | Mapping[str, Any] | None = None,
@@ -188,7 +192,7 @@ def optimize(
     return _emit(program, model, wanted)
 
 
-@_outside_inference_mode
+@_isolated
 def explain(
     model: nn.Module,
     example_inputs: Sequence[Any] = (),
@@ -241,7 +245,7 @@ def explain(
     )
 
 
-@_outside_inference_mode
+@_isolated
 def frontier(
     model: nn.Module,
     example_inputs: Sequence[Any] = (),

@@ -114,7 +114,7 @@ def sweep(
         for option, budget in itertools.product(options, budgets)
         for each in _plans(option, budget, protocols, network)
     ]
-    with outside_inference_mode():
+    with outside_inference_mode(), kept_random_state():
         source = _copied(model)
         args, kwargs = tuple(example_inputs), dict(example_kwargs or {})
         progress("capturing the model")

@@ -528,3 +528,28 @@ def test_public_coefficients_of_a_square_take_no_secret_shift(
     )
     assert after.rounds <= before.rounds
     assert after.bytes <= before.bytes
+
+
+class Tokens(nn.Module):
+    """Attention over tokens by ReLUs of centred scores: rows of equal tokens are rounding noise."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(50, 8), nn.Linear(8, 3)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embedding(ids)
+        scores = 9.0 * x @ x.transpose(1, 2)
+        weights = (scores - scores.mean(-1, keepdim=True)).relu()
+        weights = weights / (weights.sum(-1, keepdim=True) + 1e-6)
+        return self.head(weights @ x)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_tokens_are_compared_on_all_of_their_table(seed: int) -> None:
+    torch.manual_seed(seed)
+    ids = torch.randint(0, 50, (64, 5))
+    model = Tokens().eval()
+    view = graphopt.capture(model, (ids,)).emit().folded()
+    with torch.no_grad():
+        assert float((view(ids) - model(ids)).abs().max()) < 1e-4

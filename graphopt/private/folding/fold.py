@@ -58,7 +58,7 @@ def folded(
     pays = costs.in_products if protocol is None else costs.under(protocol)
     source = _plain(program)
     signature = program.eval_signature or program.signature
-    inputs = inputs_like(signature)
+    inputs = inputs_like(signature, source.graph)
     view = refreshed(emit(_rewritten(source, pays, tuple(public)), program))
     exact = emit(_rewritten(source, pays, tuple(public)), program, double=True)
     check_exact(source, exact.module, inputs)

@@ -15,6 +15,8 @@ from graphopt.ir.randomness import kept_random_state
 from graphopt.ir.signature import Signature
 from graphopt.ir.untouched import autocast_off
 
+aten = torch.ops.aten
+
 EXACT = 1e-10
 """Largest error in float64, relative to the largest magnitude of an output."""
 ROUNDED = {torch.float64: EXACT, torch.float32: 1e-5, torch.bfloat16: 5e-2, torch.float16: 5e-3}
@@ -22,17 +24,48 @@ ROUNDED = {torch.float64: EXACT, torch.float32: 1e-5, torch.bfloat16: 5e-2, torc
 _TIMES = 4.0
 
 
-def inputs_like(signature: Signature) -> list[Tensor]:
-    """Random inputs of the example's shapes: normal ones, and zeros and ones for integers."""
+# Calls that hand integers on as they are.
+_HANDING_ON = {
+    aten._to_copy, aten.to, aten.clone, aten.contiguous, aten.detach, aten.view, aten.reshape,
+    aten.slice, aten.select, aten.unsqueeze, aten.squeeze, aten.flatten, aten.expand,
+    aten.transpose, aten.permute,
+}  # fmt: skip
+
+
+def inputs_like(signature: Signature, graph: fx.Graph) -> list[Tensor]:
+    """Random inputs of the example's shapes: normal ones, and integers.
+
+    Integers are below the rows of each embedding that reads them, so that few are equal; else zeros
+    and ones.
+    """
     generator = torch.Generator().manual_seed(0)
     result = []
-    for leaf in signature.inputs:
+    for leaf, node in zip(signature.inputs, graph.find_nodes(op="placeholder"), strict=True):
         if leaf.dtype.is_floating_point:
             drawn = torch.randn(leaf.shape, generator=generator, dtype=torch.float64)
         else:
-            drawn = torch.randint(0, 2, leaf.shape, generator=generator)
+            most = 2 if leaf.dtype is torch.bool else min(_rows(node), default=2)
+            drawn = torch.randint(0, most, leaf.shape, generator=generator)
         result.append(drawn.to(leaf.dtype).to(leaf.device))
     return result
+
+
+def _rows(ids: fx.Node) -> list[int]:
+    """Rows of each table that integers are looked up in; 2 where they go anywhere else."""
+    found, stack = [], [ids]
+    while stack:
+        node = stack.pop()
+        for user in node.users:
+            packet = getattr(user.target, "overloadpacket", None)
+            if packet in _HANDING_ON:
+                stack.append(user)
+            elif packet is aten.embedding and user.args[1] is node:
+                table = user.args[0]
+                assert isinstance(table, fx.Node)
+                found.append(int(table.meta["val"].shape[0]))
+            elif user.op == "call_function" and "sym_size" not in str(user.target):
+                found.append(2)
+    return found
 
 
 def check_exact(source: fx.GraphModule, view: fx.GraphModule, inputs: Sequence[Tensor]) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import graphopt
 from graphopt.errors import (
@@ -65,6 +66,15 @@ def test_a_batch_without_samples_counts_for_nothing() -> None:
     model = mlp()
     module, twin = (linearized(model, vectors, data=d) for d in ([vectors[:0], vectors], [vectors]))
     assert torch.equal(module(vectors), twin(vectors))
+
+
+def test_a_shuffling_loader_leaves_the_generator_alone() -> None:
+    loader = DataLoader(TensorDataset(vectors, torch.zeros(20)), batch_size=5, shuffle=True)
+    model = mlp()
+    before = torch.get_rng_state()
+    linearized(model, vectors, data=loader)
+    sweep(model, (vectors,), data=loader, budgets=("50%",), options=("replacement=affine",))
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_data_that_is_none() -> None:
