@@ -18,10 +18,11 @@ transformers: Any = pytest.importorskip("transformers")
 IDS = torch.randint(1, 50, (2, 7), generator=torch.Generator().manual_seed(0))
 
 
-def llama() -> tuple[nn.Module, dict[str, Any]]:
+def llama(attention: str = "sdpa") -> tuple[nn.Module, dict[str, Any]]:
     config = transformers.LlamaConfig(
         vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
         num_key_value_heads=1, intermediate_size=24, bos_token_id=1, eos_token_id=2,
+        attn_implementation=attention,
     )  # fmt: skip
     return transformers.LlamaForCausalLM(config), {"input_ids": IDS, "labels": IDS}
 
@@ -34,7 +35,11 @@ def t5() -> tuple[nn.Module, dict[str, Any]]:
     return transformers.T5ForConditionalGeneration(config), {"input_ids": IDS, "labels": IDS}
 
 
-MODELS = {"llama": llama, "t5": t5}
+def llama_eager() -> tuple[nn.Module, dict[str, Any]]:
+    return llama("eager")
+
+
+MODELS = {"llama": llama, "llama_eager": llama_eager, "t5": t5}
 
 
 @pytest.fixture(scope="module", params=MODELS)
@@ -73,7 +78,13 @@ def test_modes_outputs_and_gradients(case: Any) -> None:
         assert list(got) == list(want)
         assert type(got.past_key_values) is type(want.past_key_values)
         torch.testing.assert_close(leaves(got), leaves(want), rtol=0, atol=0)
-        torch.testing.assert_close(got_grads, want_grads, rtol=0, atol=0)
+        # Traced, transformers repeats keys for the one op; run, it lets the op do that, whose
+        # gradients are added up in another order on some processors.
+        same_ops = model.config._attn_implementation != "sdpa" or not hasattr(
+            model.config, "num_key_value_heads"
+        )
+        rounding = {"rtol": 0, "atol": 0} if same_ops else {"rtol": 1e-5, "atol": 1e-7}
+        torch.testing.assert_close(got_grads, want_grads, **rounding)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
