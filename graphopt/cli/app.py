@@ -94,6 +94,15 @@ def model_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return wrapped
 
 
+network_option = click.option(
+    "--network",
+    default="lan",
+    show_default=True,
+    metavar="NAME",
+    help="lan, wan, or bandwidth,rtt in bit/s and seconds.",
+)
+
+
 def planning_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Options of every command that plans."""
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from graphopt.cli.app import common
+from graphopt.cli.app import common, network_option
 from graphopt.cli.console import message, progress, show, show_json
 from graphopt.cli.models import load_model
 
@@ -25,13 +25,7 @@ from graphopt.cli.models import load_model
     metavar="NAME",
     help="crypten; cheetah, semi2k, aby3 (spu); gc, ckks (none).  Default: the engine's first.",
 )
-@click.option(
-    "--network",
-    default="lan",
-    show_default=True,
-    metavar="NAME",
-    help="lan, wan, or bandwidth,rtt in bit/s and seconds.",
-)
+@network_option
 @click.option(
     "--weights",
     type=click.Choice(["secret", "public"]),

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from graphopt.cli.app import common, model_options
+from graphopt.cli.app import common, model_options, network_option
 from graphopt.cli.console import message, progress, show, show_json
 from graphopt.cli.models import dynamic_axes, load_model, load_named
 from graphopt.errors import EXIT_INTERRUPTED, EXIT_OK
@@ -38,13 +38,7 @@ _SERVED = "relus"
 @click.option(
     "--protocol", multiple=True, metavar="NAME", help="To price under.  [default: crypten]"
 )
-@click.option(
-    "--network",
-    default="lan",
-    show_default=True,
-    metavar="NAME",
-    help="lan, wan, or bandwidth,rtt in bit/s and seconds.",
-)
+@network_option
 @click.option(
     "--data",
     metavar="NAME",
