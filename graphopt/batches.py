@@ -16,7 +16,7 @@ from graphopt.cost.losses import applied
 from graphopt.errors import GraphoptError, InputMismatch, UsageError, first_line
 from graphopt.pipeline import PassContext
 
-_MOST = 64
+MOST = 64
 """Batches that a pass reads for calibration."""
 
 
@@ -104,7 +104,7 @@ def calibration_batches(context: PassContext) -> list[Batch]:
     """
     if context.data is None:
         return [Batch(context.args, dict(context.kwargs), context.loss)]
-    some = itertools.islice(context.data, _MOST)
+    some = itertools.islice(context.data, MOST)
     found = [read_batch(batch, context.data_loss, len(context.args)) for batch in some]
     if not found:
         raise UsageError(

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from graphopt.batches import read_batch
+from graphopt.batches import MOST, read_batch
 from graphopt.errors import InputMismatch, NonFiniteError, UnsupportedError
 from graphopt.ir.graphs import lookup
 from graphopt.ir.program import Program
@@ -20,7 +20,6 @@ from graphopt.pipeline import PassContext
 aten = torch.ops.aten
 # Samples of noise where there is no data.
 _NOISE_SAMPLES = 256
-_MOST_BATCHES = 64
 # Samples that are differentiated at once: at most so many, and so many elements of all sites.
 _MOST_AT_ONCE, _ELEMENTS_AT_ONCE = 64, 1 << 26
 
@@ -98,7 +97,7 @@ def reference(program: Program, context: PassContext, most_samples: int) -> Refe
     inputs: list[list[Tensor]] = []
     targets: list[Any] = []
     room = most_samples
-    for batch in itertools.islice(context.data, _MOST_BATCHES):
+    for batch in itertools.islice(context.data, MOST):
         read = read_batch(batch, context.data_loss, len(context.args))
         flat = program.signature.flatten_inputs(read.args, read.kwargs)
         for leaf, tensor, example in zip(program.signature.inputs, flat, examples, strict=True):

@@ -90,7 +90,8 @@ class PrivateLatency:
     @cached_property
     def present(self) -> PrivateCost:
         """What the program costs where every site is kept."""
-        return self.of(self.written(()))
+        program = self.written(())
+        return self.before if program is self.program else self.of(program)
 
     def units(self, seconds: float) -> int:
         """Seconds in the solver's unit, rounded up."""

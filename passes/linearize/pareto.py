@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from graphopt import registry
-from graphopt.batches import check_data, read_batch
+from graphopt.batches import MOST, check_data, read_batch
 from graphopt.budget import Budget
 from graphopt.errors import (
     BudgetInfeasible,
@@ -43,8 +43,6 @@ from graphopt.private import protocol as read_protocol
 BUDGETS = ("50%", "25%", "10%", "5%")
 OPTIONS = ("replacement=affine", "replacement=poly2")
 PROTOCOLS = ("crypten",)
-# Batches by which agreement with the source is measured.
-_MOST_BATCHES = 64
 
 Evaluate = Callable[[nn.Module], float]
 
@@ -119,7 +117,7 @@ def sweep(
         args, kwargs = tuple(example_inputs), dict(example_kwargs or {})
         progress("capturing the model")
         program = capture(source, args, kwargs, dynamic=dynamic)
-        batches = None if data is None else list(itertools.islice(data, _MOST_BATCHES))
+        batches = None if data is None else list(itertools.islice(data, MOST))
         context = PassContext(
             args=args, kwargs=kwargs, source=source, data=batches, data_loss=loss,
             time_limit=time_limit, seed=seed, progress=progress,

@@ -187,6 +187,8 @@ class Run:
     def _written(self, chosen: Sequence[Replacement]) -> Program:
         """The program, as far as its cost depends on what is chosen."""
         normalisers = [] if self.softmaxes is None else self.softmaxes.unfitted()
+        if not chosen and not normalisers and self.program is self.source:
+            return self.source
         return linearized(self.program, chosen, {}, normalisers)
 
     @cached_property
