@@ -7,11 +7,13 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import functools
 import inspect
 import json
 import os
 import select
+import signal
 import subprocess
 import tempfile
 from collections.abc import Mapping
@@ -29,6 +31,19 @@ _WORKER = Path(__file__).with_name("worker.py")
 _TIMEOUT = 300.0  # seconds for one answer
 # Options of layers that say where their parameters are made, not what they do
 _PLACES = {"self", "device", "dtype"}
+
+# Parameters whose names differ between transformers 5 and 4.52
+_RENAMED = {
+    "vit": {
+        "vit.layers": "vit.encoder.layer",
+        "attention.q_proj": "attention.attention.query",
+        "attention.k_proj": "attention.attention.key",
+        "attention.v_proj": "attention.attention.value",
+        "attention.o_proj": "attention.output.dense",
+        "mlp.fc1": "intermediate.dense",
+        "mlp.fc2": "output.dense",
+    }
+}
 
 
 class PeerError(Exception):
@@ -50,6 +65,7 @@ class Peer:
     """A process of the other environment that answers requests."""
 
     def __init__(self) -> None:
+        """Start it; its first request imports the tool, which takes seconds."""
         self.folder = tempfile.TemporaryDirectory(prefix="graphopt-peers-")
         self.log = (Path(self.folder.name) / "log").open("w+")
         settings = {n: v for n, v in os.environ.items() if not n.startswith("PYTHON")}
@@ -59,6 +75,7 @@ class Peer:
             stdout=subprocess.PIPE,
             stderr=self.log,
             text=True,
+            start_new_session=True,
             env=settings | {"OMP_NUM_THREADS": settings.get("OMP_NUM_THREADS", "1")},
         )
         atexit.register(self.close)
@@ -82,17 +99,23 @@ class Peer:
         ready, _, _ = select.select([stdout], [], [], _TIMEOUT)
         line = stdout.readline() if ready else ""
         if not line:
+            said = self._said()
             self.close()
-            raise PeerError(f"no answer; the end of its log:\n{self._said()}")
+            raise PeerError(f"no answer; the end of its log:\n{said}")
         answer = json.loads(line)
         if "error" in answer:
             raise PeerError(answer["error"])
         return answer["figures"], load_file(answered)
 
     def close(self) -> None:
-        """End the process."""
-        self.process.kill()
-        self.process.wait()
+        """End the process and its fork; the next request starts another."""
+        atexit.unregister(self.close)
+        peer.cache_clear()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.communicate()
+        self.log.close()
+        self.folder.cleanup()
 
     def _said(self) -> str:
         self.log.seek(0)
@@ -100,8 +123,8 @@ class Peer:
 
 
 @functools.cache
-def peer(family: str = "", rules: str = "") -> Peer:
-    """The process of zennit and captum, or that of a family and a variant of LXT."""
+def peer() -> Peer:
+    """The process that is asked."""
     return Peer()
 
 
@@ -201,7 +224,8 @@ class Lxt:
         config = config_for_4(model.config.to_dict())  # pyright: ignore[reportCallIssue]
         family = config["model_type"].removesuffix("_text")
         kind = type(model).__name__
-        return cls(family, kind, config, model.state_dict(), rules, attention)
+        weights = {_name_for_4(family, n): t for n, t in model.state_dict().items()}
+        return cls(family, kind, config, weights, rules, attention)
 
     def explain(self, inputs: Mapping[str, Tensor], target: Tensor) -> dict[str, Tensor]:
         """LXT's relevance.
@@ -219,20 +243,21 @@ class Lxt:
 
     def cost(
         self, inputs: Mapping[str, Tensor], target: Tensor, *, repeats: int = 9, warmup: int = 2
-    ) -> dict[str, float]:
+    ) -> tuple[dict[str, float], dict[str, Tensor]]:
         """Seconds and bytes of an explanation, beside those of forward and input gradient.
 
         Returns:
             `seconds` and `reference_seconds` (medians), `ratio` (median over the pairs), `peak` and
-            `reference_peak` (allocator bytes above the start, as in graphopt.cost.allocator).
+            `reference_peak` (allocator bytes above the start, as in graphopt.cost.allocator); and
+            the tensors: `relevance`, and the plain `gradient`.
         """
-        return self._ask("lxt_cost", inputs, target, repeats=repeats, warmup=warmup)[0]
+        return self._ask("lxt_cost", inputs, target, repeats=repeats, warmup=warmup)
 
     def _ask(
         self, request: str, inputs: Mapping[str, Tensor], target: Tensor, **options: Any
     ) -> tuple[dict[str, Any], dict[str, Tensor]]:
         weights = {f"weights.{n}": t for n, t in self.weights.items()}
-        return peer(self.family, self.rules).ask(
+        return peer().ask(
             request,
             {**weights, **inputs, "target": target},
             family=self.family,
@@ -262,6 +287,12 @@ def config_for_4(config: Mapping[str, Any]) -> dict[str, Any]:
     if any(kind.get("rope_type", "default") != "default" for kind in kinds):
         raise ValueError(f"rotary embedding of another kind: {rope}")
     return found | _pattern(found.pop("layer_types", None))
+
+
+def _name_for_4(family: str, name: str) -> str:
+    for new, old in _RENAMED.get(family, {}).items():
+        name = name.replace(new, old)
+    return name
 
 
 def _pattern(kinds: list[str] | None) -> dict[str, int]:

@@ -4,8 +4,28 @@ Run as `python -I worker.py` under the environment of `environment.py`; imports 
 A request is one line of JSON on stdin, `{"kind": ..., "tensors": FILE, "answer": FILE, ...}`; the
 answer is one line of JSON on stdout, its tensors are in the safetensors file named `answer`.
 
-LXT patches classes and modules for the whole process, so a process is given to one family and one
-variant by its first request.  What LXT does is written down in `tests/peers/lxt_rules.md`.
+LXT patches classes and modules for the whole process, so every request is answered in a fork.
+
+What LXT 2.1 ("efficient") does, read in its source: gradient times input of a changed forward pass.
+There is no stabiliser in Linear, Conv, Add and products (epsilon = 0), biases take their share and
+keep it, and relevance of position and token type embeddings is not reported.
+
+- Linear, Conv1D, additions, masks, rotary embedding, scaling: their gradient (LRP-0).
+- Activations of an MLP (and BERT's pooler and prediction heads): identity, as y / (x + 1e-10), the
+  1e-10 without sign; so 0 at x = 0, where the limit is f'(0).
+- Layer norm: the standard deviation is a constant, the mean is not (centering is linear); the
+  bias takes its share.  RMS norm: 1 / rms is a constant, in float32 whatever the model's dtype
+  (gemma3: as the model's own forward casts).  Norms of queries and keys (qwen3, gemma3) too.
+- Gated MLP: half to act(gate), half to up; CP: act(gate) is a constant.
+- Attention: both products half and half, that is 1/4 to q, 1/4 to k, 1/2 to v (after rotation and
+  norm of q and k, before heads are repeated); the softmax has its gradient.  CP: q and k are
+  constants.  Eager and sdpa give the same; dropout is off.
+- The output explained is the logit itself.  What follows from a softcap or another activation
+  outside of the classes patched (gemma3's final_logit_softcapping) has its plain gradient.
+
+llama, qwen2, qwen3, gemma3, gpt2 have both variants (gpt2: CP differs in attention alone); bert has
+AttnLRP alone, in a copy of an older modeling_bert that replaces the module's names; the ViT
+it knows is torchvision's (CP attention), so transformers' ViT has a map of our own here.
 """
 
 from __future__ import annotations
@@ -13,6 +33,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import importlib
+import inspect
 import json
 import os
 import statistics
@@ -134,12 +155,10 @@ def vit_map(attention: Patch | None = None) -> dict[Any, Patch]:
 class Patched:
     """LXT's patches of one family, which can be switched off for a plain run in between."""
 
-    now: Patched | None = None
-
-    def __init__(self, family: str, rules: str) -> None:
+    def __init__(self, request: Request) -> None:
         from lxt.efficient import monkey_patch, patches
 
-        self.name = (family, rules)
+        family, rules = request["family"], request["rules"]
         self.modeling = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
         if family == "vit":
             targets = vit_map(patches.patch_cp_attention if rules == "cp" else None)
@@ -175,16 +194,6 @@ class Patched:
         finally:
             self.switch(on=True)
 
-    @classmethod
-    def of(cls, request: Request) -> Patched:
-        """The patches of this process: made at the first request, the same at all others."""
-        wanted = (request["family"], request["rules"])
-        if cls.now is None:
-            cls.now = cls(*wanted)
-        if cls.now.name != wanted:
-            raise RuntimeError(f"this process is patched for {cls.now.name}, not for {wanted}")
-        return cls.now
-
     def build(self, request: Request, tensors: Tensors) -> nn.Module:
         """A model of transformers from its configuration and its weights, in eval mode, frozen."""
         kind = getattr(self.modeling, request["class"])
@@ -198,6 +207,8 @@ class Patched:
         if unexpected or set(missing) - tied:
             raise RuntimeError(f"weights: missing {missing}, unexpected {unexpected}")
         model.tie_weights()
+        if model.config._attn_implementation != request["attention"]:
+            raise RuntimeError(f"attention is {model.config._attn_implementation}")
         return model.eval().requires_grad_(False)
 
 
@@ -218,7 +229,7 @@ class Explained:
         self.name = next(n for n in ("inputs_embeds", "pixel_values") if n in rest)
         self.x = rest.pop(self.name).requires_grad_()
         self.keywords: dict[str, Any] = rest
-        if hasattr(model.config, "use_cache"):
+        if "use_cache" in inspect.signature(model.forward).parameters:
             self.keywords["use_cache"] = False
 
     def run(self) -> tuple[Tensor, Tensor]:
@@ -238,7 +249,7 @@ class Explained:
 
 def lxt(request: Request, tensors: Tensors) -> Answer:
     """LXT's relevance at the (embedded) inputs of a model."""
-    model = Patched.of(request).build(request, tensors)
+    model = Patched(request).build(request, tensors)
     explained = Explained(model, tensors, request["output"])
     output, gradient = explained.run()
     x = explained.x
@@ -248,10 +259,10 @@ def lxt(request: Request, tensors: Tensors) -> Answer:
 def lxt_cost(request: Request, tensors: Tensors) -> Answer:
     """Seconds and bytes of LXT's relevance, beside those of the plain forward and input gradient.
 
-    Both run in turns; the ratio is the median over the turns.  `peak` bytes are the allocator's
-    above the start, as `graphopt.cost.allocator.trace_memory` has them.
+    Both run in turns, and their tensors come back; the ratio is the median over the turns.  `peak`
+    is the allocator's bytes above the start, as graphopt.cost.allocator.trace_memory has them.
     """
-    patched = Patched.of(request)
+    patched = Patched(request)
     model = patched.build(request, tensors)
     explained = Explained(model, tensors, request["output"])
     with patched.off():
@@ -266,6 +277,7 @@ def lxt_cost(request: Request, tensors: Tensors) -> Answer:
     own_peak = peak(explained.relevance)
     with patched.off():
         reference_peak = peak(plain.gradient)
+        gradient = plain.gradient()
     own_times, reference_times = zip(*times, strict=True)
     figures = {
         "seconds": statistics.median(own_times),
@@ -275,7 +287,7 @@ def lxt_cost(request: Request, tensors: Tensors) -> Answer:
         "reference_peak": reference_peak,
         "threads": torch.get_num_threads(),
     }
-    return figures, {}
+    return figures, {"relevance": explained.relevance(), "gradient": gradient}
 
 
 def seconds(call: Callable[[], object]) -> float:
@@ -312,12 +324,18 @@ def peak(call: Callable[[], object]) -> int:
 # ---- requests ------------------------------------------------------------------------------------
 
 KINDS = {"zennit": zennit, "captum": captum, "lxt": lxt, "lxt_cost": lxt_cost}
+# What is imported before the fork, so that it is imported once
+PRELOADED = {
+    "zennit": ("zennit",),
+    "captum": ("captum.attr",),
+    "lxt": ("lxt.efficient", "transformers.models.vit.modeling_vit"),
+}
 
 
 def answer(request: Request) -> dict[str, Any]:
     """Answer one request; what fails is told, not raised."""
     try:
-        tensors = load_file(request["tensors"]) if "tensors" in request else {}
+        tensors = load_file(request["tensors"])
         figures, found = KINDS[request["kind"]](request, tensors)
         save_file({n: t.detach().contiguous().clone() for n, t in found.items()}, request["answer"])
         return {"figures": figures}
@@ -326,13 +344,23 @@ def answer(request: Request) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Answer until stdin ends."""
+    """Answer until stdin ends, each request in a fork: what LXT patches is patched there alone."""
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print is no answer
     for line in sys.stdin:
-        replies.write(json.dumps(answer(json.loads(line))) + "\n")
-        replies.flush()
+        request = json.loads(line)
+        for name in PRELOADED[request["kind"].split("_")[0]]:
+            importlib.import_module(name)
+        child = os.fork()
+        if child == 0:
+            replies.write(json.dumps(answer(request)) + "\n")
+            replies.flush()
+            os._exit(0)
+        _, status = os.waitpid(child, 0)
+        if status:
+            replies.write(json.dumps({"error": f"the process ended with {status}"}) + "\n")
+            replies.flush()
 
 
 if __name__ == "__main__":
