@@ -195,7 +195,7 @@ def test_the_peak_is_the_allocators() -> None:
         return found
 
     step()
-    assert figures["reference_peak"] == pytest.approx(trace_memory(step).peak, rel=0.1)
+    assert figures["reference_peak"] == pytest.approx(trace_memory(step).peak, rel=0.01)
 
 
 @needs_peers
