@@ -40,7 +40,6 @@ from graphopt.report import Report
 from graphopt.requests import (
     check_model,
     check_options,
-    option_names,
     read_budget,
     read_inputs,
     read_loss,
@@ -198,10 +197,12 @@ def explain(
     example_inputs: Sequence[Any] = (),
     *,
     example_kwargs: Mapping[str, Any] | None = None,
-    composite: str = "cp-lrp",
+    composite: Any = "cp-lrp",
     target: Any = "argmax",
     attribute: Sequence[str] = ("inputs",),
     memory_budget: Any = None,
+    emitter: str = "auto",
+    progress: Progress = silent,
 ) -> nn.Module:
     """Make a module that says which inputs an output of ``model`` rests on.
 
@@ -214,6 +215,9 @@ def explain(
             gives one value per batch element.
         attribute: What gets a relevance: ``"inputs"``, or names of parameters and nodes.
         memory_budget: Peak memory of an explanation, as in a budget.
+        emitter: ``"auto"`` hands quotients ``R / x`` on where that is exact, ``"explicit"`` hands
+            relevance itself on everywhere.
+        progress: Told what goes on.
 
     Returns:
         A module that takes what ``model`` takes and returns an explanation.
@@ -222,26 +226,28 @@ def explain(
         UnsupportedError: No installed pass makes explanations.
         CaptureError: The model can't be captured.
     """
-    servers = registry.serving("explanation")
-    if not servers:
+    explainers = [cls for cls in registry.serving("explanation") if hasattr(cls, "explain")]
+    if not explainers:
         raise UnsupportedError(
             "no installed pass makes explanations",
             hint="`graphopt passes` lists what is installed",
         )
-    options = {
-        "composite": composite,
-        "target": target,
-        "attribute": tuple(attribute),
-        "memory": memory_budget,
-    }
-    first, *_ = servers
-    pass_ = first(**{k: v for k, v in options.items() if k in option_names(first)})
-    return optimize(
-        model,
-        None,
-        example_inputs,
-        example_kwargs=example_kwargs,
-        passes=[*registry.choose(Budget()).passes, pass_],
+    args, kwargs = read_inputs(example_inputs, example_kwargs)
+    check_model(model, args, kwargs)
+    progress("capturing the model")
+    source = copied(model)
+    program = _captured(source, args, kwargs, "batch")
+    context = PassContext(args=args, kwargs=kwargs, source=source, progress=progress)
+    program = registry.choose(Budget()).run(program, context)
+    first: Any = explainers[0]
+    return first().explain(
+        program,
+        context,
+        composite=composite,
+        target=target,
+        attribute=tuple(attribute),
+        memory_budget=memory_budget,
+        emitter=emitter,
     )
 
 

@@ -245,9 +245,9 @@ BAD: dict[str, tuple[type[Exception], str, Callable[[], Any]]] = {
         lambda: graphopt.optimize(Log(), example_inputs=(X,)),
     ),
     "explain": (
-        errors.UnsupportedError,
-        "explanations",
-        lambda: graphopt.explain(Net(), (X,)),
+        errors.UsageError,
+        "cp-lrp",
+        lambda: graphopt.explain(Net(), (X,), composite="cp-lpr"),
     ),
     "no file": (errors.GraphoptError, "", lambda: graphopt.load("does-not-exist.graphopt")),
 }

@@ -294,7 +294,7 @@ def bind(
         flat += leaves
         trees.append(tree)
         parameters.append(parameter)
-        paths += _leaf_paths(tree, name)
+        paths += leaf_paths(tree, name)
     inputs = tuple(
         Leaf(
             name,
@@ -310,11 +310,12 @@ def bind(
     return Signature(tuple(parameters), tuple(trees), LEAF, inputs, passed=passed), flat
 
 
-def _leaf_paths(tree: Tree, path: str) -> list[str]:
+def leaf_paths(tree: Tree, path: str) -> list[str]:
+    """Where each leaf of a tree stands, such as ``output.hidden[0]``."""
     if tree.kind == "leaf":
         return [path]
     pairs = zip(tree.children, tree.keys(), strict=True) if tree.children else ()
-    return [leaf for child, key in pairs for leaf in _leaf_paths(child, path + key)]
+    return [leaf for child, key in pairs for leaf in leaf_paths(child, path + key)]
 
 
 def _placeholder_names(paths: Sequence[str]) -> list[str]:

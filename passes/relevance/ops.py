@@ -1,0 +1,177 @@
+"""A forward graph as the list of operations that rules are about.
+
+An `Op` is one call, or a region of calls that means one operator: the seven calls of a written-out
+GELU are one activation.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from graphopt.errors import UnsupportedError
+from graphopt.passes.relevance import families
+from graphopt.passes.relevance.families import Family, Spec
+
+Lookup = Callable[[fx.Node], Any]
+
+
+@dataclass(frozen=True, eq=False)
+class Op:
+    """One operation through which relevance may pass.
+
+    Attributes:
+        nodes: Its calls in order; the last one gives the result.
+        family: What it means.
+        operands: What it reads that carries relevance, without repetition.
+        constants: Floating tensors that it reads and that don't carry relevance.
+        spec: What is known of the (last) call.
+    """
+
+    nodes: tuple[fx.Node, ...]
+    family: Family
+    operands: tuple[fx.Node, ...]
+    constants: tuple[fx.Node, ...]
+    spec: Spec
+
+    @property
+    def node(self) -> fx.Node:
+        """The call that gives the result."""
+        return self.nodes[-1]
+
+    @property
+    def name(self) -> str:
+        """Name of the operator, or of the region's last one."""
+        return families.op_name(self.node)
+
+    @property
+    def is_region(self) -> bool:
+        """Whether several calls mean one operator."""
+        return len(self.nodes) > 1
+
+    def run(self, lookup: Lookup) -> Any:
+        """The result, given what the operation reads."""
+        inner: dict[fx.Node, Any] = {}
+        for node in self.nodes:
+            args, kwargs = fx.map_arg(
+                (node.args, node.kwargs), lambda n: inner[n] if n in inner else lookup(n)
+            )
+            inner[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+        return inner[self.node]
+
+    def argument(self, place: int | None) -> Any:
+        """What stands at a place of the (last) call, or None."""
+        if place is None:
+            return None
+        if place < len(self.node.args):
+            return self.node.args[place]
+        target: Any = self.node.target
+        arguments = target._schema.arguments if isinstance(target, torch._ops.OpOverload) else []
+        return self.node.kwargs.get(arguments[place].name) if place < len(arguments) else None
+
+
+def is_floating(value: Any) -> bool:
+    """Whether a fake value is a floating tensor, or holds one."""
+    if isinstance(value, torch.Tensor):
+        return value.is_floating_point()
+    return isinstance(value, tuple | list) and any(is_floating(v) for v in value)
+
+
+def carrying(graph: fx.Graph, sources: Iterable[fx.Node]) -> set[fx.Node]:
+    """The floating values that depend on one of the sources through floating values."""
+    found = set(sources)
+    for node in graph.nodes:
+        reached = any(source in found for source in node.all_input_nodes)
+        if reached and node.op == "call_function" and is_floating(node.meta.get("val")):
+            found.add(node)
+    return found
+
+
+def wanted(outputs: Iterable[fx.Node], inside: set[fx.Node]) -> set[fx.Node]:
+    """The values among ``inside`` on which one of the outputs depends."""
+    found: set[fx.Node] = set()
+    stack = [node for node in outputs if node in inside]
+    while stack:
+        node = stack.pop()
+        if node not in found:
+            found.add(node)
+            stack += [source for source in node.all_input_nodes if source in inside]
+    return found
+
+
+def operations(
+    graph: fx.Graph, inside: set[fx.Node], regions: Mapping[fx.Node, tuple[fx.Node, ...]]
+) -> Iterator[Op]:
+    """The operations on carrying values, in the graph's order.
+
+    Args:
+        graph: The forward graph.
+        inside: The carrying values.
+        regions: Calls that mean one operator, by their last.
+
+    Raises:
+        UnsupportedError: An operator without a rule; says where, and which one is close.
+    """
+    inner = {node for nodes in regions.values() for node in nodes[:-1]}
+    for node in graph.nodes:
+        if node.op != "call_function" or node not in inside or node in inner:
+            continue
+        if not any(source in inside for source in node.all_input_nodes):
+            continue  # a source
+        yield operation(node, inside, regions.get(node, (node,)))
+
+
+def operation(node: fx.Node, inside: set[fx.Node], nodes: tuple[fx.Node, ...]) -> Op:
+    """One call, or a region that ends with it."""
+    spec = families.spec_of(node)
+    if spec is None:
+        raise unknown(node)
+    read = dict.fromkeys(s for n in nodes for s in n.all_input_nodes if s not in nodes)
+    operands = tuple(n for n in read if n in inside)
+    constants = tuple(n for n in read if n not in inside and is_floating(n.meta.get("val")))
+    family = Family.ACTIVATION if len(nodes) > 1 else _family(node, spec, operands)
+    return Op(nodes, family, operands, constants, spec)
+
+
+def _family(node: fx.Node, spec: Spec, operands: tuple[fx.Node, ...]) -> Family:
+    """The family, given which operands carry: a product with a constant is linear."""
+    name = families.op_name(node)
+    first = node.args[0] if node.args else None
+    if spec.family in (Family.LINEAR, Family.CONV):
+        weight = node.args[spec.weight] if spec.weight is not None else None
+        return Family.PRODUCT if weight in operands else spec.family
+    if spec.family is Family.PRODUCT:
+        factors = [a for a in node.args[:2] if isinstance(a, fx.Node) and a in operands]
+        if len(factors) == 2:
+            # the square of a value is a function of it
+            same = factors[0] is factors[1] and name not in families.MATRIX
+            return Family.ACTIVATION if same else Family.PRODUCT
+        if name in families.MATRIX or name == "outer":
+            return Family.LINEAR
+        inverse = name in ("div", "divide", "true_divide") and first not in operands
+        return Family.ACTIVATION if inverse else Family.SCALE
+    if spec.family is Family.MAX and name in ("max", "min", "maximum", "minimum", "fmax"):
+        return Family.MAX
+    return spec.family
+
+
+def unknown(node: fx.Node) -> UnsupportedError:
+    """The error for an operator without a rule."""
+    name = families.op_name(node)
+    close = families.nearest(name)
+    hint = "write the model with operators that have a rule"
+    if close is not None:
+        hint = f"the nearest operator with a rule is {close!r} ({families.TABLE[close].family})"
+    return UnsupportedError(
+        f"no rule says how relevance passes through {name!r}", node=node, hint=hint
+    )
+
+
+def is_getitem(node: fx.Node) -> bool:
+    """Whether a call takes one of several results."""
+    return node.target is operator.getitem

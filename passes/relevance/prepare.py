@@ -1,0 +1,104 @@
+"""The forward graph in the form that rules are about: what has no rule is decomposed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils import _pytree as pytree
+
+from graphopt.errors import UnsupportedError
+from graphopt.passes.relevance import families
+from graphopt.passes.relevance.ops import carrying, unknown, wanted
+
+_COPIED = ("stack_trace", "nn_module_stack")
+
+
+def lowered(graph: fx.Graph, outputs: Iterable[fx.Node], sources: Iterable[fx.Node]) -> None:
+    """Decompose what lies between sources and outputs and has no rule; changes the graph.
+
+    Raises:
+        UnsupportedError: A region or an in-place write on the way of relevance, or an operator that
+            neither has a rule nor is made of others.
+    """
+    way = wanted(outputs, carrying(graph, sources))
+    for node in list(graph.nodes):
+        if node.op != "call_function":
+            continue
+        target = node.target
+        writes = isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable
+        if writes and (node in way or _is_state(node.args[0])):
+            raise UnsupportedError(
+                "a value is written in place on the way of relevance",
+                node=node,
+                hint="write the functional form: y = f(x) instead of f_(x)",
+            )
+        if node not in way or families.spec_of(node) is not None:
+            continue
+        if isinstance(target, torch._ops.HigherOrderOperator):
+            raise UnsupportedError(
+                "relevance doesn't pass through regions of control flow yet",
+                node=node,
+                hint="write the branches with torch.where",
+            )
+        decompose(graph, node)
+
+
+def _is_state(node: Any) -> bool:
+    return isinstance(node, fx.Node) and node.op in ("placeholder", "get_attr")
+
+
+def decompose(graph: fx.Graph, node: fx.Node) -> None:
+    """Put what an operator is made of in its place.
+
+    Raises:
+        UnsupportedError: It isn't made of others.
+    """
+    if not isinstance(node.target, torch._ops.OpOverload):
+        raise unknown(node)
+    flat, spec = pytree.tree_flatten((node.args, node.kwargs))
+    places = [i for i, a in enumerate(flat) if isinstance(a, fx.Node)]
+    fakes = [flat[i].meta["val"] for i in places]
+    mode = next(f.fake_mode for f in fakes if isinstance(f, torch.Tensor))
+
+    def call(*given: Any) -> Any:
+        filled = list(flat)
+        for place, value in zip(places, given, strict=True):
+            filled[place] = value
+        args, kwargs = pytree.tree_unflatten(filled, spec)
+        return node.target(*args, **kwargs)  # type: ignore[operator]
+
+    with mode, enable_python_dispatcher(), torch.no_grad():
+        traced = make_fx(call)(*fakes)
+    traced.graph.eliminate_dead_code()
+    inner = [n for n in traced.graph.nodes if n.op == "call_function"]
+    if any(n.target is node.target for n in inner) or not inner:
+        raise unknown(node)
+    _splice(graph, node, traced, [flat[i] for i in places])
+
+
+def _splice(graph: fx.Graph, node: fx.Node, traced: fx.GraphModule, given: list[fx.Node]) -> None:
+    env: dict[fx.Node, Any] = dict(
+        zip(traced.graph.find_nodes(op="placeholder"), given, strict=True)
+    )
+    with graph.inserting_before(node):
+        for inner in traced.graph.nodes:
+            if inner.op == "get_attr":
+                raise unknown(node)
+            if inner.op == "call_function":
+                new = graph.node_copy(inner, env.__getitem__)
+                new.meta |= {k: node.meta[k] for k in _COPIED if k in node.meta}
+                env[inner] = new
+    (result,) = traced.graph.output_node().args
+    if isinstance(result, fx.Node):
+        node.replace_all_uses_with(env[result])
+    else:
+        for user in list(node.users):
+            index: Any = user.args[1]
+            user.replace_all_uses_with(env[result[index]])  # type: ignore[index]
+            graph.erase_node(user)
+    graph.erase_node(node)

@@ -1,0 +1,88 @@
+"""Calls that mean one operator: written-out activations.
+
+A value that comes back to itself through elementwise calls alone,
+
+    0.5 * x * (1 + tanh(0.8 * (x + 0.04 * x ** 3)))      x * sigmoid(x)      x * tanh(softplus(x))
+
+is an elementwise function of ``x``, whatever its formula.  Rules for sums and products would take
+its constants for contributions.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from graphopt.passes.relevance import families
+from graphopt.passes.relevance.families import Family
+
+_SIMPLE = (Family.ACTIVATION, Family.ADD, Family.SCALE, Family.PRODUCT)
+_CASTS = frozenset(
+    {"to", "_to_copy", "type_as", "clone", "contiguous", "alias", "detach", "dropout"}
+)
+
+
+def activations(graph: fx.Graph, inside: set[fx.Node]) -> dict[fx.Node, tuple[fx.Node, ...]]:
+    """Regions with one entry and one exit that are an elementwise function of their entry.
+
+    Args:
+        graph: The forward graph.
+        inside: The carrying values.
+
+    Returns:
+        The calls of each region in order, by the last one.
+    """
+    order = {node: index for index, node in enumerate(graph.nodes)}
+    found: dict[fx.Node, tuple[fx.Node, ...]] = {}
+    for node in graph.nodes:
+        if node not in inside or not _is_elementwise(node, inside):
+            continue
+        members = _closed(node, inside, order)
+        if members is not None:
+            for member in members:
+                found.pop(member, None)  # a part of the larger one
+            found[node] = tuple(sorted(members, key=order.__getitem__))
+    return found
+
+
+def _closed(last: fx.Node, inside: set[fx.Node], order: dict[fx.Node, int]) -> set[fx.Node] | None:
+    """The calls between ``last`` and the nearest value that all of it is made from, or None."""
+    members = {last}
+    open_ = {s for s in last.all_input_nodes if s in inside}
+    if len(open_) < 2:
+        return None
+    while len(open_) > 1:
+        latest = max(open_, key=order.__getitem__)
+        open_.remove(latest)
+        if not _is_elementwise(latest, inside):
+            return None
+        members.add(latest)
+        open_.update(s for s in latest.all_input_nodes if s in inside)
+    closed = all(user in members for m in members if m is not last for user in m.users)
+    (entry,) = open_
+    same = _shape(entry) == _shape(last)
+    return members if closed and same else None
+
+
+def _is_elementwise(node: fx.Node, inside: set[fx.Node]) -> bool:
+    """Whether each element of the result depends on that element of the operands alone."""
+    spec = families.spec_of(node)
+    if node.op != "call_function" or spec is None:
+        return False
+    name = families.op_name(node)
+    if name in families.MATRIX or (spec.family not in _SIMPLE and name not in _CASTS):
+        return False
+    shape = _shape(node)
+    operands = [s for s in node.all_input_nodes if s in inside]
+    constants = [s for s in node.all_input_nodes if s not in inside]
+    return all(_shape(s) == shape for s in operands) and not any(_is_sized(s) for s in constants)
+
+
+def _is_sized(constant: fx.Node) -> bool:
+    value = constant.meta.get("val")
+    return isinstance(value, torch.Tensor) and value.ndim > 0
+
+
+def _shape(node: fx.Node) -> tuple[object, ...] | None:
+    value = node.meta.get("val")
+    return tuple(value.shape) if isinstance(value, torch.Tensor) else None

@@ -1,0 +1,41 @@
+"""Elementwise functions of one value."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from graphopt.passes.relevance.rules.base import Rule
+from graphopt.passes.relevance.site import Site
+
+_PIECEWISE = frozenset({"relu", "leaky_relu", "prelu", "_prelu_kernel", "abs", "positive"})
+"""Functions with ``f(x) = f'(x) x``: their derivative is the quotient."""
+
+
+@dataclass(frozen=True)
+class Identity(Rule):
+    """All relevance goes through an elementwise function: ``R_in = R_out``."""
+
+    name: ClassVar[str] = "identity"
+
+    def propagate(self, site: Site) -> None:
+        """Hand relevance on as it is, or its quotient times ``f(x) / x``."""
+        (operand,) = site.op.operands
+        flow = site.flow
+        if not flow.is_quotient:
+            site.send(operand, flow.tensor, "relevance")
+        elif site.op.name in _PIECEWISE and not site.op.is_region:
+            site.send_all(site.vjp(flow.tensor), only=(operand,))
+        elif site.slope is not None:
+            ratio = slope_through_zero(site.value(operand), site.result, site.slope)
+            site.send(operand, flow.tensor * ratio)
+        else:
+            site.send(operand, site.relevance(), "relevance")
+
+
+def slope_through_zero(value: Tensor, result: Tensor, slope: float) -> Tensor:
+    """``f(x) / x``, and its limit where ``x`` is zero."""
+    return torch.where(value == 0, slope, result / value)

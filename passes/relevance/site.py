@@ -1,0 +1,210 @@
+"""An operation while relevance passes through it: what a rule sees and what it may do."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from graphopt.passes.relevance.flow import Flow, signed
+from graphopt.passes.relevance.ops import Op
+from graphopt.passes.relevance.roles import Role
+
+EPSILON, BIAS, CONSTANTS, PARAMETERS, SOFTMAX = (
+    "epsilon", "bias", "constants", "parameters", "softmax",
+)  # fmt: skip
+
+
+class Site:
+    """One operation of one run.
+
+    Args:
+        run: The `Run` that it is a part of.
+        op: The operation.
+
+    Attributes:
+        op: The operation.
+        flows: What arrives at its results, by position (0 where there is one).
+        prepared: What the rule prepared when the operation ran.
+    """
+
+    def __init__(self, run: Any, op: Op) -> None:
+        self._run = run
+        self.op = op
+        self.flows: dict[int, Flow] = {}
+        self._leaves: dict[fx.Node, Tensor] = {}
+        self._result: Any = None
+        self.prepared: Any = None
+
+    def forward(self) -> Any:
+        """Run the operation; the result is cut off from what it was computed from."""
+        for node in (*self.op.operands, *self.followed):
+            value = self._run.values[node]
+            if isinstance(value, Tensor):
+                self._leaves[node] = value.detach().requires_grad_()
+        with torch.enable_grad():
+            self._result = self.op.run(lambda n: self._leaves.get(n, self._run.values[n]))
+        self.prepared = self.rule.prepare(self)
+        return _detached(self._result)
+
+    @property
+    def rule(self) -> Any:
+        """The `Rule` that was chosen for the operation."""
+        return self._run.plan.rules[self.op]
+
+    @property
+    def followed(self) -> tuple[fx.Node, ...]:
+        """Constants of which the relevance was asked for."""
+        return tuple(n for n in self.op.constants if n in self._run.followed)
+
+    @property
+    def results(self) -> Sequence[Tensor]:
+        """All results."""
+        found = self._run.values[self.op.node]
+        return found if isinstance(found, tuple | list) else (found,)
+
+    @property
+    def result(self) -> Tensor:
+        """The first result."""
+        return self.results[0]
+
+    def value(self, node: fx.Node) -> Tensor:
+        """The tensor that an operand holds."""
+        return self._run.values[node]
+
+    def whole(self, node: fx.Node) -> Any:
+        """The value of anything that the operation reads."""
+        return self._run.values[node]
+
+    def argument(self, place: int | None) -> Any:
+        """The value of an argument of the operation, or None."""
+        found = self.op.argument(place)
+        return fx.map_arg(found, lambda n: self._run.values[n])
+
+    def role(self, operand: fx.Node) -> Role:
+        """What an operand is to a product."""
+        return self._run.roles.of(self.op, operand)
+
+    def factors(self, operand: fx.Node) -> int:
+        """How many values an operand is the product of."""
+        return self._run.roles.factors(operand)
+
+    # --- what arrives -------------------------------------------------------------------------
+
+    @property
+    def flow(self) -> Flow:
+        """What arrives at the first result.
+
+        Raises:
+            KeyError: Nothing does.
+        """
+        return self.flows[0]
+
+    def relevance(self) -> Tensor:
+        """``R`` at the first result."""
+        return self.flow.relevance(self.result)
+
+    def quotient(self) -> Tensor:
+        """``R / z`` at the first result; what would be divided by zero is booked as absorbed."""
+        if self.flow.is_quotient:
+            return self.flow.tensor
+        return self.divided(self.flow.tensor, self.result)
+
+    def divided(self, relevance: Tensor, denominator: Tensor) -> Tensor:
+        """``R / z`` where ``z`` is not zero, else zero; what is lost is booked as absorbed."""
+        zero = denominator == 0
+        self.book(EPSILON, torch.where(zero, relevance, 0))
+        return torch.where(zero, 0, relevance / torch.where(zero, 1, denominator))
+
+    # --- what leaves --------------------------------------------------------------------------
+
+    def vjp(self, cotangent: Tensor | None = None) -> dict[fx.Node, Tensor]:
+        """The product of a cotangent with the operation's Jacobian, for each operand.
+
+        Args:
+            cotangent: Of the shape of the first result; None: all that arrives, whatever its form.
+        """
+        nodes = list(self._leaves)
+        results = self._result if isinstance(self._result, tuple | list) else (self._result,)
+        given = (
+            {i: f.tensor for i, f in self.flows.items()} if cotangent is None else {0: cotangent}
+        )
+        pairs = [(results[i], c) for i, c in given.items() if results[i].requires_grad]
+        if not pairs or not nodes:
+            return {}
+        grads = torch.autograd.grad(
+            [r for r, _ in pairs],
+            [self._leaves[n] for n in nodes],
+            [c for _, c in pairs],
+            allow_unused=True,
+            retain_graph=self._run.keeps_graphs,
+        )
+        return {n: g for n, g in zip(nodes, grads, strict=True) if g is not None}
+
+    def send(self, operand: fx.Node, tensor: Tensor, form: Any = "quotient") -> None:
+        """Hand relevance on to an operand."""
+        self._run.arrive(operand, Flow(tensor, form), self)
+
+    def send_all(self, quotients: Mapping[fx.Node, Tensor], only: Sequence[fx.Node] = ()) -> None:
+        """Hand quotients on to all operands, or to some; followed constants get theirs too."""
+        for node, tensor in quotients.items():
+            if not only or node in only or node in self.followed:
+                self.send(node, tensor)
+
+    def book(self, sink: str, relevance: Tensor) -> None:
+        """Book relevance that stays here; of the shape of the first result."""
+        self._run.ledger.book(self.op, sink, relevance)
+
+    def book_at(self, operand: fx.Node, sink: str, relevance: Tensor) -> None:
+        """Book relevance that stays here; of the shape of an operand."""
+        self._run.ledger.book(self.op, sink, relevance, operand)
+
+    def book_constant(self, node: fx.Node | None, relevance: Tensor) -> None:
+        """Book relevance of a constant: a parameter's where it comes from one."""
+        named = node is not None and node in self._run.parametric
+        self.book(PARAMETERS if named else CONSTANTS, relevance)
+
+    def book_bias(self, bias: Tensor, quotient: Tensor, channel: int) -> None:
+        """Book ``b * c`` where a bias lies along one dimension of the result."""
+        self._run.ledger.book_channels(self.op, BIAS, quotient, bias, channel)
+
+    def constant_part(self) -> Tensor:
+        """The result with zeros for all data: what a sum holds besides its data."""
+        zero = {n: torch.zeros_like(self._run.values[n]) for n in self.op.operands}
+        return self.op.run(lambda n: zero[n] if n in zero else self._run.values[n])
+
+    def stabilised(self, eps: float, mode: str, result: Tensor | None = None) -> Tensor:
+        """``z`` moved away from zero.
+
+        Args:
+            eps: How far.
+            mode: ``rms`` (``eps`` times the root mean square of the row of ``z``), ``sign``
+                (absolute, zero counts as positive), ``unsigned`` (``z + eps``) or ``clip``.
+            result: Another ``z``.
+        """
+        value = self.result if result is None else result
+        if mode == "rms":
+            rows = self._run.rows(self.op)
+            size = value.square().mean(rows, keepdim=True).sqrt()
+            return signed(value, eps * size)
+        if mode == "unsigned":
+            return value + eps
+        if mode == "clip":
+            sign = torch.where(value >= 0, 1.0, -1.0).to(value.dtype)
+            return sign * value.abs().clamp(min=eps)
+        return signed(value, torch.full((), eps, dtype=value.dtype, device=value.device))
+
+    @property
+    def slope(self) -> float | None:
+        """The derivative at zero of an activation that gives zero for zero, else None."""
+        return self._run.plan.slopes.get(self.op)
+
+
+def _detached(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach() if value.is_floating_point() else value
+    if isinstance(value, tuple | list):
+        return type(value)(_detached(v) for v in value)
+    return value
