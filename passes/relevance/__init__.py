@@ -1,0 +1,1 @@
+"""Relevance: where an output comes from."""
