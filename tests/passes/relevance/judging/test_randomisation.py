@@ -184,6 +184,4 @@ def test_what_makes_no_sense_is_refused(
     model: nn.Module, error: type[GraphoptError], match: str, options: dict[str, Any]
 ) -> None:
     with pytest.raises(error, match=match):
-        randomisation_check(
-            **{"model": model, "inputs": X, "attribute": gradient, **options}  # pyright: ignore
-        )
+        randomisation_check(**{"model": model, "inputs": X, "attribute": gradient, **options})
