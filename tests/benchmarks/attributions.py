@@ -16,6 +16,7 @@ from torch import Tensor
 import graphopt
 from graphopt.passes.relevance.judging import leave_one_out
 from tests.benchmarks.faithful_tasks import Task
+from tests.benchmarks.peer_attributions import PEERS
 
 Attribution = Callable[[Task], Tensor]
 
@@ -113,12 +114,8 @@ COMPOSITES = (
     "mamba-lrp", "dynamic",
 )  # fmt: skip
 
-# Peers' tools go here: name -> a function from a task to the relevance, which may well ask another
-# process; one that doesn't support the task's model raises graphopt's UnsupportedError.
-PEERS: dict[str, Attribution] = {}
-
 METHODS: dict[str, Attribution] = {
     **BASIC,
     **{f"ours: {name}": in_parts(composite(name)) for name in COMPOSITES},
-    **PEERS,
+    **{name: in_parts(method) for name, method in PEERS.items()},
 }

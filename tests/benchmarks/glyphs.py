@@ -78,24 +78,16 @@ def _places(count: int, generator: torch.Generator) -> list[tuple[int, int]]:
     return found
 
 
-class GlyphNet(nn.Module):
+def network() -> nn.Sequential:
     """Five convolutions with BatchNorm and ReLU, two max poolings, a mean over places, a layer."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        layers: list[nn.Module] = []
-        c_in = 3
-        for width, pooled in ((16, False), (16, True), (32, False), (32, True), (64, False)):
-            layers += [nn.Conv2d(c_in, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU()]
-            layers += [nn.MaxPool2d(2)] if pooled else []
-            c_in = width
-        self.features = nn.Sequential(*layers)
-        self.pool = nn.AdaptiveAvgPool2d(1)
-        self.head = nn.Linear(c_in, CLASSES)
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        """Scores of the classes."""
-        return self.head(self.pool(self.features(pixels)).flatten(1))
+    layers: list[nn.Module] = []
+    c_in = 3
+    for width, pooled in ((16, False), (16, True), (32, False), (32, True), (64, False)):
+        layers += [nn.Conv2d(c_in, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU()]
+        layers += [nn.MaxPool2d(2)] if pooled else []
+        c_in = width
+    head = nn.Linear(c_in, CLASSES)
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), head)
 
 
 def trained(seed: int = 0, count: int = 4000, epochs: int = 6, batch: int = 64) -> nn.Module:
@@ -103,7 +95,7 @@ def trained(seed: int = 0, count: int = 4000, epochs: int = 6, batch: int = 64) 
     pixels, classes, _ = images(count, seed)
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(seed)
-        net = GlyphNet()
+        net = network()
         generator = torch.Generator().manual_seed(seed)
         steps = epochs * (count // batch)
         optimizer = torch.optim.AdamW(net.parameters(), lr=1e-2, weight_decay=1e-3)
