@@ -77,9 +77,9 @@ def lxt(task: Task, rules: str) -> Tensor:
         old = next(prefix for prefix in names if name.startswith(prefix))
         weights[names[old] + name.removeprefix(old)] = value
     encoder: Any = task.model.encoder
-    config = client.config_for_4(encoder.config.to_dict()) | {
-        "num_labels": task.model.head.out_features
-    }
+    labels = {str(index): str(index) for index in range(task.model.head.out_features)}
+    config = client.config_for_4(encoder.config.to_dict())
+    config |= {"id2label": labels, "label2id": labels}
     asked = client.Lxt(
         "bert", "BertForTokenClassification", config, weights, rules, output="logits"
     )
