@@ -83,7 +83,10 @@ def left_out(task: Task) -> Tensor:
 
 
 def composite(name: str) -> Attribution:
-    """Ours: the relevance of the first argument by a composite of `graphopt.explain`."""
+    """Ours: the relevance of the first argument by a composite of `graphopt.explain`.
+
+    The model is captured anew for each chunk, for the targets belong to the module.
+    """
 
     def attribute(task: Task) -> Tensor:
         module: Any = graphopt.explain(task.model, task.inputs, composite=name, target=task.targets)
