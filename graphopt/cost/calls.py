@@ -9,7 +9,7 @@ are zero (valid as indices), and strides are as in the graph.
 from __future__ import annotations
 
 from collections.abc import Hashable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -86,7 +86,7 @@ class Call:
     def synthesize(self) -> tuple[list[Any], dict[str, Any]]:
         """Fresh arguments for the call; an argument given twice is one tensor."""
         built: dict[int, torch.Tensor] = {}
-        args = [_build(arg, built) for arg in self.args]
+        args = [_build(_placed(self.target, i, arg), built) for i, arg in enumerate(self.args)]
         if self.target in _WITH_WORKSPACE:
             args[-1] = _rnn_workspace(args)
         return args, {name: _build(value, built) for name, value in self.kwargs}
@@ -99,6 +99,23 @@ _WITH_WORKSPACE = {
     for op in (getattr(torch.ops.aten, "mkldnn_rnn_layer_backward", None),)
     if op is not None
 }
+
+
+_READ_BY_HOST = frozenset({"philox_seed", "philox_offset"})
+
+
+def _placed(target: Any, place: int, argument: Any) -> Any:
+    """An argument on the device where the op reads it.
+
+    The backward ops of fused attention read the random state of dropout on the host, where the
+    forward ones leave it; fake values say that it is on the device, and reading that crashes.
+    """
+    if not (isinstance(argument, TensorSpec) and isinstance(target, torch._ops.OpOverload)):
+        return argument
+    on_host = argument.shape == () and argument.dtype == torch.int64
+    if on_host and target._schema.arguments[place].name in _READ_BY_HOST:
+        return replace(argument, device=torch.device("cpu"))
+    return argument
 
 
 def _rnn_workspace(args: list[Any]) -> torch.Tensor:

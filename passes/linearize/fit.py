@@ -27,7 +27,7 @@ def fit_samples(x: Tensor, y: Tensor, degree: int, weights: Tensor | None = None
         Coefficients by rising power, ``[degree + 1, channels]``, float64.
     """
     x, y = x.double(), y.double()
-    w = torch.ones_like(x) if weights is None else weights.double()
+    w = torch.ones_like(x) if weights is None else weights.to(x)
     total = w.sum(1).clamp_min(1.0)
     mean = (w * x).sum(1) / total
     z = x - mean[:, None]

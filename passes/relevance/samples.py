@@ -71,7 +71,7 @@ def _hits(value: Any) -> Tensor | None:
     if isinstance(value, tuple | list):
         value = next((v for v in value if isinstance(v, Tensor) and v.is_floating_point()), None)
     floating = isinstance(value, Tensor) and value.is_floating_point()
-    return value.isnan() if floating else None
+    return value.isnan().cpu() if floating else None
 
 
 def _layout(hits: list[Tensor], samples: int) -> Layout | None:
