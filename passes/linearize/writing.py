@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 
 from graphopt.ir.graphs import assign
@@ -57,15 +58,21 @@ class Writing:
 
     def parameter(self, name: str, value: Tensor) -> fx.Node:
         """Add a parameter."""
-        parameter = nn.Parameter(value)
+        parameter = nn.Parameter(value.to(self._device))
         self.own._parameters[name] = parameter
         return self._attribute(name, parameter)
 
     def tensor(self, name: str, value: Tensor) -> fx.Node:
         """Add a buffer that isn't part of the state."""
-        self.own._buffers[name] = value
+        placed = value.to(self._device)
+        self.own._buffers[name] = placed
         self.own._non_persistent_buffers_set.add(name)
-        return self._attribute(name, value)
+        return self._attribute(name, placed)
+
+    @property
+    def _device(self) -> torch.device:
+        """Where the call's result lies."""
+        return self.node.meta["val"].device
 
     def _attribute(self, name: str, value: Tensor) -> fx.Node:
         path = f"{self.own._path}.{name}"
