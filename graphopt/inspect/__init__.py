@@ -6,6 +6,7 @@ import json
 from typing import TYPE_CHECKING
 
 from graphopt.errors import UnsupportedError, suggest
+from graphopt.inspect.diff import Change, Diff, StateChange, diff
 from graphopt.inspect.document import Document, Mode
 from graphopt.inspect.drawing import dot_text, explorer_form, svg_text
 from graphopt.inspect.live import LiveBytes, live_bytes
@@ -23,12 +24,16 @@ if TYPE_CHECKING:
 __all__ = [
     "FORMATS",
     "SCHEMA_VERSION",
+    "Change",
+    "Diff",
     "Document",
     "LiveBytes",
     "NodeView",
     "ScopeRow",
+    "StateChange",
     "Summary",
     "compare_html",
+    "diff",
     "document",
     "dump",
     "live_bytes",
