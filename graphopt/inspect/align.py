@@ -17,6 +17,7 @@ Among several candidates that of the same name wins.
 from __future__ import annotations
 
 import difflib
+import re
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any
@@ -25,6 +26,7 @@ from graphopt.inspect.entries import Entry
 
 Key = Callable[[Entry], Hashable | None]
 Does = Callable[[Entry], Hashable]
+_IN_PLACE = re.compile(r"(?<=\w)_(?=\.|$)")
 
 
 def align(first: Sequence[Entry], second: Sequence[Entry]) -> dict[str, str]:
@@ -198,8 +200,7 @@ def _does(entry: Entry) -> Hashable:
 
 def _twin(entry: Entry) -> Hashable:
     """The same for an in-place op and its functional twin."""
-    op, dot, overload = entry.target.rpartition(".")
-    return entry.op, f"{op.removesuffix('_')}{dot}{overload}", entry.arguments, entry.phase
+    return entry.op, _IN_PLACE.sub("", entry.target), entry.arguments, entry.phase
 
 
 def _by_state(entry: Entry) -> Hashable | None:

@@ -1,7 +1,7 @@
 """The difference of two programs, node by node.
 
-Nodes are paired by identity (see `graphopt.inspect.align`), so that a renamed node is no change, and
-an inserted one doesn't change those behind it.
+Nodes are paired by identity (see `graphopt.inspect.align`), so that a renamed node is no change,
+and an inserted one doesn't change those behind it.
 """
 
 from __future__ import annotations

@@ -241,9 +241,7 @@ class _Lister:
                 env[node] = self._add(segment, node, env, prefix)
         return []
 
-    def _add(
-        self, segment: Segment, node: fx.Node, env: dict[fx.Node, Any], prefix: str
-    ) -> str:
+    def _add(self, segment: Segment, node: fx.Node, env: dict[fx.Node, Any], prefix: str) -> str:
         graphs = [env[n] for n in node.all_input_nodes if isinstance(env.get(n), fx.GraphModule)]
         inner: list[str] = []
         for graph in () if self.folded else graphs:
