@@ -12,7 +12,7 @@ from __future__ import annotations
 import base64
 import builtins
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +33,8 @@ from graphopt.inspect.text import (
 )
 from graphopt.plain import human_bytes
 
+Notes = Mapping[str, Sequence[str]]
+
 _FUNCTION = {"program": "forward", "joint": "joint", "plan": "step"}
 _RESERVED = {"torch", "operator", "math", "base64", "zlib", "graphopt", "builtins", "sys"}
 _RESERVED |= {"state", "gradients", "STATE", "CONSTANTS", "INPUTS", "TANGENTS", *dir(builtins)}
@@ -40,13 +42,20 @@ _RESERVED |= {*_FUNCTION.values(), "example", "packed", "main"}
 _LARGEST_CONSTANT = 4 << 20
 
 
-def python_text(document: Document) -> str:
+def python_text(
+    document: Document, notes: Notes | None = None, tensors: Notes | None = None
+) -> str:
     """Print a document as a Python file.
+
+    Args:
+        document: The document.
+        notes: Node name -> what passes did there, for the comment of its line.
+        tensors: The same by parameter.
 
     Raises:
         UnsupportedError: Something in the graph has no Python text; names the node.
     """
-    return _Writer(document).file()
+    return _Writer(document, notes or {}, tensors or {}).file()
 
 
 @dataclass
@@ -61,8 +70,10 @@ class _Line:
 class _Writer:
     """Writes one document."""
 
-    def __init__(self, document: Document) -> None:
+    def __init__(self, document: Document, notes: Notes, tensors: Notes) -> None:
         self.document = document
+        self.notes, self.tensors = notes, tensors
+        self.prefix = ""  # of the names of nodes inside of regions
         self.names = Names(_RESERVED)
         self.lines: list[_Line] = []
         self.used: set[str] = set()
@@ -211,7 +222,9 @@ class _Writer:
         inside: dict[fx.Node, Any] = dict(zip(holders, given, strict=True))
         start = len(self.lines)
         self.scope = None
+        outer, self.prefix = self.prefix, f"{self.prefix}{node.name}/"
         results = self._graph(segment, module, inside, depth)
+        self.prefix = outer
         if len(self.lines) == start:
             self.lines.append(_Line(depth, "pass"))
         if isinstance(results, (list, tuple)):
@@ -279,15 +292,18 @@ class _Writer:
             inside = [v for v in saved.saved_by(node) if v.kind == "internal"]
             if inside:
                 notes.append(f"saves {human_bytes(sum(v.bytes for v in inside))} of its own")
-        return one_line(", ".join(notes)) + self._parameter_note(node)
+        text = ", ".join(notes) + self._parameter_note(node)
+        told = self.notes.get(self.prefix + node.name, ())
+        return one_line("; ".join(part for part in (text, *told) if part))
 
     def _parameter_note(self, node: fx.Node) -> str:
         found = []
         for source in node.all_input_nodes:
             slot = self.document.state.get(str(source.target)) if source.op == "get_attr" else None
             if slot is not None:
-                found.append(f"{slot.name} {tensor_type(slot.shape, slot.dtype)}")
-        return one_line(f" <- {', '.join(found)}") if found else ""
+                told = "".join(f" ({text})" for text in self.tensors.get(slot.name, ()))
+                found.append(f"{slot.name} {tensor_type(slot.shape, slot.dtype)}{told}")
+        return f" <- {', '.join(found)}" if found else ""
 
     # -- the text ------------------------------------------------------------------------------
 
