@@ -165,7 +165,8 @@ class Dump(Instrument):
         self._write(pass_.name, result.program)
 
     def _write(self, name: str, program: Program) -> None:
-        stem = f"{self.count:03d}_{re.sub(r'[^\w-]', '_', name)}"
+        plain = re.sub(r"[^\w-]", "_", name)
+        stem = f"{self.count:03d}_{plain}"
         self.count += 1
         for form in self.formats:
             ending = f"{form}.json" if form.startswith("model-explorer") else form

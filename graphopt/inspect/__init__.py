@@ -6,6 +6,7 @@ import json
 from typing import TYPE_CHECKING
 
 from graphopt.errors import UnsupportedError, suggest
+from graphopt.inspect.bisect import Bisect, Finding
 from graphopt.inspect.diff import Change, Diff, StateChange, diff
 from graphopt.inspect.document import Document, Mode
 from graphopt.inspect.drawing import dot_text, svg_text
@@ -26,9 +27,11 @@ if TYPE_CHECKING:
 __all__ = [
     "FORMATS",
     "SCHEMA_VERSION",
+    "Bisect",
     "Change",
     "Diff",
     "Document",
+    "Finding",
     "LiveBytes",
     "NodeView",
     "ScopeRow",
