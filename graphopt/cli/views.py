@@ -10,8 +10,9 @@ from graphopt.cli.app import common, model_options
 from graphopt.cli.console import message, progress, show, show_json
 from graphopt.cli.models import dynamic_axes, load_model
 
-_FORMATS = ("py", "json", "dot", "svg", "model-explorer", "html")
+FORMATS = ("py", "json", "dot", "svg", "html", "model-explorer", "model-explorer-data")
 VIEWS = ("program", "joint", "plan")
+_OVERLAYS = ("bytes", "flops", "saved", "phase", "type", "scope", "notes")
 
 
 def captured(name: str, dynamic: str, evaluation: bool, trust: bool) -> tuple[Any, Any]:
@@ -53,8 +54,20 @@ def inspect(
 
 @click.command()
 @model_options
-@click.option("--format", "-f", "form", type=click.Choice(_FORMATS), default="py")
-@click.option("--view", type=click.Choice(VIEWS), default="program", show_default=True)
+@click.option("--format", "-f", "form", type=click.Choice(FORMATS), default="py")
+@click.option(
+    "--view",
+    type=click.Choice(VIEWS),
+    help="[default: program; with --passes the plan, if they make one]",
+)
+@click.option("--passes", "-p", metavar="TEXT", help="Show MODEL after a pipeline, with notes.")
+@click.option(
+    "--overlay",
+    type=click.Choice(_OVERLAYS),
+    default="bytes",
+    show_default=True,
+    help="What model-explorer-data colours.",
+)
 @click.option("--output", "-o", metavar="FILE", help="Write there instead of to stdout.")
 @common
 def dump(
@@ -63,21 +76,43 @@ def dump(
     evaluation: bool,
     trust: bool,
     form: str,
-    view: str,
+    view: str | None,
+    passes: str | None,
+    overlay: str,
     output: str | None,
     quiet: bool,
 ) -> None:
-    """Print the graph of MODEL as runnable Python, JSON, DOT, SVG or HTML."""
+    """Print the graph of MODEL as runnable Python, JSON, DOT, SVG, HTML, or for Model Explorer.
+
+    model-explorer is the graph, model-explorer-data an overlay for it: open both with
+    `model-explorer GRAPH.json --node_data_paths DATA.json`.
+    """
     from graphopt import inspect as views
+    from graphopt import registry
     from graphopt.files import ensure_writable, write_text
+    from graphopt.pipeline import PassContext
 
     if output is not None:
         ensure_writable(output)
+    pipeline = None if passes is None else registry.parse(passes)
+    trail = views.Trail()
     with progress(quiet) as told:
         told("capturing the model")
         loaded, program = captured(model, dynamic, evaluation, trust)
+        if pipeline is None:
+            view = view or "program"
+        else:
+            context = PassContext(loaded.args, loaded.kwargs, loaded.model, progress=told)
+            program = pipeline.run(program, context, [trail])
         told("drawing")
-        text = views.dump(program, form, view=view, training=loaded.model.training)
+        text = views.dump(
+            program,
+            form,
+            view=view,
+            training=loaded.model.training,
+            notes=trail.notes,
+            overlay=overlay,
+        )
     if output is None:
         click.echo(text)
     else:

@@ -8,7 +8,7 @@ that were narrowed together.  `replayed` makes the program with the first few of
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,8 +74,8 @@ class Replay:
         _check(before, after)
         self.before, self.after = before, after
         self.diff = compare(folded(before), folded(after))
-        self._part_of = _parts(self.diff, self._same_tensor)
-        self.rewrites = _rewrites(self.diff, self._part_of)
+        self.parts = _Parts(self.diff, self._same_tensor)
+        self.rewrites = _rewrites(self.parts)
 
     def program(self, count: int, *, follow: str = "before") -> Program:
         """The program with the first ``count`` rewrites.
@@ -89,7 +89,7 @@ class Replay:
 
     def is_applied(self, item: Item, count: int) -> bool:
         """Whether an item is one of the first ``count`` rewrites."""
-        part = self._part_of.get(item)
+        part = self.parts.of(item)
         return part is not None and part < count
 
     def _same_tensor(self, path: str) -> int:
@@ -137,49 +137,81 @@ class _Union:
         self.parent[self.find(two)] = self.find(one)
 
 
-def _parts(diff: Diff, identity: Callable[[str], int]) -> dict[Item, int]:
-    """Number of the rewrite that each changed item belongs to."""
-    changes = {_item(change): change for change in diff.changes}
-    tensors: dict[Item, StateChange] = {("tensor", change.path): change for change in diff.state}
-    union = _Union()
-    for item, change in changes.items():
-        union.find(item)
-        for other in _bound_to(change, diff, changes, tensors):
-            union.join(item, other)
-    same: dict[int, Item] = {}
-    for item in tensors:
-        union.join(same.setdefault(identity(item[1]), item), item)
-    order: dict[Item, int] = {}
-    for item in [*changes, *tensors]:
-        order.setdefault(union.find(item), len(order))
-    return {item: order[union.find(item)] for item in [*changes, *tensors]}
+class _Parts:
+    """Which rewrite each changed item, and each operand of a rewired node, belongs to."""
 
-
-def _bound_to(
-    change: Change,
-    diff: Diff,
-    changes: Mapping[Item, Change],
-    tensors: Mapping[Item, StateChange],
-) -> Iterator[Item]:
-    """The changed items without which a change makes no sense."""
-    for entry in (change.before, change.after):
-        for path in entry.state if entry is not None else ():
-            if ("tensor", path) in tensors:
-                yield "tensor", path
-    old = change.before.operands if change.before is not None else ()
-    new = change.after.operands if change.after is not None else ()
-    for place in range(max(len(old), len(new))):
-        one = _old_item(old[place], diff) if place < len(old) else None
-        two = ("node", new[place]) if place < len(new) else None
-        for item in {one, two} - {None}:
-            assert item is not None
-            other = changes.get(item)
-            if other is None:
+    def __init__(self, diff: Diff, identity: Callable[[str], int]) -> None:
+        self.diff = diff
+        self.changes = {_item(change): change for change in diff.changes}
+        self.tensors: dict[Item, StateChange] = {("tensor", c.path): c for c in diff.state}
+        self.union = _Union()
+        self.led: dict[tuple[str, int], Item] = {}  # operand of a rewired node -> what changes it
+        self.first: dict[Item, Item] = {}  # rewired node -> what changes the first of these
+        for item, change in self.changes.items():
+            if change.kind == "rewired":
+                self._rewired(item, change)
                 continue
-            alone = other.before is None or other.after is None
+            self.union.find(item)
+            for other in self._bound_to(change):
+                self.union.join(item, other)
+        same: dict[int, Item] = {}
+        for item in self.tensors:
+            self.union.join(same.setdefault(identity(item[1]), item), item)
+        order: dict[Item, int] = {}
+        for item in [*self.changes, *self.tensors]:
+            order.setdefault(self.union.find(self._leader(item)), len(order))
+        self.count = len(order)
+        self.order = order
+
+    def of(self, item: Item) -> int | None:
+        """Number of an item's rewrite, or None if it isn't changed."""
+        if item not in self.changes and item not in self.tensors:
+            return None
+        return self.order[self.union.find(self._leader(item))]
+
+    def of_operand(self, name: str, place: int) -> int | None:
+        """The same for one operand of a rewired node."""
+        led = self.led.get((name, place))
+        return None if led is None else self.order[self.union.find(led)]
+
+    def _leader(self, item: Item) -> Item:
+        return self.first.get(item, item)
+
+    def _rewired(self, item: Item, change: Change) -> None:
+        """Each operand changes with what stands there before and afterwards."""
+        assert change.before is not None
+        assert change.after is not None
+        pairs = zip(change.before.operands, change.after.operands, strict=True)
+        for place, (old, new) in enumerate(pairs):
+            one, two = _old_item(old, self.diff), ("node", new)
+            if one == two:
+                continue
+            leaders = [i for i in (one, two) if i in self.changes and self._leads(i)]
+            for leader in leaders:
+                self.union.join(leaders[0], leader)
+            self.led[item[1], place] = self.union.find(leaders[0] if leaders else item)
+            self.first.setdefault(item, self.led[item[1], place])
+
+    def _leads(self, item: Item) -> bool:
+        """Whether the readers of a node have to change with it."""
+        change = self.changes[item]
+        return change.before is None or change.after is None or "type" in change.fields
+
+    def _bound_to(self, change: Change) -> Iterator[Item]:
+        """The changed items without which a change makes no sense."""
+        for entry in (change.before, change.after):
+            for path in entry.state if entry is not None else ():
+                if ("tensor", path) in self.tensors:
+                    yield "tensor", path
+        old = change.before.operands if change.before is not None else ()
+        new = change.after.operands if change.after is not None else ()
+        for place in range(max(len(old), len(new))):
+            one = _old_item(old[place], self.diff) if place < len(old) else None
+            two = ("node", new[place]) if place < len(new) else None
             moved = one != two and change.before is not None and change.after is not None
-            if alone or moved or "type" in other.fields:
-                yield item
+            for item in (one, two):
+                if item in self.changes and (moved or self._leads(item)):
+                    yield item
 
 
 def _old_item(name: str, diff: Diff) -> Item:
@@ -187,14 +219,13 @@ def _old_item(name: str, diff: Diff) -> Item:
     return ("gone", name) if partner is None else ("node", partner)
 
 
-def _rewrites(diff: Diff, part_of: Mapping[Item, int]) -> tuple[Rewrite, ...]:
-    count = len(set(part_of.values()))
-    changes: list[list[Change]] = [[] for _ in range(count)]
-    state: list[list[StateChange]] = [[] for _ in range(count)]
-    for change in diff.changes:
-        changes[part_of[_item(change)]].append(change)
-    for tensor in diff.state:
-        state[part_of["tensor", tensor.path]].append(tensor)
+def _rewrites(parts: _Parts) -> tuple[Rewrite, ...]:
+    changes: list[list[Change]] = [[] for _ in range(parts.count)]
+    state: list[list[StateChange]] = [[] for _ in range(parts.count)]
+    for item, change in parts.changes.items():
+        changes[parts.of(item) or 0].append(change)
+    for item, tensor in parts.tensors.items():
+        state[parts.of(item) or 0].append(tensor)
     return tuple(Rewrite(tuple(c), tuple(s)) for c, s in zip(changes, state, strict=True))
 
 
@@ -217,6 +248,7 @@ class _Hybrid:
             "before": {e.node: _old_item(e.name, diff) for e in diff.before.entries if e.node},
             "after": {e.node: ("node", e.name) for e in diff.after.entries if e.node},
         }
+        self.rewired = {_item(c): c for c in diff.changes if c.kind == "rewired"}
         self.holders = self._placeholders()
         for item in self._order(follow):
             if self._is_there(item):
@@ -263,7 +295,8 @@ class _Hybrid:
         """Which graph an item is taken from, and what it is there."""
         if item[0] == "gone":
             return "before", self.first[item[1]]
-        if self.replay.is_applied(item, self.count) or item[1] not in self.partner:
+        whole = item not in self.rewired and self.replay.is_applied(item, self.count)
+        if whole or item[1] not in self.partner:
             return "after", self.second[item[1]]
         return "before", self.first[self.partner[item[1]]]
 
@@ -271,11 +304,29 @@ class _Hybrid:
         if item not in self.done:
             side, entry = self._version(item)
             assert entry.node is not None
-            for source in entry.node.all_input_nodes:  # first, so that operands stand in front
-                self._value(source, side)
-            copied = self.graph.node_copy(entry.node, lambda n: self._value(n, side))
-            self.done[item] = copied
+            made = iter(self._operands(item, side, entry.node))  # first: they stand in front
+            self.done[item] = self.graph.node_copy(entry.node, lambda _: next(made))
         return self.done[item]
+
+    def _operands(self, item: Item, side: str, node: fx.Node) -> list[fx.Node]:
+        """What a node reads, in the order in which its arguments name it."""
+        rewired = self.rewired.get(item)
+        if rewired is None or rewired.before is None or rewired.after is None:
+            return [self._value(source, side) for source in _sources(node)]
+        one, two = rewired.before.node, rewired.after.node
+        assert one is not None
+        assert two is not None
+        values = []
+        place = 0  # among the operands, which reads of parameters don't count as
+        for old, new in zip(_sources(one), _sources(two), strict=True):
+            applied = self._is_rewired(item[1], place)
+            values.append(self._value(new, "after") if applied else self._value(old, "before"))
+            place += old.op != "get_attr"
+        return values
+
+    def _is_rewired(self, name: str, place: int) -> bool:
+        part = self.replay.parts.of_operand(name, place)
+        return part is not None and part < self.count
 
     def _value(self, node: fx.Node, side: str) -> fx.Node:
         if node.op == "placeholder":
@@ -310,11 +361,21 @@ class _Hybrid:
         values = []
         results = [list(_flat(p.module)) for p in (self.replay.before, self.replay.after)]
         for index, (one, two) in enumerate(zip(*results, strict=True)):
-            applied = self.replay.is_applied(("node", f"output {index}"), self.count)
+            name = f"output {index}"
+            applied = self._is_rewired(name, 0) or (
+                ("node", name) not in self.rewired
+                and self.replay.is_applied(("node", name), self.count)
+            )
             value, side = (two, "after") if applied else (one, "before")
             values.append(self._value(value, side) if isinstance(value, fx.Node) else value)
         new = self.graph.output(tuple(values))
         new.meta = dict(self.replay.after.module.graph.output_node().meta)
+
+
+def _sources(node: fx.Node) -> list[fx.Node]:
+    found: list[fx.Node] = []
+    fx.map_arg((node.args, node.kwargs), lambda n: found.append(n) or n)  # type: ignore[func-returns-value]
+    return found
 
 
 def _flat(module: fx.GraphModule) -> Sequence[Any]:

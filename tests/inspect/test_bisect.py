@@ -216,6 +216,20 @@ def test_replays_begin_and_end_as_the_programs_do(name: str, passes: str, count:
         assert shapes == [t.shape for t in outputs(before)]
 
 
+def test_the_sites_of_a_residual_network_are_told_apart() -> None:
+    model, args, kwargs = ZOO["resnet"]()
+    context = PassContext(args, kwargs, model)
+    before = registry.parse("canonicalize").run(capture(model, args, kwargs), context)
+    after = registry.parse("linearize{relus=50%}").run(before, context)
+    sites = after.history[-1].report["linearize"]["sites"]
+    replaced = {site["node"] for site in sites if site["choice"] != "keep"}
+    alone = [w for w in Replay(before, after).rewrites if w.changes]
+    gone = [{c.before.name for c in w.changes if c.before} & replaced for w in alone]
+    assert all(len(names) == 1 for names in gone)
+    assert set().union(*gone) == replaced
+    assert len(alone) == len(replaced) > 5
+
+
 def test_programs_of_other_signatures_are_not_replayed() -> None:
     programs = [capture(*ZOO[name]()) for name in ("mlp", "nested_outputs")]
     with pytest.raises(UnsupportedError, match="take or give"):
