@@ -15,6 +15,7 @@ from graphopt.inspect.facts import Trail, step_facts, tensor_facts
 from graphopt.inspect.live import LiveBytes, live_bytes
 from graphopt.inspect.nodes import SCHEMA_VERSION, NodeView, json_form, node_views
 from graphopt.inspect.page import compare_html, page
+from graphopt.inspect.plots import pareto, plot_frontier, plot_pareto
 from graphopt.inspect.python import Notes, python_text
 from graphopt.inspect.summary import ScopeRow, Summary, summarize
 from graphopt.inspect.views import document
@@ -44,6 +45,9 @@ __all__ = [
     "dump",
     "live_bytes",
     "node_views",
+    "pareto",
+    "plot_frontier",
+    "plot_pareto",
     "summarize",
     "table",
 ]

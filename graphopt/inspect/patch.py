@@ -40,7 +40,8 @@ def patch(diff: Diff, context: int) -> Text:
 
 def patch_html(diff: Diff) -> str:
     """A difference as a piece of HTML."""
-    colours = {"-": "#b42318", "+": "#18794e", "~": "#946800", "@": "#0969a2"}
+    # On a light and on a dark page.
+    colours = {"-": "#d1453b", "+": "#2e9b57", "~": "#b07d00", "@": "#2f81d6"}
     rows = [
         f'<span style="color:{colours.get(sign, "inherit")}">{html.escape(text)}</span>'
         for sign, text in _laid_out(diff, 1)
