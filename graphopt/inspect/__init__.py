@@ -11,13 +11,13 @@ from graphopt.inspect.diff import Change, Diff, StateChange, diff
 from graphopt.inspect.document import Document, Mode
 from graphopt.inspect.drawing import dot_text, svg_text
 from graphopt.inspect.explorer import explorer_data, explorer_form
-from graphopt.inspect.facts import Trail, step_facts, tensor_facts
 from graphopt.inspect.live import LiveBytes, live_bytes
 from graphopt.inspect.nodes import SCHEMA_VERSION, NodeView, json_form, node_views
 from graphopt.inspect.page import compare_html, page
 from graphopt.inspect.plots import pareto, plot_frontier, plot_pareto
 from graphopt.inspect.python import Notes, python_text
 from graphopt.inspect.summary import ScopeRow, Summary, summarize
+from graphopt.inspect.trail import Trail, step_facts, tensor_facts
 from graphopt.inspect.views import document
 
 if TYPE_CHECKING:
