@@ -52,8 +52,14 @@ __all__ = [
     "table",
 ]
 
+
+def json_text(shown: Document) -> str:
+    """A document as JSON."""
+    return json.dumps(json_form(shown), indent=1, allow_nan=False)
+
+
 _PRINTERS = {
-    "json": lambda shown: json.dumps(json_form(shown), indent=1, allow_nan=False),
+    "json": json_text,
     "dot": dot_text,
     "svg": svg_text,
     "html": page,

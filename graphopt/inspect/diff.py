@@ -235,13 +235,13 @@ def _dumped(side: Any, view: str, training: bool) -> Mapping[str, Any]:
     """A side as the data of a JSON dump, which shows the specialized graph."""
     if isinstance(side, Mapping):
         return side
-    from graphopt.inspect.nodes import json_form
+    from graphopt.inspect import json_text
     from graphopt.inspect.views import document
 
     shown = side
     if not isinstance(side, Document):
         shown = document(_program_of(side), view, training=training)
-    return json.loads(json.dumps(json_form(shown), allow_nan=False))
+    return json.loads(json_text(shown))
 
 
 def _changes(before: Listing, after: Listing, pairs: Mapping[str, str]) -> Iterator[Change]:

@@ -116,13 +116,15 @@ def listing_of_dump(data: Any) -> Listing:
         FileFormatError: It isn't one.
     """
     try:
+        if len(data.get("snapshots", ())) > 1:
+            raise ValueError("it holds several states of a program, not one graph")
         state = {
             str(path): Tensor(f"{slot['dtype']}{list(slot['shape'])}")
             for path, slot in data["state"].items()
         }
-        symbols = _Symbols()
-        entries = tuple(_dumped(node, symbols) for node in data["nodes"])
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        symbols, sources = _Symbols(), list(data.get("sources", ()))
+        entries = tuple(_dumped(node, sources, symbols) for node in data["nodes"])
+    except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
         raise FileFormatError(
             f"not a JSON dump of a graph: {type(error).__name__}: {error}",
             hint="`graphopt dump -f json` and `optimize --dump-dir` write them",
@@ -130,27 +132,30 @@ def listing_of_dump(data: Any) -> Listing:
     return Listing(entries, state)
 
 
-def _dumped(node: Mapping[str, Any], symbols: _Symbols) -> Entry:
+def _dumped(node: Mapping[str, Any], sources: list[Any], symbols: _Symbols) -> Entry:
+    """An entry of a node; what a dump leaves out is empty there."""
     inputs = tuple(str(name) for name in node["inputs"])
     place = {name: f"%{index}" for index, name in enumerate(inputs)}
-    literals = ", ".join(f"{key}={_plain(value)}" for key, value in node["literals"].items())
-    arguments = _WORD.sub(lambda word: place.get(word[0], word[0]), symbols(literals))
+    pairs = node.get("literals", {}).items()
+    literals = symbols(", ".join(f"{key}={_plain(value)}" for key, value in pairs))
+    arguments = _WORD.sub(lambda word: place.get(word[0], word[0]), literals)
     found = {gap[0] for gap in _GAP.finditer(arguments)}
     missing = [gap for gap in place.values() if gap not in found]
     reads = [f"state[{_plain(repr(path))}]" for path in node["state"]]
+    line = node.get("source")
     return Entry(
         str(node["name"]),
         str(node["op"]),
-        str(node["target"]),
+        str(node.get("target", "")),
         ", ".join([*missing, *reads, *([arguments] if arguments else [])]),
         inputs,
         tuple(map(str, node["state"])),
-        symbols(str(node["type"])),
-        node["bytes"],
-        str(node["scope"]),
-        str(node["module"]),
-        str(node["phase"]),
-        node["source"],
+        symbols(str(node.get("type", ""))),
+        node.get("bytes", 0),
+        str(node.get("scope", "")),
+        str(node.get("module", "")),
+        str(node.get("phase", "forward")),
+        sources[line] if isinstance(line, int) else line,
     )
 
 
