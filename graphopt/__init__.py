@@ -96,7 +96,21 @@ def _folded(*args: Any, **kwargs: Any) -> Any:
     return folded(*args, **kwargs)
 
 
+def _report_html(report: Any) -> str:
+    from graphopt.inspect.notebook import report_html
+
+    return report_html(report)
+
+
+def _program_html(program: Any) -> str:
+    from graphopt.inspect.notebook import program_html
+
+    return program_html(program)
+
+
 derived.register("folded", _folded)
+derived.register("report_html", _report_html)
+derived.register("program_html", _program_html)
 
 
 def __getattr__(name: str) -> Any:

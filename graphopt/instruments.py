@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from graphopt.comparison import Observation, nudged, observe, unequal
-from graphopt.errors import GraphoptError, VerificationError
+from graphopt.errors import VerificationError
 from graphopt.files import ensure_writable_folder, write_text
 from graphopt.graphcheck import check_graphs
 from graphopt.pipeline import Pass, PassContext, PassResult, Pipeline, Preserves
@@ -141,22 +140,28 @@ class Dump(Instrument):
     Files of an earlier run that match this pattern are removed first; nothing else is touched.
     """
 
-    _OWN = re.compile(r"\d{3}_[\w-]+\.(py|json)")
+    _OWN = re.compile(r"\d{3}_[\w-]+(\.model-explorer(-data)?)?\.(py|json|dot|svg|html)")
 
     def __init__(
-        self, folder: str | os.PathLike[str], render: Callable[[Program, str], str]
+        self,
+        folder: str | os.PathLike[str],
+        render: Callable[[Program, str], str],
+        formats: Sequence[str] = ("py", "json"),
     ) -> None:
         """Write to ``folder``, which is made if it doesn't exist.
 
         Args:
             folder: Where to write.
-            render: ``render(program, "py" or "json")`` gives the text (`graphopt.inspect.dump`).
+            render: ``render(program, format)`` gives the text (`graphopt.inspect.dump`).
+            formats: Which formats to write, one file each; those of Model Explorer are written to
+                ``000_capture.model-explorer.json``.
 
         Raises:
             OutputError: The folder can't be written to.
         """
         self.folder = ensure_writable_folder(folder)
         self.render = render
+        self.formats = tuple(formats)
         self.count = 0
 
     def start(self, program: Program, context: PassContext) -> None:
@@ -172,10 +177,12 @@ class Dump(Instrument):
         self._write(pass_.name, result.program)
 
     def _write(self, name: str, program: Program) -> None:
-        stem = self.folder / f"{self.count:03d}_{name}"
+        plain = re.sub(r"[^\w-]", "_", name)
+        stem = f"{self.count:03d}_{plain}"
         self.count += 1
-        for kind in ("py", "json"):
-            write_text(Path(f"{stem}.{kind}"), self.render(program, kind))
+        for form in self.formats:
+            ending = f"{form}.json" if form.startswith("model-explorer") else form
+            write_text(self.folder / f"{stem}.{ending}", self.render(program, form))
 
 
 @dataclass
@@ -205,7 +212,7 @@ class Culprit:
     pass_: Pass
     before: Any
     after: Any
-    error: GraphoptError | None = None
+    error: Exception | None = None
 
 
 def bisect(
@@ -234,11 +241,11 @@ def bisect(
     if not good(program):
         raise ValueError("the program is bad before any pass has run")
     states: list[Any] = [program]
-    failure: GraphoptError | None = None
+    failure: Exception | None = None
     for pass_, here in pipeline.steps(context):
         try:
             states.append(pass_.run(states[-1], here).program)
-        except GraphoptError as error:
+        except Exception as error:  # a third party's pass may raise anything
             failure = error
             break
     low, high = 0, len(states)  # states[low] is good; states[high] is bad, or beyond the end

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from graphopt.derived import derived
 from graphopt.errors import UnsupportedError
 from graphopt.plain import human_bytes, human_count, to_plain
 
@@ -354,6 +355,9 @@ class Report:
 
     def __str__(self) -> str:
         return as_text(self.table())
+
+    def _repr_html_(self) -> str:
+        return derived("report_html", self)
 
 
 @dataclass(frozen=True)

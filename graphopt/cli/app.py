@@ -15,7 +15,7 @@ COMMANDS = {
     "bench": "graphopt.cli.bench",
     "inspect": "graphopt.cli.views",
     "dump": "graphopt.cli.views",
-    "diff": "graphopt.cli.views",
+    "diff": "graphopt.cli.diff",
     "passes": "graphopt.cli.passes",
     "solve": "graphopt.cli.solve",
     "private-cost": "graphopt.cli.private",
@@ -58,7 +58,7 @@ def app(debug: bool) -> None:
 
     \b
     Exit codes: 0 done, 1 user error, 2 usage, 3 capture failed, 4 budget infeasible,
-    5 verification failed, 130 interrupted.
+    5 verification failed, 6 different (`diff --exit-code`), 130 interrupted.
     """  # noqa: D301 - click reads the backslash
 
 

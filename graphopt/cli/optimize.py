@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import click
 
 from graphopt.cli.app import common, model_options, planning_options
+from graphopt.cli.bisect import bisected, show_finding
 from graphopt.cli.console import message, progress, show, show_json
-from graphopt.cli.models import dynamic_axes, load_model
+from graphopt.cli.models import dynamic_axes, load_model, load_named
+from graphopt.cli.views import FORMATS
+from graphopt.errors import EXIT_OK
 
 
 @click.command()
@@ -19,6 +23,19 @@ from graphopt.cli.models import dynamic_axes, load_model
 @click.option("--no-verify", is_flag=True, help="Don't check the claims of passes.")
 @click.option("--html", metavar="FILE", help="Write a page that compares before and after.")
 @click.option("--dump-dir", metavar="DIR", help="Write the program after every pass there.")
+@click.option(
+    "--dump-format",
+    "dump_formats",
+    multiple=True,
+    type=click.Choice(FORMATS),
+    help="A format of --dump-dir; may be repeated.  [default: py and json]",
+)
+@click.option(
+    "--bisect",
+    metavar="CHECK",
+    help="Find the first pass, and its first rewrite, that break file.py:function, a check that "
+    "takes the module and raises or gives False; nothing is saved.",
+)
 @click.option("--output", "-o", metavar="PATH", help="Save the optimised module there.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 @planning_options
@@ -34,32 +51,26 @@ def optimize(
     no_verify: bool,
     html: str | None,
     dump_dir: str | None,
+    dump_formats: tuple[str, ...],
+    bisect: str | None,
     output: str | None,
     as_json: bool,
     time_limit: float,
     seed: int,
     cost_model: str,
     quiet: bool,
-) -> None:
+) -> int:
     """Make a module that does the job of MODEL under a budget, and report what it took."""
-    from graphopt import api, registry
-    from graphopt.budget import Budget
-    from graphopt.errors import UsageError
-    from graphopt.files import ensure_writable
+    from graphopt import api
 
-    if budget is None and passes is None:
-        raise UsageError("nothing to do", hint="give --budget, such as memory=50%, or --passes")
     # Everything that can be wrong in the request is found before anything long begins.
-    wanted = Budget.parse(budget)
-    if passes is not None:
-        registry.parse(passes)
-    for path in (html, output):
-        if path is not None:
-            ensure_writable(path)
-    instruments = _instruments(dump_dir)
+    wanted = _wanted(budget, passes, (html, output))
+    check = None if bisect is None else _check(bisect, html, output)
+    instruments = _instruments(dump_dir, dump_formats)
     loaded = load_model(model, trust=trust, evaluation=evaluation)
     with progress(quiet) as told:
-        result = api.optimize(
+        run = functools.partial(
+            api.optimize,
             loaded.model,
             wanted,
             loaded.args,
@@ -68,12 +79,14 @@ def optimize(
             dynamic=dynamic_axes(dynamic),
             time_limit=time_limit,
             seed=seed,
-            verify=not no_verify,
             memory_scope=memory_scope,
             cost_model=cost_model,
-            instruments=instruments,
             progress=told,
         )
+        if check is not None:
+            found = bisected(run, check, loaded.model.training, instruments, told)
+            return show_finding(found, as_json)
+        result = run(verify=not no_verify, instruments=instruments)
         if html is not None:
             told("writing the page")
             _write_html(html, loaded, result, dynamic)
@@ -87,16 +100,46 @@ def optimize(
         show_json(result.report.to_dict())
     else:
         show(result.report.table())
+    return EXIT_OK
 
 
-def _instruments(dump_dir: str | None) -> list[Any]:
+def _wanted(budget: str | None, passes: str | None, paths: tuple[str | None, ...]) -> Any:
+    from graphopt import registry
+    from graphopt.budget import Budget
+    from graphopt.errors import UsageError
+    from graphopt.files import ensure_writable
+
+    if budget is None and passes is None:
+        raise UsageError("nothing to do", hint="give --budget, such as memory=50%, or --passes")
+    wanted = Budget.parse(budget)
+    if passes is not None:
+        registry.parse(passes)
+    for path in paths:
+        if path is not None:
+            ensure_writable(path)
+    return wanted
+
+
+def _instruments(dump_dir: str | None, formats: tuple[str, ...]) -> list[Any]:
+    from graphopt.errors import UsageError
     from graphopt.instruments import Dump
 
     if dump_dir is None:
+        if formats:
+            raise UsageError("--dump-format without --dump-dir", hint="say where to write")
         return []
-    from graphopt.inspect import dump
+    from graphopt.inspect import Trail
 
-    return [Dump(dump_dir, dump)]
+    trail = Trail()
+    return [trail, Dump(dump_dir, trail.dump, formats or ("py", "json"))]
+
+
+def _check(name: str, html: str | None, output: str | None) -> Any:
+    from graphopt.errors import UsageError
+
+    if html is not None or output is not None:
+        raise UsageError("--bisect saves nothing", hint="leave out --html and --output")
+    return load_named(name)
 
 
 def _write_html(path: str, loaded: Any, result: Any, dynamic: str) -> None:

@@ -1,8 +1,7 @@
-"""`graphopt inspect`, `graphopt dump` and `graphopt diff`."""
+"""`graphopt inspect` and `graphopt dump`."""
 
 from __future__ import annotations
 
-import difflib
 from typing import Any
 
 import click
@@ -10,13 +9,14 @@ import click
 from graphopt.cli.app import common, model_options
 from graphopt.cli.console import message, progress, show, show_json
 from graphopt.cli.models import dynamic_axes, load_model
-from graphopt.errors import EXIT_OK
 
-_FORMATS = ("py", "json", "dot", "svg", "model-explorer", "html")
-_VIEWS = ("program", "joint", "plan")
+FORMATS = ("py", "json", "dot", "svg", "html", "model-explorer", "model-explorer-data")
+VIEWS = ("program", "joint", "plan")
+_OVERLAYS = ("bytes", "flops", "saved", "phase", "type", "scope", "notes")
 
 
-def _program(name: str, dynamic: str, evaluation: bool, trust: bool) -> tuple[Any, Any]:
+def captured(name: str, dynamic: str, evaluation: bool, trust: bool) -> tuple[Any, Any]:
+    """A loaded model and its program."""
     from graphopt import api
 
     loaded = load_model(name, trust=trust, evaluation=evaluation)
@@ -43,7 +43,7 @@ def inspect(
 
     with progress(quiet) as told:
         told("capturing the model")
-        loaded, program = _program(model, dynamic, evaluation, trust)
+        loaded, program = captured(model, dynamic, evaluation, trust)
         told("measuring")
         summary = views.summarize(program, training=loaded.model.training)
     if as_json:
@@ -54,8 +54,20 @@ def inspect(
 
 @click.command()
 @model_options
-@click.option("--format", "-f", "form", type=click.Choice(_FORMATS), default="py")
-@click.option("--view", type=click.Choice(_VIEWS), default="program", show_default=True)
+@click.option("--format", "-f", "form", type=click.Choice(FORMATS), default="py")
+@click.option(
+    "--view",
+    type=click.Choice(VIEWS),
+    help="[default: program; with --passes the plan, if they make one]",
+)
+@click.option("--passes", "-p", metavar="TEXT", help="Show MODEL after a pipeline, with notes.")
+@click.option(
+    "--overlay",
+    type=click.Choice(_OVERLAYS),
+    default="bytes",
+    show_default=True,
+    help="What model-explorer-data colours.",
+)
 @click.option("--output", "-o", metavar="FILE", help="Write there instead of to stdout.")
 @common
 def dump(
@@ -64,75 +76,45 @@ def dump(
     evaluation: bool,
     trust: bool,
     form: str,
-    view: str,
+    view: str | None,
+    passes: str | None,
+    overlay: str,
     output: str | None,
     quiet: bool,
 ) -> None:
-    """Print the graph of MODEL as runnable Python, JSON, DOT, SVG or HTML."""
+    """Print the graph of MODEL as runnable Python, JSON, DOT, SVG, HTML, or for Model Explorer.
+
+    model-explorer is the graph, model-explorer-data an overlay for it: open both with
+    `model-explorer GRAPH.json --node_data_paths DATA.json`.
+    """
     from graphopt import inspect as views
+    from graphopt import registry
     from graphopt.files import ensure_writable, write_text
+    from graphopt.pipeline import PassContext
 
     if output is not None:
         ensure_writable(output)
+    pipeline = None if passes is None else registry.parse(passes)
+    trail = views.Trail()
     with progress(quiet) as told:
         told("capturing the model")
-        loaded, program = _program(model, dynamic, evaluation, trust)
+        loaded, program = captured(model, dynamic, evaluation, trust)
+        if pipeline is None:
+            view = view or "program"
+        else:
+            context = PassContext(loaded.args, loaded.kwargs, loaded.model, progress=told)
+            program = pipeline.run(program, context, [trail])
         told("drawing")
-        text = views.dump(program, form, view=view, training=loaded.model.training)
+        text = views.dump(
+            program,
+            form,
+            view=view,
+            training=loaded.model.training,
+            notes=trail.notes,
+            overlay=overlay,
+        )
     if output is None:
         click.echo(text)
     else:
         write_text(output, text)
         message(f"wrote {output}")
-
-
-@click.command()
-@model_options
-@click.argument("other", required=False)
-@click.option("--passes", "-p", metavar="TEXT", help="Compare MODEL before and after a pipeline.")
-@click.option("--output", "-o", metavar="FILE", help="Write there instead of to stdout.")
-@common
-def diff(
-    model: str,
-    dynamic: str,
-    evaluation: bool,
-    trust: bool,
-    other: str | None,
-    passes: str | None,
-    output: str | None,
-    quiet: bool,
-) -> int:
-    """Show how the graph of MODEL differs from OTHER's, or from its own after a pipeline."""
-    from graphopt import registry
-    from graphopt.errors import UsageError
-    from graphopt.files import ensure_writable, write_text
-    from graphopt.pipeline import PassContext
-
-    if (other is None) == (passes is None):
-        raise UsageError("what to compare with?", hint="give either OTHER or --passes")
-    if output is not None:
-        ensure_writable(output)
-    pipeline = None if passes is None else registry.parse(passes)
-    with progress(quiet) as told:
-        told("capturing the model")
-        loaded, program = _program(model, dynamic, evaluation, trust)
-        if pipeline is None:
-            _, changed = _program(str(other), dynamic, evaluation, trust)
-        else:
-            context = PassContext(loaded.args, loaded.kwargs, loaded.model, progress=told)
-            changed = pipeline.run(program, context)
-    names = (model, other or f"{model} after {passes}")
-    text = "".join(
-        difflib.unified_diff(
-            program.emit().code.splitlines(keepends=True),
-            changed.emit().code.splitlines(keepends=True),
-            *names,
-        )
-    )
-    if output is None:
-        click.echo(text, nl=False)
-    else:
-        write_text(output, text)
-    if not text:
-        message("no difference")
-    return EXIT_OK

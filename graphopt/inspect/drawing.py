@@ -1,4 +1,4 @@
-"""Drawings: Graphviz DOT, SVG by the ``dot`` program, and the JSON of Model Explorer."""
+"""Drawings: Graphviz DOT, and SVG by the ``dot`` program."""
 
 from __future__ import annotations
 
@@ -60,34 +60,6 @@ def svg_text(document: Document) -> str:
     if done.returncode != 0:
         raise GraphoptError(f"dot failed: {one_line(done.stderr.decode(errors='replace'))[:300]}")
     return done.stdout.decode()
-
-
-def explorer_form(document: Document) -> dict[str, Any]:
-    """The document as the JSON that Google's Model Explorer opens."""
-    nodes = []
-    for node in node_views(document):
-        scope = "/".join(part for part in node.scope.split(".") if part)
-        namespace = "/".join(part for part in (node.phase, scope) if part)
-        attributes = {
-            "type": node.type,
-            "bytes": node.bytes,
-            "flops": node.flops,
-            "saved": node.saved,
-            "state": ", ".join(node.state),
-            "module": node.module,
-            "source": node.source or "",
-            **{f"argument {key}": value for key, value in node.literals.items()},
-        }
-        nodes.append(
-            {
-                "id": node.name,
-                "label": node.target or node.name,
-                "namespace": namespace,
-                "incomingEdges": [{"sourceNodeId": source} for source in node.inputs],
-                "attrs": [{"key": k, "value": str(v)} for k, v in attributes.items() if v],
-            }
-        )
-    return {"graphs": [{"id": _title(document), "nodes": nodes}]}
 
 
 def _title(document: Document) -> str:

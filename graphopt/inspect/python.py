@@ -9,10 +9,8 @@ tensors, or on a state dict saved with `torch.save` whose path is given.
 
 from __future__ import annotations
 
-import base64
 import builtins
-import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +19,8 @@ from torch import fx
 
 from graphopt.cost.sizes import UnknownSizeError, output_bytes
 from graphopt.errors import UnsupportedError
-from graphopt.inspect.document import Binding, Document, Segment, Slot, phase_of, scope_of
+from graphopt.inspect.document import Binding, Document, Segment, phase_of, scope_of
+from graphopt.inspect.script import docstring, header, is_packable, main, tables
 from graphopt.inspect.text import (
     Names,
     is_getitem,
@@ -33,20 +32,28 @@ from graphopt.inspect.text import (
 )
 from graphopt.plain import human_bytes
 
+Notes = Mapping[str, Sequence[str]]
+
 _FUNCTION = {"program": "forward", "joint": "joint", "plan": "step"}
 _RESERVED = {"torch", "operator", "math", "base64", "zlib", "graphopt", "builtins", "sys"}
 _RESERVED |= {"state", "gradients", "STATE", "CONSTANTS", "INPUTS", "TANGENTS", *dir(builtins)}
 _RESERVED |= {*_FUNCTION.values(), "example", "packed", "main"}
-_LARGEST_CONSTANT = 4 << 20
 
 
-def python_text(document: Document) -> str:
+def python_text(
+    document: Document, notes: Notes | None = None, tensors: Notes | None = None
+) -> str:
     """Print a document as a Python file.
+
+    Args:
+        document: The document.
+        notes: Node name -> what passes did there, for the comment of its line.
+        tensors: The same by parameter.
 
     Raises:
         UnsupportedError: Something in the graph has no Python text; names the node.
     """
-    return _Writer(document).file()
+    return _Writer(document, notes or {}, tensors or {}).file()
 
 
 @dataclass
@@ -61,8 +68,10 @@ class _Line:
 class _Writer:
     """Writes one document."""
 
-    def __init__(self, document: Document) -> None:
+    def __init__(self, document: Document, notes: Notes, tensors: Notes) -> None:
         self.document = document
+        self.notes, self.tensors = notes, tensors
+        self.prefix = ""  # of the names of nodes inside of regions
         self.names = Names(_RESERVED)
         self.lines: list[_Line] = []
         self.used: set[str] = set()
@@ -83,10 +92,10 @@ class _Writer:
         function = _FUNCTION[self.document.view]
         head = ", ".join(["state", *self.parameters.values()])
         parts = [
-            self._header(function),
-            self._tables(),
-            f"def {function}({head}):\n    {self._docstring()}\n{body}\n",
-            self._main(function),
+            header(self.document, function, self.modules),
+            tables(self.document),
+            f"def {function}({head}):\n    {docstring(self.document)}\n{body}\n",
+            main(self.document, function),
         ]
         return "\n\n".join(parts)
 
@@ -113,7 +122,7 @@ class _Writer:
 
     def _state(self, path: str) -> str:
         slot = self.document.state.get(path)
-        if slot is not None and _packable(slot):
+        if slot is not None and is_packable(slot):
             return f"state.get({path!r}, CONSTANTS[{path!r}])"
         return f"state[{path!r}]"
 
@@ -211,7 +220,9 @@ class _Writer:
         inside: dict[fx.Node, Any] = dict(zip(holders, given, strict=True))
         start = len(self.lines)
         self.scope = None
+        outer, self.prefix = self.prefix, f"{self.prefix}{node.name}/"
         results = self._graph(segment, module, inside, depth)
+        self.prefix = outer
         if len(self.lines) == start:
             self.lines.append(_Line(depth, "pass"))
         if isinstance(results, (list, tuple)):
@@ -279,15 +290,18 @@ class _Writer:
             inside = [v for v in saved.saved_by(node) if v.kind == "internal"]
             if inside:
                 notes.append(f"saves {human_bytes(sum(v.bytes for v in inside))} of its own")
-        return one_line(", ".join(notes)) + self._parameter_note(node)
+        text = ", ".join(notes) + self._parameter_note(node)
+        told = self.notes.get(self.prefix + node.name, ())
+        return one_line("; ".join(part for part in (text, *told) if part))
 
     def _parameter_note(self, node: fx.Node) -> str:
         found = []
         for source in node.all_input_nodes:
             slot = self.document.state.get(str(source.target)) if source.op == "get_attr" else None
             if slot is not None:
-                found.append(f"{slot.name} {tensor_type(slot.shape, slot.dtype)}")
-        return one_line(f" <- {', '.join(found)}") if found else ""
+                told = "".join(f" ({text})" for text in self.tensors.get(slot.name, ()))
+                found.append(f"{slot.name} {tensor_type(slot.shape, slot.dtype)}{told}")
+        return f" <- {', '.join(found)}" if found else ""
 
     # -- the text ------------------------------------------------------------------------------
 
@@ -345,81 +359,3 @@ class _Writer:
         if kind == "input":
             return self.parameters[what]
         return self._state(what) if kind == "state" else repr(what)
-
-    def _header(self, function: str) -> str:
-        document = self.document
-        lines = [f"# {document.title}: {document.view}, printed by graphopt."]
-        if document.history:
-            lines.append(f"# Passes: {', '.join(document.history)}")
-        if document.saved is not None:
-            lines.append(f"# Saved for backward: {human_bytes(document.saved.total)}")
-        lines.append(f"# Call {function}(state_dict, *inputs), or run this file [STATE_DICT.pt].")
-        imports = ["base64", "math", "operator", "sys", "zlib"]
-        lines = [one_line(line) for line in lines]
-        lines += [f"import {name}" for name in imports] + ["", "import torch"]
-        return "\n".join(lines + [f"import {name}" for name in sorted(self.modules)])
-
-    def _tables(self) -> str:
-        state = [s for s in self.document.state.values() if not _packable(s)]
-        constants = [s for s in self.document.state.values() if _packable(s)]
-        parts = ["def packed(data, dtype, shape):", "    if not data:"]
-        parts += ["        return torch.empty(shape, dtype=dtype)"]
-        parts += ["    raw = bytearray(zlib.decompress(base64.b64decode(data)))"]
-        parts += ["    return torch.frombuffer(raw, dtype=dtype).reshape(shape)", "", ""]
-        parts += _table("STATE", state) + _table("INPUTS", self.document.inputs)
-        if self.document.view != "program":
-            parts += _table("TANGENTS", self.document.tangents)
-        parts += ["CONSTANTS = {"]
-        parts += [f"    {s.name!r}: packed({_pack(s)}, {s.dtype}, {s.shape})," for s in constants]
-        return "\n".join([*parts, "}"])
-
-    def _docstring(self) -> str:
-        if self.document.view == "program":
-            return '"""Flat outputs; buffers in `state` are updated as the model updates them."""'
-        return '"""Flat outputs, and the gradients by name."""'
-
-    def _main(self, function: str) -> str:
-        tables = "INPUTS" if self.document.view == "program" else "INPUTS, TANGENTS"
-        shown = "outputs" if self.document.view == "program" else "(outputs, found)"
-        lines = [
-            "def example(shape, dtype):",
-            "    if dtype.is_floating_point or dtype.is_complex:",
-            "        return torch.rand(shape, dtype=dtype)",
-            "    return torch.zeros(shape, dtype=dtype)",
-            "",
-            "",
-            "def main():",
-            "    state = {name: example(*spec) for name, spec in STATE.items()}",
-            "    if len(sys.argv) > 1:",
-            "        state.update(torch.load(sys.argv[1], weights_only=True))",
-            f"    given = [example(*spec) for table in ({tables},) for spec in table.values()]",
-            "    with torch.no_grad():",
-            f"        {shown} = {function}(state, *given)",
-            "    for value in outputs:",
-            "        print(tuple(value.shape) if isinstance(value, torch.Tensor) else value)",
-        ]
-        if self.document.view != "program":
-            lines += ["    for name, value in found.items():"]
-            lines += ["        print(name, None if value is None else tuple(value.shape))"]
-        return "\n".join([*lines, "", "", 'if __name__ == "__main__":', "    main()", ""])
-
-
-def _table(name: str, slots: Any) -> list[str]:
-    rows = [f"    {s.name!r}: ({tuple(s.shape)}, {s.dtype})," for s in slots]
-    return [f"{name} = {{", *rows, "}"]
-
-
-def _packable(slot: Slot) -> bool:
-    constant = slot.constant
-    if constant is None or constant.layout is not torch.strided or constant.is_meta:
-        return False
-    return constant.numel() * constant.element_size() <= _LARGEST_CONSTANT
-
-
-def _pack(slot: Slot) -> str:
-    assert slot.constant is not None
-    flat = slot.constant.detach().cpu().contiguous().view(-1)
-    if not flat.numel():
-        return '""'
-    raw = bytes(flat.view(torch.uint8).numpy().tobytes())
-    return f'"{base64.b64encode(zlib.compress(raw, 9)).decode()}"'

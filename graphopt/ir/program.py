@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 import torch
 from torch import fx
 
+from graphopt.derived import derived
 from graphopt.ir.signature import Signature
 
 if TYPE_CHECKING:
@@ -119,3 +120,6 @@ class Program:
         from graphopt.ir.module import emit
 
         return emit(self)
+
+    def _repr_html_(self) -> str:
+        return derived("program_html", self)
