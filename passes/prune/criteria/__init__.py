@@ -37,7 +37,7 @@ CRITERIA = {
         Criterion("fisher", fisher, needs="activations", adds_up=True),
         Criterion("heapr", heapr, needs="activations", adds_up=True),
         Criterion("hesso", hesso, needs="gradients"),
-        Criterion("relevance", relevance, needs="activations"),
+        Criterion("relevance", relevance, needs="activations", adds_up=True),
         Criterion("distortion", l2, adds_up=True, measured=True),
     )
 }

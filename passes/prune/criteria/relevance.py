@@ -26,12 +26,13 @@ _Places = dict[tuple[str, int], set[tuple[int, int]]]  # (value, axis) -> (place
 
 
 def relevance(dimensions: Dimensions, calibration: Calibration) -> Scores:
-    """``sum |R|`` over the places of a unit in what is read, and over the rows of the batches.
+    """``sum_rows |sum_positions R|`` over the places of a unit in what is read.
 
     R is the relevance of the score of each row's class (of the largest one where batches have no
-    class indices), propagated layer by layer (pruning by explaining, Yeom et al. 2021, whose
-    criterion is the sum over a filter's activations).  A value that several layers read counts
-    once, with all that they hand back to it.
+    class indices), propagated layer by layer.  As in pruning by explaining (Yeom et al. 2021) a
+    filter's relevance is the sum over its activations; its size is taken row by row.  A value
+    that several layers read counts once, with all that they hand back to it.  As relevance is
+    conserved from layer to layer, scores of different layers compare.
 
     Raises:
         UnsupportedError: No installed pass tells relevance, or a dimension has units in nothing
@@ -83,13 +84,14 @@ def _places(dimensions: Dimensions, calibration: Calibration) -> _Places:
 def _pairs(dimensions: Dimensions, labels: Any, ending: set[int]) -> set[tuple[int, int]]:
     store = dimensions.units
     canonical = store.canonical(labels).tolist()
-    return {(p, unit) for p, label in enumerate(canonical) for unit in store.members(label) & ending}
+    return {(p, u) for p, label in enumerate(canonical) for u in store.members(label) & ending}
 
 
 def _by_place(value: Tensor, axis: int) -> list[float]:
-    others = [d for d in range(value.dim()) if d != axis]
-    absolute = value.double().abs()
-    return (absolute.sum(others) if others else absolute).tolist()
+    """Of each place of an axis: sums over a row's positions, their sizes added up over the rows."""
+    last = value.double().movedim(axis, -1)
+    rows = last.flatten(1, -2).sum(1) if last.dim() > 2 and axis else last
+    return rows.reshape(-1, last.shape[-1]).abs().sum(0).tolist()
 
 
 def _classes(batch: Batch) -> Tensor | None:
