@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from graphopt.cli.app import common, model_options
+from graphopt.cli.app import common
 from graphopt.cli.console import message, progress, show, show_json
 from graphopt.cli.models import load_model
 
@@ -53,7 +53,8 @@ def _numbers(name: str, text: str | None) -> tuple[float, ...]:
 
 
 @click.command()
-@model_options
+@click.argument("model")
+@click.option("--trust", is_flag=True, help="Load a model file even if it could run code.")
 @click.option(
     "--composite",
     "-c",
@@ -107,8 +108,6 @@ def _numbers(name: str, text: str | None) -> tuple[float, ...]:
 @common
 def explain(
     model: str,
-    dynamic: str,
-    evaluation: bool,
     trust: bool,
     composite: str,
     target: str,

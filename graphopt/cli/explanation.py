@@ -14,6 +14,8 @@ def tables(view: Any) -> Iterator[Any]:
     for number, sample in enumerate(view.samples[:MOST]):
         yield _ledger(number, sample)
         for each in sample.inputs:
+            if each.kind == "tokens":
+                yield _strip(each)
             yield _input(each)
     if len(view.samples) > MOST:
         yield f"{len(view.samples) - MOST} samples more are not shown"
@@ -29,8 +31,8 @@ def _ledger(number: int, sample: Any) -> Any:
 
     what = "output"
     if sample.target is not None:
-        named = f"{sample.target.name} " if sample.target.name else ""
-        what = f"{named}(class {sample.target.index})"
+        index = f"class {sample.target.index}"
+        what = f"{sample.target.name} ({index})" if sample.target.name else index
     title = escape(f"sample {number}: {what}, {sample.explained:.5g}")
     table = Table("ledger", title=title, title_justify="left")
     table.add_column("relevance", justify="right")
@@ -42,19 +44,27 @@ def _ledger(number: int, sample: Any) -> Any:
     return table
 
 
-def _input(each: Any) -> Any:
-    from rich.table import Table
+def _strip(each: Any) -> Any:
     from rich.text import Text
 
     from graphopt.inspect.relevance import token_text
 
-    if each.kind == "tokens":
-        return Text.assemble(f"{each.name}: ", token_text(each.tokens, each.relevance))
-    title = f"{each.name}: {float(each.relevance.sum()):+.5g}, the largest entries"
-    table = Table("at", title=Text(title), title_justify="left")
+    return Text.assemble(f"{each.name}: ", token_text(each.tokens, each.relevance))
+
+
+def _input(each: Any) -> Any:
+    from rich.table import Table
+    from rich.text import Text
+
+    title = Text(f"{each.name}: {float(each.relevance.sum()):+.5g}")
+    table = Table("largest at", title=title, title_justify="left")
+    if each.tokens:
+        table.add_column("token")
     table.add_column("relevance", justify="right")
     for row in each.top(5):
-        table.add_row(", ".join(map(str, row["at"])) or "0", f"{row['relevance']:+.4g}")
+        at = ", ".join(map(str, row["at"])) or "0"
+        token = [Text(row["token"])] if each.tokens else []
+        table.add_row(at, *token, f"{row['relevance']:+.4g}")
     return table
 
 
@@ -77,7 +87,7 @@ def _rules(view: Any) -> Any:
     from rich.table import Table
 
     count = sum(each["operations"] for each in view.rules)
-    title = f"{view.settings['composite']}: {count} operations, each by a rule"
+    title = f"{view.settings['composite']}: {count} operations"
     table = Table("family", "rule", title=escape(title), title_justify="left")
     table.add_column("operations", justify="right")
     for each in view.rules:

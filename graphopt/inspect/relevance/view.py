@@ -13,7 +13,7 @@ from torch import Tensor
 
 from graphopt.errors import NonFiniteError, UsageError
 from graphopt.inspect.relevance.colours import Image, as_array
-from graphopt.inspect.relevance.images import as_photo
+from graphopt.inspect.relevance.images import as_photo, pixels
 
 SCHEMA_VERSION = 1
 TOP = 10
@@ -58,12 +58,16 @@ class Attributed:
     photo: Image | None = None
 
     def top(self, count: int = TOP) -> list[dict[str, Any]]:
-        """The entries of the largest size: ``{"at", "relevance"}``, tokens with ``token``."""
-        flat = self.relevance.ravel()
+        """The entries of the largest size: ``{"at", "relevance"}``, tokens with ``token``.
+
+        Of images the pixels, at row and column.
+        """
+        values = pixels(self.relevance) if self.kind == "image" else self.relevance
+        flat = values.ravel()
         order = np.argsort(-np.abs(flat), kind="stable")[:count]
         found = []
         for place in order.tolist():
-            at = [int(i) for i in np.unravel_index(place, self.relevance.shape or (1,))]
+            at = [int(i) for i in np.unravel_index(place, values.shape or (1,))]
             entry: dict[str, Any] = {"at": at, "relevance": float(flat[place])}
             found.append({**entry, "token": self.tokens[place]} if self.tokens else entry)
         return found
