@@ -226,12 +226,12 @@ def _labels(file: str | None) -> list[str]:
 def _given(
     loaded: Any, photo: str | None, scales: tuple[Any, Any], text: str | None, tokenizer: str | None
 ) -> Any:
-    from graphopt.cli.inputs import Given, find_tokenizer, with_photo, with_text
+    from graphopt.cli.inputs import Given, with_photo, with_text
 
     if photo is not None:
         return with_photo(loaded, photo, *scales)
     if text is not None:
-        return with_text(loaded, text, find_tokenizer(loaded, tokenizer))
+        return with_text(loaded, text, tokenizer)
     return Given(loaded)
 
 

@@ -104,19 +104,20 @@ def _by_channel(name: str, given: Any, channels: int) -> Tensor:
     return found.expand(channels)[:, None, None]
 
 
-def with_text(loaded: Loaded, text: str, tokenizer: Any) -> Given:
+def with_text(loaded: Loaded, text: str, folder: str | None) -> Given:
     """Put a text in place of the token ids among the example inputs.
 
     Args:
         loaded: The model, with an example input of integers ``[batch, length]``.
         text: The text.
-        tokenizer: What turns it into ids, see `find_tokenizer`.
+        folder: Of the tokenizer, see `find_tokenizer`.
 
     Raises:
-        UsageError: The model takes no token ids, or further inputs that a text doesn't give; the
-            text is empty.
+        UsageError: There is no tokenizer; the model takes no token ids, or further inputs that a
+            text doesn't give; the text is empty.
     """
     place, example = _first(loaded, _is_ids, "token ids: an integer input [batch, length]")
+    tokenizer = find_tokenizer(loaded, folder)
     encoding = _encoded(tokenizer, text)
     ids = torch.tensor([encoding["input_ids"]], dtype=example.dtype, device=example.device)
     if not ids.numel():
@@ -183,7 +184,7 @@ def _installed(name: str) -> bool:
 
 
 def _encoded(tokenizer: Any, text: str) -> dict[str, list[int]]:
-    made = tokenizer(text) if callable(tokenizer) else tokenizer.encode(text)
+    made: Any = tokenizer(text) if callable(tokenizer) else tokenizer.encode(text)
     if isinstance(made, Mapping):
         return {str(name): _plain(value) for name, value in made.items()}
     if hasattr(made, "ids"):

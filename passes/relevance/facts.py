@@ -16,6 +16,7 @@ from graphopt.ir.program import Program
 from graphopt.passes.relevance.engine import OUTPUT, Run
 from graphopt.passes.relevance.module import Options, doubled, explainer_of
 from graphopt.passes.relevance.ops import is_floating
+from graphopt.passes.relevance.target import check_range, classes_of
 from graphopt.passes.relevance.tracing import Explainer
 
 
@@ -63,6 +64,7 @@ class Arrivals:
 
         Raises:
             NonFiniteError: The explained output is NaN or infinite.
+            UsageError: A class that the model doesn't have.
         """
         signature = self._explainer.signature
         flat = signature.flatten_inputs(args, kwargs)
@@ -74,9 +76,14 @@ class Arrivals:
 
     def _index(self, flat: Sequence[Tensor], index: Tensor | None) -> Tensor | None:
         target = self._explainer.target
-        if index is not None or not isinstance(target, Tensor):
-            return index
-        return (target[0] if target.ndim == 2 else target).expand(flat[0].shape[0])
+        samples = flat[0].shape[0]
+        if index is None and isinstance(target, Tensor):
+            index = (target[0] if target.ndim == 2 else target).expand(samples)
+        if index is None:
+            return None
+        classes = int(classes_of(self._explainer.output.meta["val"]).shape[-1])
+        check_range(index, classes, samples)
+        return index.to(flat[0].device) % classes
 
 
 def _arrived(run: Run) -> dict[str, Tensor]:
