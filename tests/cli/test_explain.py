@@ -183,12 +183,10 @@ def test_a_tokenizer_is_read_from_a_folder(run: Run, tmp_path: Path) -> None:
 def test_json_holds_what_the_function_gives(run: Run) -> None:
     import graphopt
 
-    data = run.json("models.py:features", "-c", "epsilon", "-t", "2,0,1", "-a", "linear.weight")
+    data = run.json("models.py:features", "-c", "epsilon", "-t", "2,0,1")
     torch.manual_seed(0)
     linear, x = torch.nn.Linear(4, 3), torch.randn(3, 4)
-    explained = graphopt.explain(
-        linear, (x,), composite="epsilon", target=[2, 0, 1], attribute=("inputs", "weight")
-    )
+    explained = graphopt.explain(linear, (x,), composite="epsilon", target=[2, 0, 1])
     _, relevance, ledger = explained(x)
     for i, sample in enumerate(data["samples"]):
         assert sample["target"]["index"] == [2, 0, 1][i]
@@ -199,9 +197,20 @@ def test_json_holds_what_the_function_gives(run: Run) -> None:
         total = float(next(iter(relevance.values()))[i].double().sum())
         assert sample["inputs"]["x"]["relevance"] == pytest.approx(total, abs=1e-6)
         assert sample["residual"] < 1e-5
-    assert [each["name"] for each in data["others"]] == ["linear.weight"]
+    assert data["others"] == []
     assert data["largest_residual"] < 1e-6
     assert [each["op"] for each in data["operations"]] == ["linear"]
+
+
+def test_parameters_and_nodes_are_attributed_on_request(run: Run) -> None:
+    data = run.json("models.py:reader", "-a", "head.weight", "-a", "linear")
+    others = {each["name"]: each for each in data["others"]}
+    assert {name: each["shape"] for name, each in others.items()} == {
+        "head.weight": [2, 2],
+        "linear": [1, 2],
+    }
+    # All of the score arrives at the last layer's result.
+    assert others["linear"]["relevance"] == pytest.approx(data["samples"][0]["explained"])
 
 
 def test_a_composite_is_read_from_a_file_and_printed_as_one(run: Run, tmp_path: Path) -> None:

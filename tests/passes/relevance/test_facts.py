@@ -62,7 +62,7 @@ def test_a_class_and_a_composite_are_chosen_in_the_pipeline() -> None:
     model, x = net()
     found = section(model, (x,), spec="{composite=epsilon,target=1}")
     assert found["composite"] == "epsilon"
-    assert found["output"] == pytest.approx(float(model(x)[:, 1].sum()))
+    assert found["output"] == pytest.approx(model(x)[:, 1].sum().item())
     rules = {each["node"]: each["rule"] for each in found["nodes"]}
     assert rules == {"x": "input", "linear": "epsilon", "relu": "identity", "linear_1": "epsilon"}
 
