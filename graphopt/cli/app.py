@@ -11,7 +11,7 @@ import click
 
 COMMANDS = {
     "optimize": "graphopt.cli.optimize",
-    "explain": "graphopt.cli.optimize",
+    "explain": "graphopt.cli.explain",
     "bench": "graphopt.cli.bench",
     "inspect": "graphopt.cli.views",
     "dump": "graphopt.cli.views",

@@ -1,4 +1,4 @@
-"""`graphopt optimize` and `graphopt explain`."""
+"""`graphopt optimize`."""
 
 from __future__ import annotations
 
@@ -154,44 +154,3 @@ def _save(path: str, result: Any) -> None:
     from graphopt.files import write_with
 
     write_with(path, result.save)
-
-
-@click.command()
-@model_options
-@click.option("--composite", default="cp-lrp", show_default=True, help="Which rules apply where.")
-@click.option("--target", default="argmax", show_default=True, help="argmax or a class index.")
-@click.option("--json", "as_json", is_flag=True, help="Print the explanation as JSON.")
-@common
-def explain(
-    model: str,
-    dynamic: str,
-    evaluation: bool,
-    trust: bool,
-    composite: str,
-    target: str,
-    as_json: bool,
-    quiet: bool,
-) -> None:
-    """Say which inputs the output of MODEL rests on."""
-    from graphopt import api
-
-    loaded = load_model(model, trust=trust, evaluation=evaluation)
-    index = int(target) if target.lstrip("-").isdigit() else target
-    with progress(quiet) as told:
-        told("building the explanation")
-        module = api.explain(
-            loaded.model,
-            loaded.args,
-            example_kwargs=loaded.kwargs,
-            composite=composite,
-            target=index,
-        )
-        told("explaining")
-        explanation = module(*loaded.args, **loaded.kwargs)
-    totals = {k: [float(x) for x in v.flatten(1).sum(1)] for k, v in explanation.relevance.items()}
-    ledger = {k: [float(x) for x in v] for k, v in explanation.ledger.items()}
-    data = {"schema_version": 1, "relevance": totals, "ledger": ledger}
-    if as_json:
-        show_json(data)
-    else:
-        show(data)

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from graphopt.errors import NonFiniteError
 from graphopt.ir.graphs import lookup
@@ -112,19 +113,9 @@ class ExplainedModule(nn.Module):
         return Explanation(signature.unflatten_outputs(results[: flat.outputs]), relevance, ledger)
 
     def _build(self) -> tuple[Explainer, Flat]:
-        program = self.model.program
-        signature = program.signature
-        if program.eval_module is not None and program.eval_signature is not None:
-            signature = program.eval_signature
-        graph = program.specialize(training=False).graph
-        names = {str(n.target) for n in graph.find_nodes(op="get_attr")}
+        explainer, names = explainer_of(self.model, self.options, doubled(self._example))
         tensors = {name: lookup(self.model, name) for name in names}
-        options = self.options
-        choose = functools.partial(explained_outputs, options.target, signature=signature)
-        example = doubled(self._example)
-        plan = make_plan(graph, tensors, example, options.composite, options.attribute, choose)
-        explainer = Explainer(plan, signature, options.target, options.explicit)
-        return explainer, trace(explainer, tensors, program.fake_inputs())
+        return explainer, trace(explainer, tensors, self.model.program.fake_inputs())
 
     # --- looking at it ------------------------------------------------------------------------
 
@@ -140,6 +131,21 @@ class ExplainedModule(nn.Module):
             }
             for op, rule in self._explainer.plan.rules.items()
         ]
+
+    def scores(self, output: Any) -> Tensor | None:
+        """The scores among which a class is explained.
+
+        Args:
+            output: What the model returned.
+
+        Returns:
+            ``[samples, classes]``; None where the target is a function of the output.
+        """
+        explainer = self._explainer
+        if not isinstance(self.options.target, str | Tensor):
+            return None
+        leaves = pytree.tree_leaves(output)
+        return classes_of(leaves[explainer.flat_outputs.index(explainer.output)])
 
     def conservation(self, *args: Any, **kwargs: Any) -> list[dict[str, Any]]:
         """What arrived at each operation, what it handed on, and what it booked.
@@ -181,6 +187,28 @@ class ExplainedModule(nn.Module):
         target = self.options.target
         first = target[0] if target.ndim == 2 else target
         return first.expand(flat[0].shape[0])
+
+
+def explainer_of(
+    model: OptimizedModule, options: Options, example: Sequence[Tensor]
+) -> tuple[Explainer, tuple[str, ...]]:
+    """What runs a model and explains it, and the names of the tensors that it takes.
+
+    Args:
+        model: The captured model.
+        options: How it is explained.
+        example: Flat example inputs, at least two samples.
+    """
+    program = model.program
+    signature = program.signature
+    if program.eval_module is not None and program.eval_signature is not None:
+        signature = program.eval_signature
+    graph = program.specialize(training=False).graph
+    names = tuple({str(n.target): None for n in graph.find_nodes(op="get_attr")})
+    tensors = {name: lookup(model, name) for name in names}
+    choose = functools.partial(explained_outputs, options.target, signature=signature)
+    plan = make_plan(graph, tensors, example, options.composite, options.attribute, choose)
+    return Explainer(plan, signature, options.target, options.explicit), names
 
 
 def doubled(flat: Sequence[Tensor]) -> list[Tensor]:

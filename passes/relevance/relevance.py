@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from graphopt.ir.program import Program
+from graphopt.passes.relevance.facts import Arrivals, node_facts
 from graphopt.passes.relevance.module import ExplainedModule, Options
-from graphopt.passes.relevance.presets import composite_of
+from graphopt.passes.relevance.presets import PRESETS, composite_of
 from graphopt.passes.relevance.target import check_target
 from graphopt.pipeline import Pass, PassContext, PassResult, Position, Preserves
 
@@ -18,7 +19,7 @@ class Relevance(Pass):
 
     Attributes:
         composite: Name of a composite, or its TOML.
-        attribute: What gets a relevance.
+        target: ``argmax`` or a class index.
     """
 
     name: ClassVar[str] = "relevance"
@@ -27,6 +28,7 @@ class Relevance(Pass):
     preserves: ClassVar[Preserves] = Preserves()
 
     composite: str = "cp-lrp"
+    target: str = "argmax"
 
     def explain(
         self,
@@ -47,5 +49,24 @@ class Relevance(Pass):
         return ExplainedModule(program.emit(), options, flat)
 
     def run(self, program: Program, context: PassContext) -> PassResult:
-        """Changes nothing; reports the relevance of each value on the example inputs."""
-        return PassResult(program, changed=False)
+        """Changes nothing; reports the relevance of each value on the example inputs.
+
+        Raises:
+            UsageError: A composite or a target that there isn't.
+            UnsupportedError: An operator without a rule.
+        """
+        found = node_facts(program, self._options(), context.args, context.kwargs)
+        return PassResult(program, changed=False, report={"relevance": found})
+
+    def arrivals(self, program: Program, context: PassContext) -> Arrivals:
+        """What says which relevance arrives at each value of a program, for other passes."""
+        return Arrivals(program, self._options(), context.args, context.kwargs)
+
+    @staticmethod
+    def composites() -> dict[str, str]:
+        """The composites that come with graphopt: name -> TOML."""
+        return {name: make().to_toml() for name, make in PRESETS.items()}
+
+    def _options(self) -> Options:
+        index = int(self.target) if self.target.lstrip("-").isdigit() else self.target
+        return Options(composite_of(self.composite), check_target(index), ("inputs",))

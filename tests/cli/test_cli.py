@@ -170,7 +170,7 @@ BAD: dict[str, tuple[int, str, list[str]]] = {
         ["optimize", "models.py:build", "-b", "memory=50%", "--dump-dir", "models.py"],
     ),
     "diff with nothing": (2, "compare", ["diff", "models.py:build"]),
-    "explain": (1, "explanations", ["explain", "models.py:build"]),
+    "explain": (2, "did you mean", ["explain", "models.py:build", "-c", "cp-lpr"]),
     "solve nothing": (1, "no file", ["solve", "gone.json", "--budget", "80%"]),
     "solve a script": (1, "no task graph", ["solve", "models.py", "--budget", "80%"]),
     "solve above all": (2, "at most 100%", ["solve", "chain.json", "--budget", "150%"]),

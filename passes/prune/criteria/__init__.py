@@ -2,8 +2,9 @@
 
 A criterion is one entry of `CRITERIA`: a name, a function that gives every unit a score, and what
 may be done with the scores.  The functions stand by what they look at: weights (`magnitude`),
-gradients of parameters (`gradients`), what units add to what reads them (`contributions`), or
-whatever a function of the user's does (`custom`).
+gradients of parameters (`gradients`), what units add to what reads them (`contributions`), what
+passes through them of an explanation (`relevance`), or whatever a function of the user's does
+(`custom`).
 """
 
 from __future__ import annotations
@@ -17,11 +18,12 @@ from graphopt.passes.prune.criteria.contributions import fisher, heapr
 from graphopt.passes.prune.criteria.custom import DimensionView, Part, UserFunction, custom
 from graphopt.passes.prune.criteria.gradients import hesso, taylor, taylor2
 from graphopt.passes.prune.criteria.magnitude import bn_scale, drawn, l2
+from graphopt.passes.prune.criteria.relevance import relevance
 from graphopt.passes.prune.dimensions import Dimensions
 
 Name = Literal[
     "auto", "l2", "bn_scale", "taylor", "taylor2", "fisher", "heapr", "hesso", "distortion",
-    "random",
+    "random", "relevance",
 ]  # fmt: skip
 
 CRITERIA = {
@@ -35,6 +37,7 @@ CRITERIA = {
         Criterion("fisher", fisher, needs="activations", adds_up=True),
         Criterion("heapr", heapr, needs="activations", adds_up=True),
         Criterion("hesso", hesso, needs="gradients"),
+        Criterion("relevance", relevance, needs="activations", adds_up=True),
         Criterion("distortion", l2, adds_up=True, measured=True),
     )
 }
