@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from graphopt.passes.relevance.flow import Flow, signed
-from graphopt.passes.relevance.ops import Op
+from graphopt.passes.relevance.ops import Op, weight_name
 from graphopt.passes.relevance.roles import Role
 
 EPSILON, BIAS, CONSTANTS, PARAMETERS, SOFTMAX = (
@@ -87,9 +87,22 @@ class Site:
         """What an operand is to a product."""
         return self._run.roles.of(self.op, operand)
 
-    def factors(self, operand: fx.Node) -> int:
-        """How many values an operand is the product of."""
-        return self._run.roles.factors(operand)
+    def takers(self, stopped: Sequence[str]) -> dict[fx.Node, int]:
+        """The operands of a product that take relevance, and how many factors each one is."""
+        return self._run.roles.takers(self.op, stopped)
+
+    def is_nonnegative(self, operand: fx.Node) -> bool:
+        """Whether no value of an operand can be negative, whatever the input."""
+        return self._run.roles.is_nonnegative(operand)
+
+    def behind(self) -> Site | None:
+        """The batch norm that is a part of this layer, or None."""
+        norm = self._run.plan.folds.get(self.op)
+        return None if norm is None else Site(self._run, norm)
+
+    def pattern(self) -> Tensor | None:
+        """The pattern of the layer's weights, if there are any."""
+        return (self._run.plan.patterns or {}).get(weight_name(self.op))
 
     # --- what arrives -------------------------------------------------------------------------
 
