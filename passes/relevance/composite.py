@@ -44,6 +44,10 @@ class Match:
     role: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        for field in ("family", "op", "path", "role"):
+            values = getattr(self, field)
+            if not isinstance(values, tuple) or not all(isinstance(v, str) for v in values):
+                raise UsageError(f"{field} = {values!r} in a match", hint="it is a list of names")
         for field, known in (("family", _FAMILIES), ("role", _OPERANDS)):
             for name in getattr(self, field):
                 if name not in known:
@@ -56,10 +60,6 @@ class Match:
                 f"there is no depth {self.depth!r}",
                 hint=suggest(str(self.depth), _DEPTHS) or f"known: {', '.join(_DEPTHS)}",
             )
-        for field in ("family", "op", "path", "role"):
-            values = getattr(self, field)
-            if not isinstance(values, tuple) or not all(isinstance(v, str) for v in values):
-                raise UsageError(f"{field} = {values!r} in a match", hint="it is a list of names")
 
     def fits(self, op: Op, path: str, depths: frozenset[str]) -> bool:
         """Whether an operation is like that."""
@@ -195,7 +195,7 @@ def _entry(data: Mapping[str, Any]) -> tuple[Match, Rule]:
     name = options.pop("rule", None)
     if name is None:
         raise UsageError("an entry without a rule", hint='rule = "epsilon", for example')
-    if name not in RULES:
+    if not isinstance(name, str) or name not in RULES:
         raise UsageError(
             f"there is no rule {name!r}",
             hint=suggest(str(name), RULES) or f"known: {', '.join(sorted(RULES))}",

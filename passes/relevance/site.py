@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from graphopt.passes.relevance.flow import Flow, signed
+from graphopt.passes.relevance.families import Family
+from graphopt.passes.relevance.flow import Flow, signed, times
 from graphopt.passes.relevance.ops import Op, weight_name
 from graphopt.passes.relevance.roles import Role
 
@@ -131,6 +132,17 @@ class Site:
         self.book(EPSILON, torch.where(zero, relevance, 0))
         return torch.where(zero, 0, relevance / torch.where(zero, 1, denominator))
 
+    def over(self, relevance: Tensor, total: Tensor, eps: float, mode: str) -> Tensor:
+        """``R / (z + eps)`` for some ``z``; what the stabiliser takes is booked as absorbed."""
+        if eps == 0:
+            return self.divided(relevance, total)
+        moved = self.stabilised(eps, mode, total)
+        zero = moved == 0  # a row of zeros has no size either
+        quotient = torch.where(zero, 0, relevance / torch.where(zero, 1, moved))
+        lost = times(quotient, moved - total)
+        self.book(EPSILON, torch.where(zero, relevance, lost))
+        return quotient
+
     # --- what leaves --------------------------------------------------------------------------
 
     def vjp(self, cotangent: Tensor | None = None) -> dict[fx.Node, Tensor]:
@@ -200,7 +212,7 @@ class Site:
         value = self.result if result is None else result
         if mode == "rms":
             rows = self._run.rows(self.op)
-            size = value.square().mean(rows, keepdim=True).sqrt()
+            size = self._sized(value).square().mean(rows, keepdim=True).sqrt()
             return signed(value, eps * size)
         if mode == "unsigned":
             return value + eps
@@ -208,6 +220,12 @@ class Site:
             sign = torch.where(value >= 0, 1.0, -1.0).to(value.dtype)
             return sign * value.abs().clamp(min=eps)
         return signed(value, torch.full((), eps, dtype=value.dtype, device=value.device))
+
+    def _sized(self, value: Tensor) -> Tensor:
+        """What a row's size is taken of: not of masks that are added."""
+        if self.op.family is Family.ADD and len(self.op.operands) == 1:
+            return self.value(self.op.operands[0]).expand_as(value)
+        return value
 
     @property
     def slope(self) -> float | None:

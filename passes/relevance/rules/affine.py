@@ -11,7 +11,7 @@ from torch import Tensor
 from graphopt.passes.relevance.families import Family
 from graphopt.passes.relevance.flow import times
 from graphopt.passes.relevance.rules.norms import batch_map
-from graphopt.passes.relevance.site import BIAS, EPSILON, Site
+from graphopt.passes.relevance.site import BIAS, Site
 
 Change = Callable[[Tensor], Tensor]
 
@@ -171,15 +171,6 @@ class Affine:
             self.site.book_bias(bias, quotient, channel(self.site))
         else:
             self.site.book(BIAS, times(quotient, bias))
-
-    def over(self, relevance: Tensor, total: Tensor, eps: float, mode: str) -> Tensor:
-        """``R / (z + eps)`` for a sum ``z``; what the stabiliser takes is booked."""
-        if eps == 0:
-            return self.site.divided(relevance, total)
-        moved = self.site.stabilised(eps, mode, total)
-        quotient = relevance / moved
-        self.site.book(EPSILON, quotient * (moved - total))
-        return quotient
 
 
 def channel(site: Site) -> int:

@@ -45,7 +45,7 @@ class WSquare(Rule):
         total = affine.run(torch.ones_like(affine.x), torch.square)
         if self.bias:
             total = affine.added(total, torch.square)
-        quotient = affine.over(site.relevance(), total, self.eps, self.stabiliser)
+        quotient = site.over(site.relevance(), total, self.eps, self.stabiliser)
         affine.send(affine.vjp(torch.square, quotient), "relevance")
         if self.bias:
             affine.take(quotient, torch.square)
@@ -75,7 +75,7 @@ class Flat(Rule):
         """Hand relevance on."""
         affine = Affine(site)
         total = affine.run(torch.ones_like(affine.x), torch.ones_like)
-        quotient = affine.over(site.relevance(), total, self.eps, self.stabiliser)
+        quotient = site.over(site.relevance(), total, self.eps, self.stabiliser)
         affine.send(affine.vjp(torch.ones_like, quotient), "relevance")
 
 
@@ -121,7 +121,7 @@ class ZBox(Rule):
         affine = Affine(site)
         low, high = (_spread(b, site, affine.x) for b in (self.low, self.high))
         total = affine.run(affine.x, same) - affine.run(low, positive) - affine.run(high, negative)
-        quotient = affine.over(site.relevance(), total, self.eps, self.stabiliser)
+        quotient = site.over(site.relevance(), total, self.eps, self.stabiliser)
         sent = affine.x * affine.pull(quotient)
         sent = sent - low * affine.vjp(positive, quotient) - high * affine.vjp(negative, quotient)
         affine.send(sent, "relevance")

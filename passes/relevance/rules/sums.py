@@ -13,7 +13,7 @@ from graphopt.passes.relevance.families import Family
 from graphopt.passes.relevance.flow import times
 from graphopt.passes.relevance.rules.base import SUMS, Rule, Stabiliser
 from graphopt.passes.relevance.rules.products import is_elementwise
-from graphopt.passes.relevance.site import EPSILON, Site
+from graphopt.passes.relevance.site import Site
 
 
 @dataclass(frozen=True)
@@ -68,10 +68,7 @@ def stabilised_quotient(site: Site, eps: float, mode: str) -> Tensor:
     """``R / (z + eps)``; what the stabiliser takes is booked."""
     if eps == 0:
         return site.quotient()
-    moved = site.stabilised(eps, mode)
-    quotient = site.relevance() / moved
-    site.book(EPSILON, quotient * (moved - site.result))
-    return quotient
+    return site.over(site.relevance(), site.result, eps, mode)
 
 
 def _passes_through(site: Site) -> bool:

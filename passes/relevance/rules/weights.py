@@ -48,7 +48,7 @@ class Epsilon(Rule):
             quotient = site.quotient()
             site.send_all(site.vjp(quotient))
         else:
-            quotient = affine.over(site.relevance(), affine.z, self.eps, self.stabiliser)
+            quotient = site.over(site.relevance(), affine.z, self.eps, self.stabiliser)
             site.send_all(affine.pulled(quotient))
         if not affine.has_data_bias:
             affine.take(quotient)
@@ -93,7 +93,7 @@ class Gamma(Rule):
         is_above = affine.z > 0
         favoured = torch.where(is_above, above, affine.z - above)
         total = affine.z + gamma * favoured
-        quotient = affine.over(site.relevance(), total, self.eps, self.stabiliser)
+        quotient = site.over(site.relevance(), total, self.eps, self.stabiliser)
         a, b = torch.where(is_above, quotient, 0), torch.where(is_above, 0, quotient)
         parts = gamma * affine.vjp(positive, a - b)
         if site.is_nonnegative(affine.input):
@@ -145,8 +145,8 @@ class AlphaBeta(Rule):
         above = affine.added(affine.sum_of(positive, negative), positive)
         below = affine.added(affine.sum_of(negative, positive), negative)
         plus, minus = self._shares(site, above, below)
-        c_plus = affine.over(plus, above, self.eps, self.stabiliser)
-        c_minus = affine.over(minus, below, self.eps, self.stabiliser)
+        c_plus = site.over(plus, above, self.eps, self.stabiliser)
+        c_minus = site.over(minus, below, self.eps, self.stabiliser)
 
         def sent(up: Change, down: Change) -> Tensor:
             found = affine.vjp(up, c_plus)
@@ -194,7 +194,7 @@ class ZPlus(Rule):
         """Hand quotients on, one for each sign of the input."""
         affine = Affine(site)
         total = affine.added(affine.sum_of(positive, negative), positive)
-        quotient = affine.over(site.relevance(), total, self.eps, self.stabiliser)
+        quotient = site.over(site.relevance(), total, self.eps, self.stabiliser)
         affine.send(
             affine.by_sign(
                 lambda: affine.vjp(positive, quotient), lambda: affine.vjp(negative, quotient)

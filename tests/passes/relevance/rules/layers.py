@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -59,17 +60,22 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 }
 
 
-def drawn(name: str, sign: str = "mixed") -> tuple[nn.Module, Naive]:
-    """A layer in double precision, and its reference with an input and relevance."""
+@functools.cache
+def _model(name: str) -> nn.Module:
+    """One for all tests, which don't change it, so that it is captured once."""
     torch.manual_seed(3)
-    make, shape = LAYERS[name]
-    layer = make().double().requires_grad_(False)
+    layer = LAYERS[name][0]().double().requires_grad_(False)
     for parameter in layer.parameters():
         nn.init.normal_(parameter)
+    return layer
+
+
+def drawn(name: str, sign: str = "mixed") -> tuple[nn.Module, Naive]:
+    """A layer in double precision, and its reference with an input and relevance."""
+    layer, shape = _model(name), LAYERS[name][1]
+    torch.manual_seed(4)
     x = torch.randn(shape, dtype=torch.double)
     x = x.abs() if sign == "positive" else x
     z = layer(x)
     rows = tuple(range(1, z.ndim)) if "conv" in name or name == "depthwise" else (-1,)
-    if name == "time first":
-        rows = (-1,)
     return layer, Naive(layer, x, torch.randn_like(z), rows)

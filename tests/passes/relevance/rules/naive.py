@@ -6,6 +6,7 @@ Nothing here uses autograd, and everything is in double precision.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from graphopt.ir.capture import capture
 from graphopt.ir.graphs import lookup
+from graphopt.ir.program import Program
 from graphopt.passes.relevance.composite import Composite, Match
 from graphopt.passes.relevance.engine import Run
 from graphopt.passes.relevance.planning import make_plan
@@ -62,23 +64,39 @@ def handed_back(
     composite = composite_of(rule) if not isinstance(rule, Rule) else rest.before(*_where(rule))
     if patterns is not None:
         composite = composite.with_patterns(patterns)
-    program = capture(model, tuple(flat))
+    program = _captured(model, flat)
     graph = program.specialize(training=False).graph
     names = {str(n.target) for n in graph.find_nodes(op="get_attr")}
     emitted = program.emit()
     tensors = {name: lookup(emitted, name) for name in names}
     plan = make_plan(graph, tensors, flat, composite, ("inputs",), lambda _: [0])
-    run = Run(plan, tensors, flat, explicit=explicit, audit=True)
-    run.backward({plan.outputs[0]: quotient})
+    with torch.no_grad():
+        run = Run(plan, tensors, flat, explicit=explicit, audit=True)
+        run.backward({plan.outputs[0]: quotient})
     assert run.accounts is not None
     residuals = []
     for op, account in run.accounts.items():
         booked = sum(float(v.double().sum()) for v in run.ledger.entries.get(op, {}).values())
         size = account.size or 1.0
         residuals.append(abs(account.arrived - account.left - booked) / size)
-    by_name = {name: run.arrived[n].relevance(run.values[n]) for n, name in plan.sources.items()}
-    relevance = [by_name[n.name] for n in graph.find_nodes(op="placeholder")]
+    arrived = {n.name: flow.relevance(run.values[n]) for n, flow in run.arrived.items()}
+    inputs = graph.find_nodes(op="placeholder")
+    relevance = [
+        arrived.get(n.name, torch.zeros_like(t)) for n, t in zip(inputs, flat, strict=True)
+    ]
     return Handed(relevance, run.ledger.totals, residuals, run.values[plan.outputs[0]].detach())
+
+
+_PROGRAMS: weakref.WeakKeyDictionary[nn.Module, dict[Any, Program]] = weakref.WeakKeyDictionary()
+
+
+def _captured(model: nn.Module, flat: Sequence[Tensor]) -> Program:
+    """Captured once for each kind of input; weights are shared."""
+    programs = _PROGRAMS.setdefault(model, {})
+    key = tuple((t.shape, t.dtype) for t in flat)
+    if key not in programs:
+        programs[key] = capture(model, tuple(flat))
+    return programs[key]
 
 
 def _where(rule: Rule) -> list[tuple[Match, Rule]]:
