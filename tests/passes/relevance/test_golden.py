@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from typing import Any
 
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import graphopt
+from graphopt.passes.relevance.composite import Match
 from graphopt.passes.relevance.patterns import fit
 from graphopt.passes.relevance.presets import PRESETS, composite_of
 from graphopt.passes.relevance.rules import (
@@ -92,7 +94,7 @@ def test_epsilon_goes_to_it_at_a_known_rate(stabiliser: Any) -> None:
         rules = composite_of("epsilon").stabilised(eps, stabiliser)
         found = handed_back(net, x, rules, at_first(net, x))
         errors.append(float((found.relevance[0] - expected).abs().max()))
-    slopes = [math.log10(b / a) for a, b in zip(errors, errors[1:], strict=False)]
+    slopes = [math.log10(b / a) for a, b in itertools.pairwise(errors)]
     assert slopes == pytest.approx([1.0, 1.0, 1.0], abs=0.05)
 
 
@@ -368,9 +370,8 @@ def test_pattern_attribution_sees_through_norms_and_pads() -> None:
         (a,), (b,) = one.relevance.values(), other.relevance.values()
         close(a, b, 1e-9)
         ledger = dict(one.ledger)
-        close(sum(ledger.values(), -2 * ledger["output"]), torch.zeros(2).double() + 0, 1)
-        total = sum(v for k, v in ledger.items() if k != "output")
-        close(total, ledger["output"], 1e-9)
+        output = ledger.pop("output")
+        close(torch.stack([*ledger.values()]).sum(0), output, 1e-9)
 
 
 # --- 8: views ---------------------------------------------------------------------------------
@@ -404,7 +405,7 @@ MOVES = ["reshape", "permute", "cat", "split", "stack", "pad", "flip", "add", "t
 VIEWED: list[Rule] = [Epsilon(1e-3), Gamma(), ZPlus(), AlphaBeta(), WSquare(), Flat()]
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None, report_multiple_bugs=False)
 @given(
     st.lists(st.sampled_from(MOVES), min_size=1, max_size=4),
     st.lists(st.sampled_from(MOVES), max_size=3),
@@ -416,7 +417,8 @@ def test_rules_commute_with_views(
 ) -> None:
     layer, naive = drawn("linear of tokens")
     moved = Calls(lambda _, x: _round_trip(layer(_round_trip(x, before)), after))
-    found = handed_back(moved, naive.x, rule, naive.quotient, explicit=explicit)
+    rules = composite_of("cp-lrp").before((Match(family=("linear",)), rule))
+    found = handed_back(moved, naive.x, rules, naive.quotient, explicit=explicit)
     expected, _ = naive.rule(rule.name, **rule.options())
     close(found.relevance[0], expected, 1e-11)
     found.check(1e-12)
