@@ -155,7 +155,7 @@ class _Forward:
         self.values: dict[fx.Node, Any] = {}
         self.roles = plan.roles
         self._sums = sums
-        self._kind = kind
+        self._kind: Kind = kind
 
     @torch.no_grad()
     def run(self, tensors: Mapping[str, Any], inputs: Sequence[Tensor]) -> None:
@@ -183,7 +183,9 @@ class _Forward:
         leaf = affine.weight.detach().requires_grad_()
         with torch.enable_grad():
             y = affine.run(affine.x, lambda _: leaf)
-        counts = (affine.z > 0) if self._kind == "positive" else torch.ones_like(y, dtype=bool)
+        counts = (
+            (affine.z > 0) if self._kind == "positive" else torch.ones_like(y, dtype=torch.bool)
+        )
         mask = counts.to(y.dtype)
         (of_x,) = torch.autograd.grad(y, leaf, mask, retain_graph=True)
         (of_xy,) = torch.autograd.grad(y, leaf, mask * y.detach())

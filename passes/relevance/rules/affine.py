@@ -54,7 +54,7 @@ class Affine:
         self._bias_node = op.argument(op.spec.bias)
         (self.input,) = [n for n in op.operands if n is not self._bias_node]
         self._weight_nodes = [n for n in op.constants if n is not self._bias_node]
-        self._factor = op.node.kwargs.get("alpha", 1)  # of addmm and its like
+        self._factor: Any = op.node.kwargs.get("alpha", 1)  # of addmm and its like
         self.x = site.value(self.input)
         self.z = site.result
         self._scale: Tensor | None = None
@@ -67,7 +67,7 @@ class Affine:
 
     def _bias(self) -> Tensor | None:
         bias = self.site.argument(self.site.op.spec.bias)
-        beta = self.site.op.node.kwargs.get("beta", 1)
+        beta: Any = self.site.op.node.kwargs.get("beta", 1)
         if not isinstance(bias, Tensor):
             return None
         bias = bias if beta == 1 else bias * beta

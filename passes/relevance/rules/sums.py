@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, fx
@@ -123,7 +123,7 @@ def _share(site: Site, sizes: dict[fx.Node, Tensor]) -> None:
 def _summand(site: Site, node: fx.Node) -> Tensor:
     """What an operand adds to a sum."""
     scaled = site.op.argument(0 if site.op.name == "rsub" else 1)
-    alpha = site.op.node.kwargs.get("alpha", 1) if node is scaled else 1
+    alpha: Any = site.op.node.kwargs.get("alpha", 1) if node is scaled else 1
     return site.value(node) if alpha == 1 else site.value(node) * alpha
 
 

@@ -276,7 +276,7 @@ def test_rows_without_anything_to_attend_to(rule: Rule, explicit: bool) -> None:
     torch.manual_seed(0)
     qkv = [torch.randn(2, 1, 3, 4).double() for _ in range(3)]
     mask = torch.tensor([[True, False, True], [False, False, False], [True, True, True]])
-    model = Calls(lambda _, *a: attend(*a, mask))
+    model = Calls(lambda _, q, k, v: attend(q, k, v, mask))
     found = handed_back(model, qkv, rule, torch.ones(2, 1, 3, 4).double(), explicit=explicit)
     assert all(bool(torch.isfinite(r).all()) for r in found.relevance)
     assert float(found.relevance[0][:, :, 1].abs().max()) == 0
@@ -365,7 +365,7 @@ def test_pattern_attribution_sees_through_norms_and_pads() -> None:
     x = data[0][:2]
     for name in ("pattern-attribution", "pattern-net"):
         one, other = (
-            graphopt.explain(m, x, composite=name, data=data, target=1)(x) for m in (net, folded)
+            graphopt.explain(m, (x,), composite=name, data=data, target=1)(x) for m in (net, folded)
         )
         (a,), (b,) = one.relevance.values(), other.relevance.values()
         close(a, b, 1e-9)

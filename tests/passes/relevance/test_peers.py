@@ -142,7 +142,7 @@ def test_zennit_composites(name: str, make: Any) -> None:
     output = net(x)
     relevance = output * F.one_hot(target, output.shape[1])
     expected = zennit(net, x, relevance, composite=name, **options)
-    explained = graphopt.explain(net, x, composite=rules(), target=target)
+    explained = graphopt.explain(net, (x,), composite=rules(), target=target)
     close(explained(x).relevance["input_1"], expected)
 
 
@@ -169,7 +169,7 @@ def ours(model: Any, name: str, x: Tensor, target: Tensor, composite: Any) -> An
     def chosen(logits: Tensor) -> Tensor:
         return logits[(torch.arange(2), *target.T)]
 
-    return graphopt.explain(Embedded(model, name), x, composite=composite, target=chosen)(x)
+    return graphopt.explain(Embedded(model, name), (x,), composite=composite, target=chosen)(x)
 
 
 MODELS = {

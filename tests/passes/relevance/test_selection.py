@@ -75,7 +75,7 @@ def test_mamba_lrp_is_its_gradient(explicit: bool) -> None:
 
 def test_mamba_of_transformers_is_found() -> None:
     config = transformers.MambaConfig(
-        vocab_size=20, hidden_size=8, state_size=4, num_hidden_layers=2, intermediate_size=16
+        vocab_size=20, hidden_size=8, state_size=4, num_hidden_layers=2
     )
     model = transformers.MambaForCausalLM(config).eval()
     tokens = torch.randint(0, 20, (2, 5))

@@ -21,6 +21,7 @@ from graphopt.passes.relevance.rules import (
     Rule,
     StopGradient,
     Uniform,
+    ZBox,
 )
 from tests.passes.relevance.rules.naive import Calls, Handed, handed_back
 
@@ -354,6 +355,6 @@ def test_a_rule_in_the_wrong_place_is_named() -> None:
 def test_bounds_for_other_channels_are_refused() -> None:
     (x,) = drawn((2, 3, 4, 4))
     weights = torch.randn(2, 3, 2, 2).double()
-    rule: Rule = RULES["z-box"](low=(-1.0, -1.0), high=(1.0, 1.0))
+    rule: Rule = ZBox(low=(-1.0, -1.0), high=(1.0, 1.0))
     with pytest.raises(GraphoptError, match="2 bounds for 3 channels"):
         run(lambda x: F.conv2d(x, weights), [x], rule, False)
