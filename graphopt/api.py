@@ -202,6 +202,7 @@ def explain(
     attribute: Sequence[str] = ("inputs",),
     memory_budget: Any = None,
     emitter: str = "auto",
+    data: Iterable[Any] | None = None,
     progress: Progress = silent,
 ) -> nn.Module:
     """Make a module that says which inputs an output of ``model`` rests on.
@@ -217,6 +218,7 @@ def explain(
         memory_budget: Peak memory of an explanation, as in a budget.
         emitter: ``"auto"`` hands quotients ``R / x`` on where that is exact, ``"explicit"`` hands
             relevance itself on everywhere.
+        data: Batches, for rules that learn from data (``pattern-attribution``).
         progress: Told what goes on.
 
     Returns:
@@ -248,6 +250,7 @@ def explain(
         attribute=tuple(attribute),
         memory_budget=memory_budget,
         emitter=emitter,
+        data=data,
     )
 
 

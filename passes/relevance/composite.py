@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
+import json
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from torch import fx
+from torch import Tensor, fx
 
 from graphopt.errors import UnsupportedError, UsageError, suggest
 from graphopt.passes.relevance.families import Family
 from graphopt.passes.relevance.ops import Op
-from graphopt.passes.relevance.rules import RULES, Rule
+from graphopt.passes.relevance.rules import RULES, PatternAttribution, PatternNet, Rule
 
 _FAMILIES = frozenset(f.value for f in Family)
+_DEPTHS = ("any", "first", "last")
+_OPERANDS = frozenset({"data x data", "data x param", "data"})
+_NAMES = {"family": "family of operators", "role": "role of operands"}
 
 
 @dataclass(frozen=True)
@@ -30,20 +34,32 @@ class Match:
         depth: Ends of the graph: ``first`` are linear layers and convolutions that read an
             attributed input (through operations without weights), ``last`` those that no other one
             comes after.
+        role: What is multiplied: ``data x data``, ``data x param``, or ``data`` alone.
     """
 
     family: tuple[str, ...] = ()
     op: tuple[str, ...] = ()
     path: tuple[str, ...] = ()
     depth: Literal["any", "first", "last"] = "any"
+    role: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in self.family:
-            if name not in _FAMILIES:
-                raise UsageError(
-                    f"there is no family of operators {name!r}",
-                    hint=suggest(name, _FAMILIES) or f"known: {', '.join(sorted(_FAMILIES))}",
-                )
+        for field in ("family", "op", "path", "role"):
+            values = getattr(self, field)
+            if not isinstance(values, tuple) or not all(isinstance(v, str) for v in values):
+                raise UsageError(f"{field} = {values!r} in a match", hint="it is a list of names")
+        for field, known in (("family", _FAMILIES), ("role", _OPERANDS)):
+            for name in getattr(self, field):
+                if name not in known:
+                    raise UsageError(
+                        f"there is no {_NAMES[field]} {name!r}",
+                        hint=suggest(name, known) or f"known: {', '.join(sorted(known))}",
+                    )
+        if self.depth not in _DEPTHS:
+            raise UsageError(
+                f"there is no depth {self.depth!r}",
+                hint=suggest(str(self.depth), _DEPTHS) or f"known: {', '.join(_DEPTHS)}",
+            )
 
     def fits(self, op: Op, path: str, depths: frozenset[str]) -> bool:
         """Whether an operation is like that."""
@@ -51,6 +67,7 @@ class Match:
             (not self.family or op.family.value in self.family)
             and (not self.op or any(fnmatch.fnmatchcase(op.name, p) for p in self.op))
             and (not self.path or any(fnmatch.fnmatchcase(path, p) for p in self.path))
+            and (not self.role or _operands(op) in self.role)
             and (self.depth == "any" or self.depth in depths)
         )
 
@@ -62,20 +79,26 @@ class Composite:
     Attributes:
         name: Its name.
         entries: Pairs of a match and a rule.
+        patterns: Patterns by the name of the weight, for rules that need them (see
+            `graphopt.passes.relevance.patterns.fit`); TOML doesn't hold them.
     """
 
     name: str
     entries: tuple[tuple[Match, Rule], ...]
+    patterns: Mapping[str, Tensor] | None = dataclasses.field(
+        default=None, compare=False, repr=False
+    )
 
     def rule(self, op: Op, path: str, depths: frozenset[str]) -> Rule:
         """The rule for an operation.
 
         Raises:
             UnsupportedError: No entry fits.
+            UsageError: The first one that does has a rule for other operations.
         """
         for match, rule in self.entries:
             if match.fits(op, path, depths):
-                return rule
+                return _checked(rule, op)
         raise UnsupportedError(
             f"the composite {self.name!r} has no rule for operations of the family "
             f"{op.family.value!r}",
@@ -85,7 +108,35 @@ class Composite:
 
     def before(self, *entries: tuple[Match, Rule], name: str | None = None) -> Composite:
         """A composite whose entries come in front of these."""
-        return Composite(self.name if name is None else name, (*entries, *self.entries))
+        name = self.name if name is None else name
+        return dataclasses.replace(self, name=name, entries=(*entries, *self.entries))
+
+    def stabilised(self, eps: float, stabiliser: str = "rms") -> Composite:
+        """The composite with another stabiliser in all rules that have one.
+
+        ``stabilised(1e-6, "sign")`` is what zennit adds.
+
+        Args:
+            eps: How far sums are moved away from zero.
+            stabiliser: What it is relative to, see `Site.stabilised`.
+        """
+
+        def changed(rule: Rule) -> Rule:
+            names = {f.name for f in dataclasses.fields(rule)}
+            given: dict[str, Any] = {"eps": eps, "stabiliser": stabiliser}
+            return dataclasses.replace(rule, **given) if {"eps", "stabiliser"} <= names else rule
+
+        return dataclasses.replace(self, entries=tuple((m, changed(r)) for m, r in self.entries))
+
+    def with_patterns(self, patterns: Mapping[str, Tensor]) -> Composite:
+        """The composite with patterns for the rules that need them."""
+        return dataclasses.replace(self, patterns=patterns)
+
+    @property
+    def lacks_patterns(self) -> bool:
+        """Whether a rule needs patterns that it hasn't got."""
+        needs = any(isinstance(r, PatternAttribution | PatternNet) for _, r in self.entries)
+        return needs and self.patterns is None
 
     def to_toml(self) -> str:
         """The composite as TOML, which `from_toml` reads."""
@@ -115,13 +166,36 @@ class Composite:
         if unknown:
             raise UsageError(f"a composite has no {unknown[0]!r}", hint="it has name and entry")
         entries = data.get("entry", [])
+        if not isinstance(entries, list) or not all(isinstance(e, dict) for e in entries):
+            raise UsageError("entry isn't a list of tables", hint="each one starts with [[entry]]")
+        if not entries:
+            raise UsageError("a composite without entries has no rules")
         return cls(str(data.get("name", "composite")), tuple(_entry(e) for e in entries))
+
+
+def _checked(rule: Rule, op: Op) -> Rule:
+    if rule.families and op.family not in rule.families:
+        raise UsageError(
+            f"the rule {rule.name!r} isn't for operations of the family {op.family.value!r}",
+            node=op.node,
+            hint=f"it is for {', '.join(f.value for f in rule.families)}",
+        )
+    return rule
+
+
+def _operands(op: Op) -> str:
+    """What an operation multiplies."""
+    if op.family in (Family.PRODUCT, Family.ATTENTION):
+        return "data x data"
+    return "data x param" if op.family in (Family.LINEAR, Family.CONV, Family.SCALE) else "data"
 
 
 def _entry(data: Mapping[str, Any]) -> tuple[Match, Rule]:
     options = dict(data)
     name = options.pop("rule", None)
-    if name not in RULES:
+    if name is None:
+        raise UsageError("an entry without a rule", hint='rule = "epsilon", for example')
+    if not isinstance(name, str) or name not in RULES:
         raise UsageError(
             f"there is no rule {name!r}",
             hint=suggest(str(name), RULES) or f"known: {', '.join(sorted(RULES))}",
@@ -152,8 +226,7 @@ def _toml(value: Any) -> str:
     if isinstance(value, int | float):
         return repr(value)
     if isinstance(value, str):
-        escaped = value.replace("\\", "\\\\").replace('"', '\\"')
-        return f'"{escaped}"'
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     return "[" + ", ".join(_toml(v) for v in value) + "]"
 
 

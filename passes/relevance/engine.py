@@ -67,7 +67,8 @@ class Run:
         keeps_graphs: bool = False,
     ) -> None:
         self.plan = plan
-        self.explicit = explicit
+        needed = any(rule.needs_quotients for rule in plan.rules.values())
+        self.explicit = explicit and not needed
         self.keeps_graphs = keeps_graphs
         self.accounts: dict[Op, Account] | None = {} if audit else None
         self.values: dict[fx.Node, Any] = {}

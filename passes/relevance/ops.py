@@ -75,6 +75,15 @@ class Op:
         return self.node.kwargs.get(arguments[place].name) if place < len(arguments) else None
 
 
+def weight_name(op: Op) -> str:
+    """The parameter that a layer's weights are, or the call's name where they are computed."""
+    bias = op.argument(op.spec.bias)
+    for node in op.constants:
+        if node is not bias and node.op == "get_attr":
+            return str(node.target)
+    return op.node.name
+
+
 def is_floating(value: Any) -> bool:
     """Whether a fake value is a floating tensor, or holds one."""
     if isinstance(value, torch.Tensor):

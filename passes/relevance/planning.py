@@ -14,6 +14,7 @@ from graphopt.errors import UnsupportedError, UsageError, suggest
 from graphopt.passes.relevance import families, regions
 from graphopt.passes.relevance.composite import Composite, depths, path_of
 from graphopt.passes.relevance.families import Family
+from graphopt.passes.relevance.folding import folded
 from graphopt.passes.relevance.ops import Op, carrying, is_floating, is_getitem, operations, wanted
 from graphopt.passes.relevance.prepare import lowered
 from graphopt.passes.relevance.roles import Roles
@@ -39,6 +40,8 @@ class Plan:
         batch: The placeholder whose dimension 0 is the batch; None: all is one sample.
         slopes: Derivatives at zero of the activations that give zero for zero.
         roles: Roles of operands.
+        folds: Batch norms that are a part of the layer in front of them, by that layer.
+        patterns: Patterns by the name of the weight, where a rule needs them.
     """
 
     graph: fx.Graph
@@ -54,6 +57,8 @@ class Plan:
     batch: fx.Node | None
     slopes: Mapping[Op, float]
     roles: Roles
+    folds: Mapping[Op, Op]
+    patterns: Mapping[str, Tensor] | None = None
 
     @property
     def kept(self) -> set[fx.Node]:
@@ -110,6 +115,7 @@ def make_plan(
     rules = {
         op: composite.rule(op, path_of(op.node), ends.get(op, frozenset())) for op in ops.values()
     }
+    folds, rules = folded(ops, rules, {*named.values(), *results})
     interior = {n for nodes in merged.values() for n in nodes[:-1]}
     values = _values(graph, tensors, inputs)
     batch, found = _layouts(graph, values, [s for s in sources if s in inside], results)
@@ -127,6 +133,8 @@ def make_plan(
         batch=batch,
         slopes=_slopes(ops.values(), values),
         roles=Roles(ops),
+        folds=folds,
+        patterns=composite.patterns,
     )
 
 

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from torch import Tensor
+
+from graphopt.errors import UsageError
 from graphopt.ir.program import Program
+from graphopt.passes.relevance import patterns
 from graphopt.passes.relevance.facts import Arrivals, node_facts
 from graphopt.passes.relevance.module import ExplainedModule, Options
 from graphopt.passes.relevance.presets import PRESETS, composite_of
@@ -40,11 +45,13 @@ class Relevance(Pass):
         attribute: tuple[str, ...],
         memory_budget: Any,
         emitter: str = "auto",
+        data: Iterable[Any] | None = None,
     ) -> ExplainedModule:
         """A module that explains a program's output (see `graphopt.explain`)."""
-        options = Options(
-            composite_of(composite), check_target(target), attribute, emitter == "explicit"
-        )
+        rules = composite_of(composite)
+        if rules.lacks_patterns:
+            rules = rules.with_patterns(_patterns(program, rules.name, data, len(context.args)))
+        options = Options(rules, check_target(target), attribute, emitter == "explicit")
         flat = program.signature.flatten_inputs(context.args, context.kwargs)
         return ExplainedModule(program.emit(), options, flat)
 
@@ -70,3 +77,14 @@ class Relevance(Pass):
     def _options(self) -> Options:
         index = int(self.target) if self.target.lstrip("-").isdigit() else self.target
         return Options(composite_of(self.composite), check_target(index), ("inputs",))
+
+
+def _patterns(
+    program: Program, composite: str, data: Iterable[Any] | None, arguments: int
+) -> dict[str, Tensor]:
+    if data is None:
+        raise UsageError(
+            f"the composite {composite!r} needs data to find its patterns in",
+            hint="explain(..., data=batches), or a composite.with_patterns(...)",
+        )
+    return patterns.of_program(program, data, arguments)

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from graphopt.passes.relevance.flow import Flow, signed
-from graphopt.passes.relevance.ops import Op
+from graphopt.passes.relevance.families import Family
+from graphopt.passes.relevance.flow import Flow, signed, times
+from graphopt.passes.relevance.ops import Op, weight_name
 from graphopt.passes.relevance.roles import Role
 
 EPSILON, BIAS, CONSTANTS, PARAMETERS, SOFTMAX = (
@@ -87,9 +88,22 @@ class Site:
         """What an operand is to a product."""
         return self._run.roles.of(self.op, operand)
 
-    def factors(self, operand: fx.Node) -> int:
-        """How many values an operand is the product of."""
-        return self._run.roles.factors(operand)
+    def takers(self, stopped: Sequence[str]) -> dict[fx.Node, int]:
+        """The operands of a product that take relevance, and how many factors each one is."""
+        return self._run.roles.takers(self.op, stopped)
+
+    def is_nonnegative(self, operand: fx.Node) -> bool:
+        """Whether no value of an operand can be negative, whatever the input."""
+        return self._run.roles.is_nonnegative(operand)
+
+    def behind(self) -> Site | None:
+        """The batch norm that is a part of this layer, or None."""
+        norm = self._run.plan.folds.get(self.op)
+        return None if norm is None else Site(self._run, norm)
+
+    def pattern(self) -> Tensor | None:
+        """The pattern of the layer's weights, if there are any."""
+        return (self._run.plan.patterns or {}).get(weight_name(self.op))
 
     # --- what arrives -------------------------------------------------------------------------
 
@@ -117,6 +131,17 @@ class Site:
         zero = denominator == 0
         self.book(EPSILON, torch.where(zero, relevance, 0))
         return torch.where(zero, 0, relevance / torch.where(zero, 1, denominator))
+
+    def over(self, relevance: Tensor, total: Tensor, eps: float, mode: str) -> Tensor:
+        """``R / (z + eps)`` for some ``z``; what the stabiliser takes is booked as absorbed."""
+        if eps == 0:
+            return self.divided(relevance, total)
+        moved = self.stabilised(eps, mode, total)
+        zero = moved == 0  # a row of zeros has no size either
+        quotient = torch.where(zero, 0, relevance / torch.where(zero, 1, moved))
+        lost = times(quotient, moved - total)
+        self.book(EPSILON, torch.where(zero, relevance, lost))
+        return quotient
 
     # --- what leaves --------------------------------------------------------------------------
 
@@ -187,7 +212,7 @@ class Site:
         value = self.result if result is None else result
         if mode == "rms":
             rows = self._run.rows(self.op)
-            size = value.square().mean(rows, keepdim=True).sqrt()
+            size = self._sized(value).square().mean(rows, keepdim=True).sqrt()
             return signed(value, eps * size)
         if mode == "unsigned":
             return value + eps
@@ -195,6 +220,12 @@ class Site:
             sign = torch.where(value >= 0, 1.0, -1.0).to(value.dtype)
             return sign * value.abs().clamp(min=eps)
         return signed(value, torch.full((), eps, dtype=value.dtype, device=value.device))
+
+    def _sized(self, value: Tensor) -> Tensor:
+        """What a row's size is taken of: not of masks that are added."""
+        if self.op.family is Family.ADD and len(self.op.operands) == 1:
+            return self.value(self.op.operands[0]).expand_as(value)
+        return value
 
     @property
     def slope(self) -> float | None:

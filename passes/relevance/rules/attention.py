@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx
 
+from graphopt.passes.relevance.families import Family
 from graphopt.passes.relevance.flow import times
 from graphopt.passes.relevance.rules.base import Rule
 from graphopt.passes.relevance.site import CONSTANTS, SOFTMAX, Site
@@ -62,6 +63,7 @@ class CPAttention(Rule):
     """Probabilities are constants, values take all (Ali et al. 2022, conservative propagation)."""
 
     name: ClassVar[str] = "cp-attention"
+    families: ClassVar[tuple[Family, ...]] = (Family.ATTENTION,)
 
     def propagate(self, site: Site) -> None:
         """Hand quotients on to the values."""
@@ -80,6 +82,7 @@ class AttnLRP(Rule):
     """Halves at both products, the Taylor rule at softmax (Achtibat et al. 2024)."""
 
     name: ClassVar[str] = "attnlrp"
+    families: ClassVar[tuple[Family, ...]] = (Family.ATTENTION,)
 
     def propagate(self, site: Site) -> None:
         """Hand quotients on to queries, keys and values."""

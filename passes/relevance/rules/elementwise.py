@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from graphopt.passes.relevance.families import Family
 from graphopt.passes.relevance.rules.base import Rule
 from graphopt.passes.relevance.site import Site
 
@@ -20,6 +21,12 @@ class Identity(Rule):
     """All relevance goes through an elementwise function: ``R_in = R_out``."""
 
     name: ClassVar[str] = "identity"
+    families: ClassVar[tuple[Family, ...]] = (
+        Family.ACTIVATION,
+        Family.NORM,
+        Family.SOFTMAX,
+        Family.SCALE,
+    )
 
     def propagate(self, site: Site) -> None:
         """Hand relevance on as it is, or its quotient times ``f(x) / x``."""

@@ -9,6 +9,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from graphopt.errors import UnsupportedError
+from graphopt.passes.relevance.families import Family
 from graphopt.passes.relevance.rules.base import Rule
 from graphopt.passes.relevance.site import BIAS, Site
 
@@ -21,6 +23,7 @@ class DetachedNorm(Rule):
     """
 
     name: ClassVar[str] = "detached-norm"
+    families: ClassVar[tuple[Family, ...]] = (Family.NORM,)
 
     def prepare(self, site: Site) -> Linearised:
         """The linear map; what it needs of the input is small."""
@@ -34,6 +37,22 @@ class DetachedNorm(Rule):
         site.send(operand, norm.backward(quotient))
         if norm.bias is not None:
             norm.book(site, quotient)
+
+
+@dataclass(frozen=True)
+class Folded(Rule):
+    """A batch norm that is a part of the layer in front, whose rule sees the weights of both.
+
+    Composites don't name it: `graphopt.passes.relevance.folding` says where it is.
+    """
+
+    name: ClassVar[str] = "folded"
+    families: ClassVar[tuple[Family, ...]] = (Family.NORM,)
+
+    def propagate(self, site: Site) -> None:
+        """Relevance of the result is that of the layer's own."""
+        (operand,) = site.op.operands
+        site.send(operand, site.relevance(), "relevance")
 
 
 @dataclass(frozen=True)
@@ -107,12 +126,27 @@ def _group_norm(site: Site) -> Linearised:
 
 
 def _batch_norm(site: Site) -> Linearised:
+    scale, shift = batch_map(site)
+    return Linearised(lambda c: c * _along_channels(scale, c), shift, 1)
+
+
+def batch_map(site: Site) -> tuple[Tensor, Tensor]:
+    """Scale and shift of each channel, ``[channels]``.
+
+    Raises:
+        UnsupportedError: They depend on the other samples of the batch.
+    """
     weight, bias, mean, variance = (site.argument(i) for i in (1, 2, 3, 4))
+    if mean is None or variance is None:
+        raise UnsupportedError(
+            "this norm has no running statistics: it mixes the samples of a batch",
+            node=site.op.node,
+            hint="use track_running_stats=True, or a group norm",
+        )
     eps = site.argument(6 if "legit" in site.op.name else 7)
     scale = torch.rsqrt(variance + eps)
     scale = scale * weight if weight is not None else scale
-    shift = -mean * scale if bias is None else bias - mean * scale
-    return Linearised(lambda c: c * _along_channels(scale, c), shift, 1)
+    return scale, -mean * scale if bias is None else bias - mean * scale
 
 
 def _reciprocal_deviation(x: Tensor, dims: tuple[int, ...], eps: float) -> Tensor:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar
 
-from torch import fx
+from torch import Tensor, fx
 
+from graphopt.errors import UsageError, suggest
 from graphopt.passes.relevance import families
+from graphopt.passes.relevance.families import Family
 from graphopt.passes.relevance.flow import times
 from graphopt.passes.relevance.roles import Role
 from graphopt.passes.relevance.rules.base import Rule
 from graphopt.passes.relevance.site import BIAS, Site
+
+_STOPPABLE = [role.value for role in Role if role is not Role.VALUE]
 
 
 @dataclass(frozen=True)
@@ -22,23 +26,33 @@ class Uniform(Rule):
     same for ``(ab)c`` and ``a(bc)``, which halves at each product are not (arXiv 2510.18810).
 
     Attributes:
-        gates: ``stop``: what a softmax or a sigmoid made is a weight on the other operand, which
-            takes all (Arras et al. 2017; conservative propagation, Ali et al. 2022); ``share``:
-            it is a factor as any other.
+        stop: Roles of operands that are taken for constants, so that the others take all:
+            ``attention`` and ``gate``, what a softmax or a sigmoid made (Arras et al. 2017;
+            conservative propagation, Ali et al. 2022), ``selection``, the parameters of a selective
+            scan (Jafari et al. 2024), and ``activated``, the activation of a gated MLP.
+            Normalisers always are.
     """
 
     name: ClassVar[str] = "uniform"
+    families: ClassVar[tuple[Family, ...]] = (Family.PRODUCT,)
 
-    gates: Literal["stop", "share"] = "share"
+    stop: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for role in self.stop:
+            if role not in _STOPPABLE:
+                hint = suggest(str(role), _STOPPABLE) or f"known: {', '.join(_STOPPABLE)}"
+                raise UsageError(f"operands of a product have no role {role!r}", hint=hint)
 
     def propagate(self, site: Site) -> None:
         """Hand quotients on; relevance itself where a product only scales one value."""
-        takers = self._takers(site)
+        takers = site.takers((Role.NORMALISER, *self.stop))
+        bias = site.op.argument(site.op.spec.bias)
         total = sum(takers.values())
-        if len(takers) == 1 and not site.flow.is_quotient:
+        if len(takers) == 1 and bias is None and not site.flow.is_quotient:
             (operand,) = takers
-            elementwise = site.op.name not in families.MATRIX and site.op.name != "outer"
-            if elementwise and site.value(operand).shape == site.result.shape:
+            if is_elementwise(site) and site.value(operand).shape == site.result.shape:
                 site.send(operand, site.flow.tensor, "relevance")
                 return
         quotient = site.quotient()
@@ -46,20 +60,23 @@ class Uniform(Rule):
             if node in takers:
                 share = takers[node] / total
                 site.send(node, tensor if share == 1 else tensor * share)
-        bias = site.argument(site.op.spec.bias)
-        if bias is not None:
-            site.book(BIAS, times(quotient, _broadcast(site, bias)))
-
-    def _takers(self, site: Site) -> dict[fx.Node, int]:
-        roles = {o: site.role(o) for o in site.op.operands}
-        stopped = {Role.NORMALISER} | ({Role.GATE} if self.gates == "stop" else set())
-        found = [o for o, role in roles.items() if role not in stopped]
-        if not found:
-            found = [o for o, role in roles.items() if role is not Role.NORMALISER]
-        return {o: site.factors(o) for o in found or list(roles)}
+            elif node is bias:  # added to the product, as in baddbmm
+                site.send(node, tensor)
+        if bias is not None and bias not in site.op.operands:
+            site.book(BIAS, times(quotient, added(site, bias)))
 
 
-def _broadcast(site: Site, bias):  # type: ignore[no-untyped-def]
-    if site.op.name.startswith("conv"):
-        return bias.reshape(-1, *[1] * (site.result.ndim - 2))
-    return bias
+def is_elementwise(site: Site) -> bool:
+    """Whether each element of a product has factors of its own."""
+    name = site.op.name
+    mixing = name in families.MATRIX or name == "outer" or site.op.spec.weight is not None
+    return not mixing
+
+
+def added(site: Site, bias: fx.Node) -> Tensor:
+    """What is added to a product, broadcast to the result."""
+    value: Any = site.whole(bias)
+    if site.op.name.startswith(("conv", "_conv")):
+        weight: Any = site.argument(site.op.spec.weight)
+        value = value.reshape(-1, *[1] * (weight.ndim - 2))
+    return value * site.op.node.kwargs.get("beta", 1)

@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, fx
 
+from graphopt.passes.relevance.families import Family
 from graphopt.passes.relevance.flow import Flow, times
 from graphopt.passes.relevance.rules.base import Rule
 from graphopt.passes.relevance.site import Site
@@ -22,6 +23,7 @@ class Route(Rule):
     """Relevance goes back to where each value came from; what was filled in is a constant."""
 
     name: ClassVar[str] = "route"
+    families: ClassVar[tuple[Family, ...]] = (Family.ROUTE,)
 
     def propagate(self, site: Site) -> None:
         """Hand relevance on in the form in which it arrives."""
@@ -38,6 +40,7 @@ class WinnerTakesAll(Rule):
     """The largest value takes all."""
 
     name: ClassVar[str] = "winner-takes-all"
+    families: ClassVar[tuple[Family, ...]] = (Family.MAX,)
 
     def propagate(self, site: Site) -> None:
         """Hand relevance on in the form in which it arrives."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from graphopt.passes.relevance.families import Family
 from graphopt.passes.relevance.flow import times
 from graphopt.passes.relevance.rules.base import Rule
 from graphopt.passes.relevance.site import SOFTMAX, Site
@@ -19,6 +20,7 @@ class SoftmaxTaylor(Rule):
     """
 
     name: ClassVar[str] = "softmax-taylor"
+    families: ClassVar[tuple[Family, ...]] = (Family.SOFTMAX,)
 
     def propagate(self, site: Site) -> None:
         """Hand quotients on."""

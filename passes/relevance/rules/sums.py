@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, fx
 
+from graphopt.errors import UnsupportedError
 from graphopt.passes.relevance.families import Family
 from graphopt.passes.relevance.flow import times
-from graphopt.passes.relevance.rules.base import Rule
-from graphopt.passes.relevance.site import EPSILON, Site
+from graphopt.passes.relevance.rules.base import SUMS, Rule, Stabiliser
+from graphopt.passes.relevance.rules.products import is_elementwise
+from graphopt.passes.relevance.site import Site
 
 
 @dataclass(frozen=True)
@@ -19,20 +21,25 @@ class Proportional(Rule):
     """Each summand takes its share of the sum: ``R_a = a / (a + b) R``.
 
     Attributes:
-        mode: ``signed`` as above, or ``absolute``: ``|a| / (|a| + |b|)`` (Lee et al., DynamicLRP).
+        mode: ``signed`` as above, or ``absolute``: ``|a| / (|a| + |b|)`` (arXiv 2512.07010), which
+            also shares among the factors of a product.
         eps: Moves the sum away from zero; what that takes is booked as absorbed.
         stabiliser: What ``eps`` is relative to, see `Site.stabilised`.
     """
 
     name: ClassVar[str] = "proportional"
+    families: ClassVar[tuple[Family, ...]] = (*SUMS, Family.PRODUCT)
 
     mode: Literal["signed", "absolute"] = "signed"
     eps: float = 0.0
-    stabiliser: Literal["rms", "sign", "unsigned", "clip"] = "rms"
+    stabiliser: Stabiliser = "rms"
 
     def propagate(self, site: Site) -> None:
         """Hand on quotients (signed) or relevance (absolute)."""
         if site.op.family is Family.SCALE and _passes_through(site):
+            return
+        if site.op.family is Family.PRODUCT:
+            self._factors(site)
             return
         if self.mode == "absolute" and site.op.family is not Family.STATISTIC:
             _absolute(site)
@@ -47,22 +54,28 @@ class Proportional(Rule):
             for node, addend in _constants(site):
                 site.book_constant(node, times(quotient, addend))
 
+    def _factors(self, site: Site) -> None:
+        if self.mode != "absolute" or not is_elementwise(site):
+            raise UnsupportedError(
+                "shares of a product by size are for elementwise ones, and absolute",
+                node=site.op.node,
+                hint="use the rule 'uniform' for products",
+            )
+        _share(site, {n: _factor(site, n).abs() for n in site.op.operands})
+
 
 def stabilised_quotient(site: Site, eps: float, mode: str) -> Tensor:
     """``R / (z + eps)``; what the stabiliser takes is booked."""
     if eps == 0:
         return site.quotient()
-    moved = site.stabilised(eps, mode)
-    quotient = site.relevance() / moved
-    site.book(EPSILON, quotient * (moved - site.result))
-    return quotient
+    return site.over(site.relevance(), site.result, eps, mode)
 
 
 def _passes_through(site: Site) -> bool:
     """Relevance itself goes through a scale unchanged."""
     operand = site.op.operands[0]
     same = site.value(operand).shape == site.result.shape
-    if same and not site.flow.is_quotient:
+    if same and not site.followed and not site.flow.is_quotient:
         site.send(operand, site.flow.tensor, "relevance")
         return True
     return False
@@ -81,23 +94,40 @@ def _constants(site: Site) -> list[tuple[fx.Node | None, Tensor]]:
 
 def _absolute(site: Site) -> None:
     """Shares by size, for sums whose coefficients are one sign each."""
-    relevance = site.relevance()
-    sizes = {n: site.value(n).abs() for n in site.op.operands}
     if site.op.family is Family.ADD:
-        addend = torch.zeros_like(site.result)
-        for _, constant in _constants(site):
-            addend = addend + constant.abs()
-        total = sum(sizes.values(), addend)
-        share = site.divided(relevance, total)
-        for node in site.op.operands:
-            part = (sizes[node] * share).sum_to_size(site.value(node).shape)
-            site.send(node, part, "relevance")
-        for node, constant in _constants(site):
-            site.book_constant(node, constant.abs() * share)
+        _share(site, {n: _summand(site, n).abs() for n in site.op.operands})
         return
     operand = site.op.operands[0]
-    leaf = sizes[operand].detach().requires_grad_()
+    size = site.value(operand).abs()
+    leaf = size.detach().requires_grad_()
     with torch.enable_grad():
         total = site.op.run(lambda n: leaf if n is operand else site.whole(n))
-    (grad,) = torch.autograd.grad(total, leaf, site.divided(relevance, total.detach()))
-    site.send(operand, grad * sizes[operand], "relevance")
+    quotient = site.divided(site.relevance(), total.detach())
+    (grad,) = torch.autograd.grad(total, leaf, quotient)
+    site.send(operand, grad * size, "relevance")
+
+
+def _share(site: Site, sizes: dict[fx.Node, Tensor]) -> None:
+    """Hand on by sizes; constants take theirs."""
+    constants = _constants(site) if site.op.family is Family.ADD else []
+    total = torch.zeros_like(site.result)
+    for size in (*sizes.values(), *(c.abs() for _, c in constants)):
+        total = total + size
+    share = site.divided(site.relevance(), total)
+    for node, size in sizes.items():
+        site.send(node, (size * share).sum_to_size(site.value(node).shape), "relevance")
+    for node, constant in constants:
+        site.book_constant(node, constant.abs() * share)
+
+
+def _summand(site: Site, node: fx.Node) -> Tensor:
+    """What an operand adds to a sum."""
+    scaled = site.op.argument(0 if site.op.name == "rsub" else 1)
+    alpha: Any = site.op.node.kwargs.get("alpha", 1) if node is scaled else 1
+    return site.value(node) if alpha == 1 else site.value(node) * alpha
+
+
+def _factor(site: Site, node: fx.Node) -> Tensor:
+    """What an operand multiplies a product with."""
+    divides = site.op.name in ("div", "divide", "true_divide") and node is site.op.argument(1)
+    return site.value(node).reciprocal() if divides else site.value(node)
