@@ -11,6 +11,7 @@ One thread.  A figure is the median over pairs of runs in turns, of processor se
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import statistics
 import time
@@ -164,8 +165,7 @@ def _beside_lxt(name: str, subject: Subject, kind: str, repeats: int) -> Row:
         index = torch.cat([torch.full_like(index, output.shape[1] - 1), index], 1)
     composite = "cp-lrp" if kind == "cp" else "attnlrp"
     call, _, _ = explained(subject, composite=composite)
-    other = client.Lxt.of(model, kind)
-    other = client.dataclasses_replace(other, subject.output) if False else other
+    other = dataclasses.replace(client.Lxt.of(model, kind), output=str(subject.output))
     figures, _ = other.cost(inputs, index, repeats=repeats, warmup=3)
     ours = ratio(call, plain, repeats)
     peak = trace_memory(call).peak
