@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from graphopt.budget import read_field
 from graphopt.ir.program import Program
 from graphopt.passes.relevance.module import ExplainedModule, Options
 from graphopt.passes.relevance.presets import composite_of
@@ -40,8 +41,9 @@ class Relevance(Pass):
         emitter: str = "auto",
     ) -> ExplainedModule:
         """A module that explains a program's output (see `graphopt.explain`)."""
+        budget: Any = None if memory_budget is None else read_field("memory", memory_budget)
         options = Options(
-            composite_of(composite), check_target(target), attribute, emitter == "explicit"
+            composite_of(composite), check_target(target), attribute, emitter == "explicit", budget
         )
         flat = program.signature.flatten_inputs(context.args, context.kwargs)
         return ExplainedModule(program.emit(), options, flat)
