@@ -1,8 +1,9 @@
-"""Makes a traced run smaller without changing what it computes, bit for bit.
+"""Makes a traced run smaller without changing what it computes.
 
 - Sizes are read from the inputs, at the start: no value is kept alive for its size.
 - Detaching is nothing where no gradient is recorded; nor is copying where nobody writes, or
   transposing twice.
+- The input gradient of a convolution doesn't read the input.
 - What is computed twice within one phase is computed once.  Across the phases only views, sizes
   and what depends on parameters alone are: a value would have to be kept for it.
 """
@@ -20,6 +21,7 @@ from torch.utils._sympy.reference import PythonReferenceAnalysis
 
 from graphopt.ir.ops import is_repeatable
 from graphopt.ir.storage import aliased_input
+from graphopt.passes.relevance.convolutions import without_inputs
 from graphopt.passes.relevance.marks import is_backward, merge
 
 aten = torch.ops.aten
@@ -37,6 +39,7 @@ def simplify(graph: fx.Graph, parameters: Iterable[fx.Node]) -> None:
         source = _same(node)
         if source is not None:
             _replace(node, source)
+    without_inputs(graph)
     _merge_equal(graph, set(parameters))
     graph.eliminate_dead_code()
 
