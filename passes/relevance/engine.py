@@ -15,6 +15,7 @@ from torch import Tensor, fx
 
 from graphopt.passes.relevance.flow import Flow, merged
 from graphopt.passes.relevance.ledger import Ledger
+from graphopt.passes.relevance.marks import Marker
 from graphopt.passes.relevance.ops import Op, is_getitem
 from graphopt.passes.relevance.planning import Plan
 from graphopt.passes.relevance.roles import Roles
@@ -54,6 +55,7 @@ class Run:
         values: The value of each node.
         ledger: Where relevance ended.
         arrived: What has arrived at each value, once it is complete.
+        marker: Marks the calls of a traced run.
     """
 
     def __init__(
@@ -76,6 +78,7 @@ class Run:
         self.arrived: dict[fx.Node, Flow] = {}
         self._sites: dict[fx.Node, Site] = {}
         self._pending: dict[fx.Node, dict[int, Flow]] = {}
+        self.marker = Marker()
         self._forward(tensors, inputs)
 
     @property
@@ -107,6 +110,8 @@ class Run:
                 self.values[node] = tensors[str(node.target)]
             elif node.op == "call_function":
                 self._call(node)
+                self.marker.note("forward", node.name)
+        self.marker.name(self.values)
         self.ledger.samples = self.values[self.plan.batch].shape[0] if self.plan.batch else 1
 
     def _call(self, node: fx.Node) -> None:
@@ -128,10 +133,12 @@ class Run:
         for node, quotient in seeds.items():
             self.ledger.book_value(OUTPUT, node, quotient * self.values[node])
             self._accumulate(node, 0, Flow(quotient))
+        self.marker.note("backward", OUTPUT)
         for node in reversed(self.plan.graph.nodes):
             flows = self._pending.pop(node, None)
             if flows is not None:
                 self._pass(node, flows)
+                self.marker.note("backward", node.name)
 
     def _pass(self, node: fx.Node, flows: dict[int, Flow]) -> None:
         if self.explicit and not is_getitem(node):

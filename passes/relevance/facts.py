@@ -14,8 +14,9 @@ from graphopt.ir.graphs import lookup
 from graphopt.ir.module import OptimizedModule
 from graphopt.ir.program import Program
 from graphopt.passes.relevance.engine import OUTPUT, Run
-from graphopt.passes.relevance.module import Options, doubled, explainer_of
+from graphopt.passes.relevance.explainer import doubled, explainer_of
 from graphopt.passes.relevance.ops import is_floating
+from graphopt.passes.relevance.options import Options
 from graphopt.passes.relevance.target import check_range, classes_of
 from graphopt.passes.relevance.tracing import Explainer
 

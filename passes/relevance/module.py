@@ -2,22 +2,38 @@
 
 from __future__ import annotations
 
+import copy
 import functools
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._C import _functorch  # type: ignore[attr-defined]
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import _disable_current_modes
 
+from graphopt.cost.sizes import Substitution, symbols_of
 from graphopt.errors import NonFiniteError
 from graphopt.ir.graphs import lookup
 from graphopt.ir.module import OptimizedModule
-from graphopt.passes.relevance.composite import Composite, path_of
-from graphopt.passes.relevance.planning import make_plan
-from graphopt.passes.relevance.target import check_range, classes_of, explained_outputs
+from graphopt.passes.relevance.composite import path_of
+from graphopt.passes.relevance.conservation import Entry, conservation
+from graphopt.passes.relevance.explainer import doubled, explainer_of
+from graphopt.passes.relevance.memory import Schedule, peak_of, plan_memory
+from graphopt.passes.relevance.options import Options
+from graphopt.passes.relevance.promises import Promise, promises
+from graphopt.passes.relevance.target import (
+    check_range,
+    check_target,
+    classes_of,
+)
 from graphopt.passes.relevance.tracing import Explainer, Flat, trace
+from graphopt.report import MemoryReport, PlanReport
+
+_OPAQUE = "an explanation runs as it was planned, and is not traced into"
 
 
 class Explanation(NamedTuple):
@@ -29,7 +45,7 @@ class Explanation(NamedTuple):
             parameter's or a value's of its.  With several targets there is one more dimension in
             front.
         ledger: Relevance of each sample by sink, ``[samples]``: ``output`` is what was explained,
-            the others add up to it.
+            the others add up to it.  With several targets ``[targets, samples]``.
     """
 
     output: Any
@@ -38,32 +54,38 @@ class Explanation(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Options:
-    """How a model is explained.
+class _Built:
+    """What is made of a model once, and again when its tensors have moved.
 
     Attributes:
-        composite: Which rules are applied where.
-        target: What is explained (see `graphopt.passes.relevance.target`).
-        attribute: What gets a relevance.
-        explicit: Hand relevance itself on, not quotients.
+        explainer: The plan.
+        traced: The run as it was traced.
+        flat: The run as it is executed: the same, or the traced one as scheduled.
+        sizes: What stands for symbolic sizes at the example inputs.
+        traits: Types and places of the tensors that the graph takes.
     """
 
-    composite: Composite
-    target: Any
-    attribute: tuple[str, ...]
-    explicit: bool = False
+    explainer: Explainer
+    traced: Flat
+    flat: Flat
+    sizes: Substitution
+    traits: tuple[Any, ...]
 
 
 class ExplainedModule(nn.Module):
     """A model and the relevance of its inputs, as one graph.
 
-    It takes what the model takes and returns an `Explanation`.  The model itself is ``.model``; the
-    graph that runs is ``.graph``.
+    It takes what the model takes and returns an `Explanation`.  The model itself is ``.model``,
+    whose parameters are read at each call; the graph that runs is ``.graph``.  After ``.to()`` or
+    ``.half()`` the graph is made anew at the next call.
 
     Args:
         model: The captured model.
         options: How it is explained.
         example: Flat example inputs.
+
+    Raises:
+        BudgetInfeasible: The memory budget can't be kept; carries the smallest that could.
     """
 
     def __init__(self, model: OptimizedModule, options: Options, example: Sequence[Tensor]) -> None:
@@ -71,53 +93,179 @@ class ExplainedModule(nn.Module):
         self.model = model.eval()
         self.options = options
         self._example = list(example)
-        self._explainer, self._flat = self._build()
+        self._schedule: Schedule | None = None
+        self._built: _Built | None = None
+        self._ready()
 
     @property
     def graph(self) -> torch.fx.GraphModule:
-        """The flat graph: forward, relevance and ledger."""
-        return self._flat.graph
+        """The flat graph that runs: forward, relevance and ledger."""
+        return self._ready().flat.graph
+
+    # --- calls --------------------------------------------------------------------------------
 
     def forward(self, *args: Any, **kwargs: Any) -> Explanation:
-        """Run the model and explain its output."""
-        signature = self._explainer.signature
+        """Run the model and explain its output.
+
+        Raises:
+            InputMismatch: Inputs of other types or sizes than the model takes.
+            UsageError: A target out of range.
+            NonFiniteError: The output that is explained is NaN or infinite.
+        """
+        if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+            return self._opaque(args, kwargs)
+        return self._called(args, kwargs)
+
+    @torch.compiler.disable(reason=_OPAQUE)
+    def _opaque(self, args: Any, kwargs: Any) -> Explanation:
+        return self._called(args, kwargs)
+
+    def _called(self, args: Any, kwargs: Any) -> Explanation:
+        built = self._ready()
+        signature = built.explainer.signature
         flat = signature.flatten_inputs(args, kwargs)
+        if torch.compiler.is_exporting():
+            return self._explain(built, flat)
         signature.check(flat)
-        return self._explain(flat)
+        explanation = self._explain(built, flat)
+        check_finite(explanation)
+        return explanation
+
+    def at(self, target: Any) -> ExplainedModule:
+        """The same explanation of another target; shares the model.
+
+        Where both targets are class indices it shares the graph too, and the index may be a tensor
+        that `torch.vmap` maps over.
+
+        Args:
+            target: As for `graphopt.explain`.
+        """
+        found = target if _is_batched(target) else check_target(target)
+        twin = copy.copy(self)
+        options = self.options.__dict__ | {"target": found}
+        twin.__dict__["options"] = Options(**options)
+        if not (isinstance(found, Tensor) and isinstance(self.options.target, Tensor)):
+            twin.__dict__["_built"] = None
+        return twin
 
     def train(self, mode: bool = True) -> ExplainedModule:
         """Does nothing: a model is explained in eval mode."""
         return self
 
-    def _explain(self, flat: list[Tensor]) -> Explanation:
-        tensors = [lookup(self.model, name) for name in self._flat.tensors]
-        target = self.options.target
+    def _explain(self, built: _Built, inputs: list[Tensor]) -> Explanation:
+        flat = built.flat
+        tensors = self._tensors(flat)
         with torch.no_grad():
-            if not self._flat.indexed:
-                return self._packed(self._flat.graph(tensors, flat, None))
-            samples = flat[0].shape[0]
-            if not torch.compiler.is_compiling():
-                value = self._explainer.output.meta["val"]
-                check_range(target, int(classes_of(value).shape[-1]), samples)
-            target = target.to(flat[0].device)
+            if not flat.indexed:
+                return self._packed(built, flat.graph(tensors, inputs, None))
+            target = self._index(built, inputs)
             if target.ndim < 2:
-                return self._packed(self._flat.graph(tensors, flat, target.expand(samples)))
-            run: Callable[..., Any] = self._flat.graph
-            return self._packed(torch.vmap(run, in_dims=(None, None, 0))(tensors, flat, target))
+                return self._packed(built, flat.graph(tensors, inputs, target))
+            run: Callable[..., Any] = flat.graph
+            # the output doesn't depend on the target
+            rest = len(flat.relevance) + len(flat.sinks)
+            out_dims = [*[None] * flat.outputs, *[0] * rest]
+            mapped = torch.vmap(run, in_dims=(None, None, 0), out_dims=out_dims)
+            return self._packed(built, mapped(tensors, inputs, target))
 
-    def _packed(self, results: Sequence[Any]) -> Explanation:
-        flat, signature = self._flat, self._explainer.signature
+    def _index(self, built: _Built, inputs: Sequence[Tensor]) -> Tensor:
+        """The class of each sample, ``[samples]`` or ``[targets, samples]``."""
+        samples, target = inputs[0].shape[0], self.options.target
+        if not torch.compiler.is_exporting() and not _is_batched(target):
+            value = built.explainer.output.meta["val"]
+            check_range(target, int(classes_of(value).shape[-1]), samples)
+        target = target.to(inputs[0].device)
+        return target if target.ndim == 2 else target.expand(samples)
+
+    def _packed(self, built: _Built, results: Sequence[Any]) -> Explanation:
+        flat, signature = built.flat, built.explainer.signature
         rest = iter(results[flat.outputs :])
         relevance = {name: next(rest) for name in flat.relevance}
         ledger = {name: next(rest) for name in flat.sinks}
         return Explanation(signature.unflatten_outputs(results[: flat.outputs]), relevance, ledger)
 
-    def _build(self) -> tuple[Explainer, Flat]:
-        explainer, names = explainer_of(self.model, self.options, doubled(self._example))
+    def _tensors(self, flat: Flat) -> list[Tensor]:
+        return [lookup(self.model, name) for name in flat.tensors]
+
+    # --- making the graph -----------------------------------------------------------------------
+
+    def _ready(self) -> _Built:
+        built = self._built
+        if built is None or built.traits != _traits(self._tensors(built.flat)):
+            # called inside of a trace, the graph is made outside of it
+            with _disable_current_modes():
+                built = self._build()
+            self.__dict__["_built"] = built
+        return built
+
+    def _build(self) -> _Built:
+        fakes = self.model.program.fake_inputs()
+        pairs = zip(self._example, fakes, strict=True)
+        self._example = [t.to(device=f.device, dtype=f.dtype) for t, f in pairs]
+        options = self.options
+        explainer, names = explainer_of(self.model, options, doubled(self._example))
         tensors = {name: lookup(self.model, name) for name in names}
-        return explainer, trace(explainer, tensors, self.model.program.fake_inputs())
+        flat = trace(explainer, tensors, fakes)
+        sizes = symbols_of(fakes, [t.shape for t in self._example])
+        built = _Built(explainer, flat, flat, sizes, _traits(self._tensors(flat)))
+        return built if options.memory_budget is None else self._scheduled(built)
+
+    def _scheduled(self, built: _Built) -> _Built:
+        """The run within the memory budget; a plan that was made before is used again."""
+        budget = self.options.memory_budget
+        assert budget is not None
+        if self._schedule is not None:
+            try:
+                flat = self._schedule.applied(built.traced)
+                return _Built(**(built.__dict__ | {"flat": flat}))
+            except KeyError:
+                pass  # after a change of type the graph may have other calls
+        measure = functools.partial(self._peak, built)
+        self._schedule = plan_memory(built.traced, built.sizes, budget, measure)
+        return self._scheduled(built)
+
+    def _peak(self, built: _Built, flat: Flat) -> int:
+        candidate = _Built(**(built.__dict__ | {"flat": flat}))
+        call = functools.partial(self._explain, candidate, self._example)
+        return peak_of(call, self._example[0].device)
+
+    # --- copies and files -----------------------------------------------------------------------
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The state without the graph, which is made anew; its schedule is kept."""
+        return {**self.__dict__, "_built": None}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ExplainedModule:
+        twin = copy.copy(self)
+        memo[id(self)] = twin
+        shared = {"_built", "options", "_schedule"}
+        for name, value in self.__dict__.items():
+            if name not in shared:
+                twin.__dict__[name] = copy.deepcopy(value, memo)
+        return twin
+
+    def __copy__(self) -> ExplainedModule:
+        twin = type(self).__new__(type(self))
+        twin.__dict__.update(self.__dict__)
+        return twin
 
     # --- looking at it ------------------------------------------------------------------------
+
+    @property
+    def memory(self) -> MemoryReport | None:
+        """Peaks of one explanation of the example inputs, if there is a memory budget."""
+        return None if self._schedule is None else self._schedule.memory
+
+    @property
+    def schedule(self) -> PlanReport | None:
+        """What is recomputed and what is proven about it, if there is a memory budget."""
+        return None if self._schedule is None else self._schedule.plan
+
+    def promises(self) -> list[Promise]:
+        """Each value that a rule needs of the forward pass, and how it will be there."""
+        built = self._ready()
+        ops = built.explainer.plan.ops.values()
+        return promises(built.flat.graph.graph, ops, built.sizes)
 
     def rules(self) -> list[dict[str, Any]]:
         """The rule for each operation: ``{"node", "op", "family", "path", "rule"}``."""
@@ -129,7 +277,7 @@ class ExplainedModule(nn.Module):
                 "path": path_of(op.node),
                 "rule": str(rule),
             }
-            for op, rule in self._explainer.plan.rules.items()
+            for op, rule in self._ready().explainer.plan.rules.items()
         ]
 
     def scores(self, output: Any) -> Tensor | None:
@@ -141,13 +289,36 @@ class ExplainedModule(nn.Module):
         Returns:
             ``[samples, classes]``; None where the target is a function of the output.
         """
-        explainer = self._explainer
+        explainer = self._ready().explainer
         if not isinstance(self.options.target, str | Tensor):
             return None
         leaves = pytree.tree_leaves(output)
         return classes_of(leaves[explainer.flat_outputs.index(explainer.output)])
 
-    def conservation(self, *args: Any, **kwargs: Any) -> list[dict[str, Any]]:
+    def coverage(self) -> dict[str, Any]:
+        """How many operations carry relevance, and by which rules.
+
+        Every one has a named rule: an operator without one is an error when the module is made.
+
+        Returns:
+            ``{"operations", "named", "families": {family: {"count", "share"}}, "rules": {rule:
+            {"count", "share"}}}``; ``named`` is the share of operations with a named rule.
+        """
+        rules = self._ready().explainer.plan.rules
+        total = max(1, len(rules))
+
+        def counted(names: list[str]) -> dict[str, dict[str, float]]:
+            found = Counter(names).most_common()
+            return {name: {"count": count, "share": count / total} for name, count in found}
+
+        return {
+            "operations": len(rules),
+            "named": sum(bool(rule.name) for rule in rules.values()) / total,
+            "families": counted([op.family.value for op in rules]),
+            "rules": counted([rule.name for rule in rules.values()]),
+        }
+
+    def conservation(self, *args: Any, **kwargs: Any) -> list[Entry]:
         """What arrived at each operation, what it handed on, and what it booked.
 
         Args:
@@ -158,72 +329,37 @@ class ExplainedModule(nn.Module):
             ``{"node", "op", "rule", "arrived", "left", "sinks", "residual"}`` for each operation;
             the residual is relative to the sum of the absolute relevance that arrived.
         """
-        signature = self._explainer.signature
+        built = self._ready()
+        signature = built.explainer.signature
         flat = signature.flatten_inputs(args, kwargs) if args or kwargs else self._example
         with torch.no_grad():
-            tensors = {name: lookup(self.model, name) for name in self._flat.tensors}
-            run = self._explainer.run(tensors, flat, self._index(flat), audit=True)
-        assert run.accounts is not None
-        found = []
-        for op, account in run.accounts.items():
-            sinks = {k: float(v.double().sum()) for k, v in run.ledger.entries.get(op, {}).items()}
-            lost = account.arrived - account.left - sum(sinks.values())
-            found.append(
-                {
-                    "node": op.node.name,
-                    "op": op.name,
-                    "rule": str(self._explainer.plan.rules[op]),
-                    "arrived": account.arrived,
-                    "left": account.left,
-                    "sinks": sinks,
-                    "residual": abs(lost) / account.size if account.size else abs(lost),
-                }
-            )
-        return found
-
-    def _index(self, flat: Sequence[Tensor]) -> Tensor | None:
-        if not self._flat.indexed:
-            return None
-        target = self.options.target
-        first = target[0] if target.ndim == 2 else target
-        return first.expand(flat[0].shape[0])
+            tensors = dict(zip(built.flat.tensors, self._tensors(built.flat), strict=True))
+            index = None
+            if built.flat.indexed:
+                index = self._index(built, flat)
+                index = index[0] if index.ndim == 2 else index
+            run = built.explainer.run(tensors, flat, index, audit=True)
+        return conservation(run)
 
 
-def explainer_of(
-    model: OptimizedModule, options: Options, example: Sequence[Tensor]
-) -> tuple[Explainer, tuple[str, ...]]:
-    """What runs a model and explains it, and the names of the tensors that it takes.
-
-    Args:
-        model: The captured model.
-        options: How it is explained.
-        example: Flat example inputs, at least two samples.
-    """
-    program = model.program
-    signature = program.signature
-    if program.eval_module is not None and program.eval_signature is not None:
-        signature = program.eval_signature
-    graph = program.specialize(training=False).graph
-    names = tuple({str(n.target): None for n in graph.find_nodes(op="get_attr")})
-    tensors = {name: lookup(model, name) for name in names}
-    choose = functools.partial(explained_outputs, options.target, signature=signature)
-    plan = make_plan(graph, tensors, example, options.composite, options.attribute, choose)
-    return Explainer(plan, signature, options.target, options.explicit), names
+def _traits(tensors: Sequence[Tensor]) -> tuple[Any, ...]:
+    return tuple((t.dtype, t.device) for t in tensors)
 
 
-def doubled(flat: Sequence[Tensor]) -> list[Tensor]:
-    """Example inputs with at least two samples."""
-    sizes = [t.shape[0] for t in flat if t.ndim]
-    if not sizes or max(sizes) > 1:
-        return list(flat)
-    return [torch.cat([t, t]) if t.ndim else t for t in flat]
+def _is_batched(target: Any) -> bool:
+    """Whether a tensor is being mapped over, so that its elements can't be looked at."""
+    return isinstance(target, Tensor) and _functorch.is_batchedtensor(target)
 
 
 def check_finite(explanation: Explanation) -> None:
-    """Refuse NaN.
+    """Refuse NaN; nothing is checked while the output is being mapped over.
 
     Raises:
         NonFiniteError: The model's output that is explained is NaN or infinite.
     """
-    if not bool(torch.isfinite(explanation.ledger["output"]).all()):
-        raise NonFiniteError("the output that is explained is NaN or infinite")
+    output = explanation.ledger["output"]
+    if not _is_batched(output) and not bool(torch.isfinite(output).all()):
+        raise NonFiniteError(
+            "the output that is explained is NaN or infinite",
+            hint="are the inputs and the parameters finite?",
+        )

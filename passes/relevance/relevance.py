@@ -8,11 +8,13 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from graphopt.budget import read_field
 from graphopt.errors import UsageError
 from graphopt.ir.program import Program
 from graphopt.passes.relevance import patterns
 from graphopt.passes.relevance.facts import Arrivals, node_facts
-from graphopt.passes.relevance.module import ExplainedModule, Options
+from graphopt.passes.relevance.module import ExplainedModule
+from graphopt.passes.relevance.options import Options
 from graphopt.passes.relevance.presets import PRESETS, composite_of
 from graphopt.passes.relevance.target import check_target
 from graphopt.pipeline import Pass, PassContext, PassResult, Position, Preserves
@@ -51,7 +53,8 @@ class Relevance(Pass):
         rules = composite_of(composite)
         if rules.lacks_patterns:
             rules = rules.with_patterns(_patterns(program, rules.name, data, len(context.args)))
-        options = Options(rules, check_target(target), attribute, emitter == "explicit")
+        budget: Any = None if memory_budget is None else read_field("memory", memory_budget)
+        options = Options(rules, check_target(target), attribute, emitter == "explicit", budget)
         flat = program.signature.flatten_inputs(context.args, context.kwargs)
         return ExplainedModule(program.emit(), options, flat)
 

@@ -71,6 +71,15 @@ class Site:
         """The first result."""
         return self.results[0]
 
+    @property
+    def computed(self) -> Tensor:
+        """The first result, while a rule prepares what it needs."""
+        return _detached(self._first())
+
+    def _first(self) -> Tensor:
+        found = self._result
+        return found[0] if isinstance(found, tuple | list) else found
+
     def value(self, node: fx.Node) -> Tensor:
         """The tensor that an operand holds."""
         return self._run.values[node]

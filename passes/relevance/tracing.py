@@ -14,6 +14,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from graphopt.ir.signature import Signature
 from graphopt.passes.relevance.engine import OUTPUT, Run
 from graphopt.passes.relevance.planning import Plan
+from graphopt.passes.relevance.simplify import simplify
 from graphopt.passes.relevance.target import (
     Target,
     classes_of,
@@ -146,6 +147,7 @@ def trace(explainer: Explainer, tensors: Mapping[str, Any], fakes: Sequence[Tens
     def call(parameters: list[Tensor], flat: list[Tensor], index: Tensor | None) -> list[Any]:
         run = explainer.run(dict(zip(names, parameters, strict=True)), flat, index)
         outputs, relevance, ledger = explainer.results(run)
+        run.marker.note("backward", OUTPUT)
         found.update(outputs=len(outputs), relevance=tuple(relevance), sinks=tuple(ledger))
         return [*outputs, *relevance.values(), *ledger.values()]
 
@@ -155,6 +157,6 @@ def trace(explainer: Explainer, tensors: Mapping[str, Any], fakes: Sequence[Tens
             samples = explainer.output.meta["val"].shape[0]
             index = torch.zeros((samples,), dtype=torch.int64, device=inputs[0].device)
         graph = make_fx(call)(given, inputs, index)
-    graph.graph.eliminate_dead_code()
+    simplify(graph.graph, graph.graph.find_nodes(op="placeholder")[: len(names)])
     graph.recompile()
     return Flat(graph, names, explainer.indexed, **found)

@@ -32,7 +32,7 @@ class Attention:
         self.repeats = q.shape[-3] // k.shape[-3] if grouped else 1
         self.key, self.value = self._repeated(k), self._repeated(v)
         self.scale = q.shape[-1] ** -0.5 if scale is None else scale
-        self.mask = mask
+        self.mask, self.causal = mask, bool(causal)
         if causal:
             size = (q.shape[-2], k.shape[-2])
             self.mask = torch.ones(size, dtype=torch.bool, device=q.device).tril()
@@ -40,7 +40,9 @@ class Attention:
     def probabilities(self) -> Tensor:
         """Softmax of the scores; zero in rows where everything is masked."""
         scores = (self.query * self.scale) @ self.key.transpose(-1, -2)
-        if self.mask is None:
+        if self.mask is None or self.causal:
+            if self.mask is not None:  # a causal row always has a place that counts
+                scores = torch.where(self.mask, scores, -torch.inf)
             return scores.softmax(-1)
         if self.mask.dtype == torch.bool:
             scores = torch.where(self.mask, scores, -torch.inf)
@@ -87,9 +89,13 @@ class AttnLRP(Rule):
     def propagate(self, site: Site) -> None:
         """Hand quotients on to queries, keys and values."""
         quotient = site.quotient()
-        attention = Attention(site)
         nodes = _operands(site)
         inside = [n in site.op.operands for n in nodes]
+        mask = site.argument(3)
+        if all(inside) and len(set(nodes)) == 3 and (mask is None or mask.dtype == torch.bool):
+            _as_gradient(site, quotient, nodes)
+            return
+        attention = Attention(site)
         # a factor that is a constant takes nothing, and the other one all
         split = inside[2] and (inside[0] or inside[1])
         probabilities = attention.probabilities()
@@ -105,6 +111,17 @@ class AttnLRP(Rule):
         scores = arrived - probabilities * total
         _to_scores(site, attention, nodes, scores, inside)
         _book_softmax(site, attention, total, scores)
+
+
+def _as_gradient(site: Site, quotient: Tensor, nodes: list[fx.Node]) -> None:
+    """The fused operator's own gradient, shared: a half to values, a quarter to the others."""
+    sent = site.vjp(quotient)
+    absorbed = times(quotient, site.result)
+    site.book(SOFTMAX, absorbed / 2)
+    for node, share in zip(nodes, (0.25, 0.25, 0.5), strict=True):
+        site.send(node, sent[node] * share)
+        if share != 0.5:  # what arrives there isn't absorbed; values get their half exactly
+            site.book_at(node, SOFTMAX, -share * times(sent[node], site.value(node)))
 
 
 def _to_scores(

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from graphopt.passes.relevance.families import Family
@@ -28,21 +28,32 @@ class Identity(Rule):
         Family.SCALE,
     )
 
+    def prepare(self, site: Site) -> Tensor | None:
+        """``f(x) / x`` where it will be needed: one value is kept instead of two."""
+        if site.slope is None or _is_piecewise(site):
+            return None
+        (operand,) = site.op.operands
+        return slope_through_zero(site.value(operand), site.computed, site.slope)
+
     def propagate(self, site: Site) -> None:
         """Hand relevance on as it is, or its quotient times ``f(x) / x``."""
         (operand,) = site.op.operands
         flow = site.flow
         if not flow.is_quotient:
             site.send(operand, flow.tensor, "relevance")
-        elif site.op.name in _PIECEWISE and not site.op.is_region:
+        elif _is_piecewise(site):
             site.send_all(site.vjp(flow.tensor), only=(operand,))
         elif site.slope is not None:
-            ratio = slope_through_zero(site.value(operand), site.result, site.slope)
-            site.send(operand, flow.tensor * ratio)
+            site.send(operand, flow.tensor * site.prepared)
         else:
             site.send(operand, site.relevance(), "relevance")
 
 
+def _is_piecewise(site: Site) -> bool:
+    return site.op.name in _PIECEWISE and not site.op.is_region
+
+
 def slope_through_zero(value: Tensor, result: Tensor, slope: float) -> Tensor:
     """``f(x) / x``, and its limit where ``x`` is zero."""
-    return torch.where(value == 0, slope, result / value)
+    # 0 / 0 is the only way to NaN here, but for NaN and infinity themselves
+    return (result / value).nan_to_num(slope, math.inf, -math.inf)

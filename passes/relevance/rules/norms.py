@@ -82,8 +82,11 @@ class Linearised:
 
 def _layer_norm(site: Site) -> Linearised:
     weight, bias = site.argument(2), site.argument(3)
-    dims = tuple(range(-len(site.argument(1)), 0))
-    scale = _reciprocal_deviation(site.argument(0), dims, _given(site.argument(4), 1e-5))
+    x, shape = site.argument(0), site.argument(1)
+    dims = tuple(range(-len(shape), 0))
+    eps = _given(site.argument(4), 1e-5)
+    # the same call as the layer's own, of which it is a second result
+    scale = torch.native_layer_norm(x, shape, weight, bias, eps)[2].to(x.dtype)
 
     def backward(c: Tensor) -> Tensor:
         c = c * weight if weight is not None else c

@@ -31,7 +31,7 @@ class Route(Rule):
         form = next(iter(site.flows.values())).form
         for node, tensor in site.vjp().items():
             site.send(node, tensor, form)
-        if site.op.constants or site.op.name in _FILLED:
+        if (site.op.constants or site.op.name in _FILLED) and not _fills_nothing(site):
             site.book_constant(_first(site.op.constants), _filled(site))
 
 
@@ -54,6 +54,15 @@ class WinnerTakesAll(Rule):
             won = flow.relevance(site.result)
             kept = sent[operand] if not flow.is_quotient else sent[operand] * site.value(operand)
             site.book_constant(site.op.constants[0], won - _expanded(kept, won))
+
+
+def _fills_nothing(site: Site) -> bool:
+    """Whether what is filled in is zero, of which a quotient gives nothing."""
+    value = {"pad": 3, "constant_pad_nd": 2}.get(site.op.name)
+    if value is None or not site.flow.is_quotient:
+        return False
+    constant = site.op.name != "pad" or site.op.argument(2) in (None, "constant")
+    return constant and site.op.argument(value) in (None, 0, 0.0)
 
 
 def _expanded(part: Tensor, like: Tensor) -> Tensor:

@@ -1,0 +1,151 @@
+"""Makes a traced run smaller without changing what it computes.
+
+- Sizes are read from the inputs, at the start: no value is kept alive for its size.
+- Detaching is nothing where no gradient is recorded; nor is copying where nobody writes, or
+  transposing twice.
+- The input gradient of a convolution doesn't read the input.
+- What is computed twice within one phase is computed once.  Across the phases only views, sizes
+  and what depends on parameters alone are: a value would have to be kept for it.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Hashable, Iterable
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils._sympy.interp import sympy_interp
+from torch.utils._sympy.reference import PythonReferenceAnalysis
+
+from graphopt.ir.ops import is_repeatable
+from graphopt.ir.storage import aliased_input
+from graphopt.passes.relevance.convolutions import without_inputs
+from graphopt.passes.relevance.marks import is_backward, merge
+
+aten = torch.ops.aten
+
+
+def simplify(graph: fx.Graph, parameters: Iterable[fx.Node]) -> None:
+    """Simplify a flat graph in place.
+
+    Args:
+        graph: Functional, with fake values in ``meta["val"]``.
+        parameters: The placeholders of parameters and buffers.
+    """
+    _read_sizes_first(graph)
+    for node in list(graph.nodes):
+        source = _same(node)
+        if source is not None:
+            _replace(node, source)
+    without_inputs(graph)
+    _merge_equal(graph, set(parameters))
+    graph.eliminate_dead_code()
+
+
+def _replace(node: fx.Node, by: fx.Node) -> None:
+    merge(by, node)
+    node.replace_all_uses_with(by)
+    node.graph.erase_node(node)
+
+
+def _same(node: fx.Node) -> fx.Node | None:
+    """A node that holds the same, in the same layout, or None."""
+    source = node.args[0] if node.args else None
+    if not isinstance(source, fx.Node):
+        return None
+    if node.target is aten.detach.default:
+        return source
+    if node.target is aten.clone.default and source.op != "placeholder":
+        return source if _same_layout(node, source) else None
+    if node.target is aten.t.default and source.target is aten.t.default:
+        return source.args[0]  # type: ignore[return-value]
+    return None
+
+
+def _same_layout(node: fx.Node, source: fx.Node) -> bool:
+    a, b = node.meta["val"], source.meta["val"]
+    return str(a.stride()) == str(b.stride()) and a.dtype == b.dtype
+
+
+def _read_sizes_first(graph: fx.Graph) -> None:
+    """Compute sizes from those of the inputs."""
+    inputs = graph.find_nodes(op="placeholder")
+    known = _input_sizes(inputs)
+    sizes = [n for n in graph.nodes if _is_size(n)]
+    env: dict[Any, fx.Proxy] = {}
+    made: dict[Any, fx.Node] = {}
+    with graph.inserting_before(inputs[-1].next):
+        for node in sizes:
+            expr = node.meta["val"].node.expr
+            if expr not in made:
+                if not expr.free_symbols or not expr.free_symbols <= known.keys():
+                    continue
+                for symbol in expr.free_symbols - env.keys():
+                    source, dim = known[symbol]
+                    size = graph.call_function(aten.sym_size.int, (source, dim))
+                    size.meta["val"] = source.meta["val"].shape[dim]
+                    env[symbol] = fx.Proxy(size)
+                made[expr] = sympy_interp(PythonReferenceAnalysis, env, expr).node
+                made[expr].meta.setdefault("val", node.meta["val"])
+            node.replace_all_uses_with(made[expr])
+    graph.eliminate_dead_code()
+
+
+def _input_sizes(inputs: Iterable[fx.Node]) -> dict[Any, tuple[fx.Node, int]]:
+    """Symbol -> an input and the dimension that has this size."""
+    known: dict[Any, tuple[fx.Node, int]] = {}
+    for node in inputs:
+        value = node.meta.get("val")
+        for dim, size in enumerate(value.shape if isinstance(value, torch.Tensor) else ()):
+            if isinstance(size, torch.SymInt) and size.node.expr.is_symbol:
+                known.setdefault(size.node.expr, (node, dim))
+    return known
+
+
+def _is_size(node: fx.Node) -> bool:
+    return node.op == "call_function" and isinstance(node.meta.get("val"), torch.SymInt)
+
+
+def _merge_equal(graph: fx.Graph, parameters: set[fx.Node]) -> None:
+    constant = set(parameters)  # what depends on parameters alone
+    seen: dict[Hashable, fx.Node] = {}
+    for node in list(graph.nodes):
+        if node.op != "call_function" or not is_repeatable(node):
+            continue
+        sources = node.all_input_nodes
+        if sources and all(n in constant for n in sources):
+            constant.add(node)
+        crosses = node in constant or _is_free(node)
+        phase = None if crosses else is_backward(node)
+        key = _key(node, phase)
+        if key is None:
+            continue
+        first = seen.setdefault(key, node)
+        if first is not node:
+            _replace(node, first)
+
+
+def _is_free(node: fx.Node) -> bool:
+    if node.target is operator.getitem or _is_size(node):
+        return True
+    return aliased_input(node) is not None
+
+
+def _key(node: fx.Node, phase: bool | None) -> Hashable | None:
+    key = (node.target, _frozen(node.args), _frozen(node.kwargs), phase)
+    try:
+        hash(key)
+    except TypeError:
+        return None
+    return key
+
+
+def _frozen(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return tuple(_frozen(v) for v in value)
+    if isinstance(value, dict):
+        return tuple((k, _frozen(v)) for k, v in value.items())
+    # 1, 1.0 and True are equal to each other, but not to an operator
+    return value if isinstance(value, fx.Node) else (type(value), value)
