@@ -104,16 +104,20 @@ class _Search:
         """Plan and measure until what runs keeps the budget."""
         allowed = asked
         start: Sequence[int] | None = None
+        smallest = 0
+        solution: Solution | None = None
         for _ in range(_ATTEMPTS):
             solution = self._solved(allowed, start)
             measured = self.measure(_applied(self.flat, self._names(solution)))
+            smallest = max(measured, solution.peak)
             if measured <= asked:
                 return self._schedule(solution, asked, free, measured)
             if solution.peak > allowed:
                 break
             allowed = max(0, allowed - (measured - asked))
             start = solution.sequence
-        raise self._infeasible(asked, max(measured, solution.peak), solution)
+        assert solution is not None
+        raise self._infeasible(asked, smallest, solution)
 
     def _solved(self, allowed: int, start: Sequence[int] | None) -> Solution:
         graph = self.tasks.graph

@@ -6,7 +6,7 @@ import copy
 import functools
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -164,7 +164,7 @@ class ExplainedModule(nn.Module):
             run: Callable[..., Any] = flat.graph
             # the output doesn't depend on the target
             rest = len(flat.relevance) + len(flat.sinks)
-            out_dims = [*[None] * flat.outputs, *[0] * rest]
+            out_dims: Any = [*[None] * flat.outputs, *[0] * rest]
             mapped = torch.vmap(run, in_dims=(None, None, 0), out_dims=out_dims)
             return self._packed(built, mapped(tensors, inputs, target))
 
@@ -217,7 +217,7 @@ class ExplainedModule(nn.Module):
         if self._schedule is not None:
             try:
                 flat = self._schedule.applied(built.traced)
-                return _Built(**(built.__dict__ | {"flat": flat}))
+                return replace(built, flat=flat)
             except KeyError:
                 pass  # after a change of type the graph may have other calls
         measure = functools.partial(self._peak, built)
@@ -225,7 +225,7 @@ class ExplainedModule(nn.Module):
         return self._scheduled(built)
 
     def _peak(self, built: _Built, flat: Flat) -> int:
-        candidate = _Built(**(built.__dict__ | {"flat": flat}))
+        candidate = replace(built, flat=flat)
         call = functools.partial(self._explain, candidate, self._example)
         return peak_of(call, self._example[0].device)
 
