@@ -8,10 +8,13 @@ from typing import TYPE_CHECKING
 from graphopt.errors import UnsupportedError, suggest
 from graphopt.inspect.document import Document, Mode
 from graphopt.inspect.drawing import dot_text, explorer_form, svg_text
+from graphopt.inspect.inspection import Recorder, document_inspection, inspection
 from graphopt.inspect.live import LiveBytes, live_bytes
-from graphopt.inspect.nodes import SCHEMA_VERSION, NodeView, json_form, node_views
-from graphopt.inspect.page import compare_html, page
+from graphopt.inspect.nodes import NodeView, node_views
+from graphopt.inspect.page import compare_html, inspection_html, page
 from graphopt.inspect.python import python_text
+from graphopt.inspect.schema import SCHEMA_VERSION
+from graphopt.inspect.schema import read as read_inspection
 from graphopt.inspect.summary import ScopeRow, Summary, summarize
 from graphopt.inspect.views import document
 
@@ -26,20 +29,24 @@ __all__ = [
     "Document",
     "LiveBytes",
     "NodeView",
+    "Recorder",
     "ScopeRow",
     "Summary",
     "compare_html",
     "document",
     "dump",
+    "inspection",
+    "inspection_html",
     "live_bytes",
     "node_views",
+    "read_inspection",
     "summarize",
     "table",
 ]
 
 _PRINTERS = {
     "py": python_text,
-    "json": lambda shown: json.dumps(json_form(shown), indent=1, allow_nan=False),
+    "json": lambda shown: json.dumps(document_inspection(shown), indent=1, allow_nan=False),
     "dot": dot_text,
     "svg": svg_text,
     "html": page,
