@@ -62,6 +62,9 @@ def pass_overlays(states: Sequence[State]) -> tuple[list[dict[str, Any]], list[s
             continue
         for overlay in reported:
             data = _placed(overlay, states[: position + 1])
+            if len(data["values"]) < len(overlay.values):
+                missing = len(overlay.values) - len(data["values"])
+                notes.append(f"{overlay.title}: {missing} of {len(overlay.values)} not in the graph")
             if data["values"]:
                 data.update(since=position, **{"pass": state.label})
                 found.append(data)
@@ -152,12 +155,7 @@ def _traced(state: State) -> dict[str, tuple[str, ...]]:
 
 
 def _own(state: State) -> dict[str, tuple[str, ...]]:
-    return {
-        node.name if (node := state.found.nodes.get(view.name)) is not None else view.name: (
-            state.names[view.name],
-        )
-        for view in state.found.views
-    }
+    return {own: (name,) for own, name in state.own_names().items()}
 
 
 def _uniquely_named(overlays: list[dict[str, Any]]) -> list[dict[str, Any]]:

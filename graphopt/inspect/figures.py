@@ -13,6 +13,14 @@ _UNITS = (
     (("flops",), "flops"),
     (("seconds", "latency"), "seconds"),
 )
+_LABELS = {
+    "saved": "saved for backward",
+    "flops": "FLOPs of one forward",
+    "params": "parameters",
+    "bytes": "bytes of parameters",
+    "relus": "elements of non-linearities",
+    "weights": "weights that are not zero",
+}
 _OBJECTIVES = ("overhead", "objective", "damage", "value")
 _LISTED = 8
 
@@ -73,8 +81,10 @@ def _unit(key: str) -> str:
 
 
 def _figures(sections: Mapping[str, Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+    told: set[tuple[Any, Any]] = set()
     memory = sections.get("memory", {})
     if {"eager_peak", "measured_peak"} <= set(memory):
+        told.add((memory["eager_peak"], memory["measured_peak"]))
         yield {
             "label": "peak memory of a step" if memory.get("mode") != "eval" else "peak memory",
             "before": memory["eager_peak"],
@@ -88,8 +98,11 @@ def _figures(sections: Mapping[str, Mapping[str, Any]]) -> Iterator[dict[str, An
             after = section.get(f"{stem}_after")
             if key == stem or not _is_number(before) or not _is_number(after):
                 continue
+            if (before, after) in told:
+                continue
+            told.add((before, after))
             yield {
-                "label": stem.replace("_", " "),
+                "label": _LABELS.get(stem, stem.replace("_", " ")),
                 "before": before,
                 "after": after,
                 "unit": _unit(stem),

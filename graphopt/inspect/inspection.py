@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from graphopt.inspect.document import Document, Mode, Slot, is_training
+from graphopt.inspect.document import Document, Mode, Slot, class_name, is_training
 from graphopt.inspect.facts import field_overlays, kept_overlay, memory_overlays, pass_overlays
 from graphopt.inspect.figures import summary_form
 from graphopt.inspect.live import live_bytes
@@ -156,6 +156,7 @@ class _Builder:
             "state": _slots(first.shown.state.values()),
             "segments": [{"title": s.title, "phase": s.phase} for s in last.step[0].segments],
             "sources": list(self.sources),
+            "modules": self._modules(),
             "nodes": nodes,
             "snapshots": self._snapshots(nodes),
             "overlays": overlays,
@@ -163,6 +164,16 @@ class _Builder:
             "summary": summary,
             "saved": None if first.shown.saved is None else first.shown.saved.to_dict(),
         }
+
+    def _modules(self) -> dict[str, str]:
+        """Class of each module that a node lies in."""
+        found: dict[str, str] = {}
+        for state in self.states:
+            for node in state.found.names:
+                for key in ("nn_module_stack", "fwd_nn_module_stack"):
+                    for path, cls in (node.meta.get(key) or {}).values():
+                        found.setdefault(str(path), class_name(cls))
+        return found
 
     def _timeline(self, state: State) -> Timeline:
         shown, found, names = state.step
@@ -255,6 +266,8 @@ def _differing(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]
         return found
     for key in _COMPARED:
         first, second = old.get(key, _EMPTY.get(key)), new.get(key, _EMPTY.get(key))
+        if key == "target" and {first, second} == {"aten.view", "aten.reshape"}:
+            continue  # how plans run views
         if key == "inputs" and set(first or ()) == set(second or ()):
             continue
         if first != second:

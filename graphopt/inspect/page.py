@@ -55,6 +55,7 @@ def render(data: Mapping[str, Any]) -> str:
     parts = {
         "policy": _policy(script, layout, style),
         "title": escape(f"{title} – graphopt"),
+        "name": escape(title),
         "style": style,
         "data": _json(data),
         "layout": layout,

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from graphopt.ir.program import PassRecord, Program
 
 _AGAIN = re.compile(r"_again\d+$")
+_COUNT = re.compile(r"_\d+$")
 Key = tuple[Any, ...]
 
 
@@ -52,6 +53,23 @@ class State:
     names: dict[str, str] = field(default_factory=dict)
     plan_names: dict[str, str] = field(default_factory=dict)
     again: dict[str, int] = field(default_factory=dict)
+
+    def own_names(self) -> dict[str, str]:
+        """Names that reports give nodes of the joint graph -> names in the union.
+
+        With a plan these are the names of the graph that it was made from.  What the plan dissolved
+        is known by the joint graph's names, as long as these are the same.
+        """
+
+        def named(found: Collected, names: Mapping[str, str]) -> dict[str, str]:
+            return {_base(view, found): names[view.name] for view in found.views}
+
+        joint = named(self.found, self.names)
+        if self.plan is None:
+            return joint
+        planned = named(self.plan[1], self.plan_names)
+        same = all(joint[name] == union for name, union in planned.items() if name in joint)
+        return {**joint, **planned} if same else planned
 
     @property
     def step(self) -> tuple[Document, Collected, Mapping[str, str]]:
@@ -195,26 +213,60 @@ def _keys(found: Collected) -> dict[str, Key]:
     keys: dict[str, Key] = {}
     for view in found.views:
         node = found.nodes.get(view.name)
-        traced = node is not None and "partitioner_tag" in node.meta and "/" not in view.name
-        if not traced or node is None:
+        if node is None or not _is_traced(node, view):
             keys[view.name] = ("name", view.op, view.name)
             continue
-        origin = origin_of(node) if view.phase == "forward" else None
-        key = (view.phase, origin or view.scope, view.target)
+        key = _place(node, node.name, view)
         keys[view.name] = (*key, counts[key])
         counts[key] += 1
     return keys
 
 
+def _is_traced(node: fx.Node, view: NodeView) -> bool:
+    return "partitioner_tag" in node.meta and "/" not in view.name
+
+
+def _place(node: fx.Node, name: str, view: NodeView) -> Key:
+    """Where a node comes from.  Its op is that of its name: plans run some under other targets."""
+    backward = view.phase == "backward"
+    origin = None if backward else origin_of(node)
+    return ("backward" if backward else "forward", origin or view.scope, _COUNT.sub("", name))
+
+
 def _plan_keys(state: State, found: Collected) -> dict[str, Key]:
-    """Keys of a plan's nodes: its names are those of the joint graph that it was made from."""
-    known = _keys(state.found)
-    keys: dict[str, Key] = {}
+    """Keys of a plan's nodes.
+
+    A plan may run nodes in another order and more than once, and is made from a joint graph that
+    may lack outputs which nobody uses: names count differently there, but in the same order.
+    """
+    known = set(_keys(state.found).values())
+    bases = {view.name: _base(view, found) for view in found.views}
+    places: dict[str, Key] = {}
     for view in found.views:
         node = found.nodes.get(view.name)
-        name = view.name if node is None else node.name
-        base = name if name in known else _AGAIN.sub("", name)
-        written = f"mutation {view.state[0]}" if base.endswith("_commit") and view.state else ""
-        base = written if written in known else base  # what is an output there is a copy here
-        keys[view.name] = known.get(base, ("plan", view.op, base))
+        if node is not None and _is_traced(node, view):
+            places.setdefault(bases[view.name], _place(node, bases[view.name], view))
+    counts: Counter[Key] = Counter()
+    numbered: dict[str, Key] = {}
+    for base in sorted(places, key=_count_of):
+        numbered[base] = (*places[base], counts[places[base]])
+        counts[places[base]] += 1
+    keys: dict[str, Key] = {}
+    for view in found.views:
+        base = bases[view.name]
+        key = numbered.get(base, ("name", view.op, view.name))
+        written = ("name", "output", f"mutation {view.state[0]}") if view.state else key
+        if base.endswith("_commit") and written in known:
+            key = written  # what is an output there is a copy here
+        keys[view.name] = key if key in known else ("plan", base)
     return keys
+
+
+def _base(view: NodeView, found: Collected) -> str:
+    node = found.nodes.get(view.name)
+    return view.name if node is None else _AGAIN.sub("", node.name)
+
+
+def _count_of(name: str) -> int:
+    found = _COUNT.search(name)
+    return int(found[0][1:]) if found else 0

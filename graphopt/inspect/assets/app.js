@@ -106,7 +106,6 @@ class App {
       toggle: (id) => this.toggle(id),
       hover: (item) => this.hover(item),
     };
-    const shown = document.body.dataset.tab === "graph";
     this.graph = new GraphView(this.inspection, this.tree, [byId("before"), byId("after")], events);
     const holders = [byId("timeline-before"), byId("timeline-after")];
     const stepped = { select: (i) => this.select(i, true), step: (s, side) => this.step(s, side) };
@@ -115,7 +114,8 @@ class App {
     this.showState();
     await this.graph.relayout();
     this.graph.fit();
-    this.unseen = !shown;
+    this.lines.forEach((line) => line.draw());
+    this.unseen = document.body.dataset.tab !== "graph";
     document.documentElement.dataset.ready = "graph";
   }
 

@@ -95,12 +95,11 @@ function warnings(texts) {
 // Sums by module, of what runs in the last state.
 function modules(inspection) {
   const rows = new Map();
-  const row = (scope, module) => {
+  const row = (scope) => {
     if (!rows.has(scope)) {
-      rows.set(scope, { scope, module: "", forward: 0, backward: 0, flops: 0, bytes: 0, saved: 0,
-        peak: 0 });
+      rows.set(scope, { scope, module: inspection.data.modules[scope] || "", forward: 0,
+        backward: 0, flops: 0, bytes: 0, saved: 0, peak: 0 });
     }
-    if (module && !rows.get(scope).module) rows.get(scope).module = module;
     return rows.get(scope);
   };
   const overlay = (name) => {
@@ -113,7 +112,7 @@ function modules(inspection) {
     const node = inspection.at(i, last);
     if (node.op !== "call" || !inspection.has(i, last)) return;
     for (const scope of chain(node.scope || "")) {
-      const sum = row(scope, scope === (node.scope || "") ? node.module : "");
+      const sum = row(scope);
       sum[isBackward(node) ? "backward" : "forward"] += 1;
       sum.flops += node.flops || 0;
       sum.bytes += node.bytes || 0;
@@ -150,7 +149,8 @@ function td(content) {
 
 function table(titles, rows) {
   return element("div", { class: "scroll" }, element("table", {}, [
-    element("thead", {}, element("tr", {}, titles.map((title) => element("th", {}, title)))),
+    element("thead", {}, element("tr", {}, titles.map((title) => element("th",
+      { class: ["holds for", "class", "status", "reported"].includes(title) ? "text" : null }, title)))),
     element("tbody", {}, rows)]));
 }
 

@@ -168,7 +168,7 @@ export class Timeline {
     const { line } = this;
     if (step === null) {
       cleared(this.caption, [element("b", {}, this.side ? `after ${line.title}` : "before"),
-        ` peak ${human(line.peak, "bytes")}`]);
+        ` simulated peak ${human(line.peak, "bytes")}`]);
       return;
     }
     const parts = line.categories.map((category, row) => [category, this.rows[row][step]])

@@ -19,6 +19,7 @@ class TreeBuilder {
     this.root = group("", "", null);
     this.groups = new Map([["", this.root]]);
     this.leaves = new Array(inspection.nodes.length);
+    this.scopes = []; // the scope under which each node stands
     this.chips = new Map(); // folded node -> the node that carries it
   }
 
@@ -44,11 +45,22 @@ class TreeBuilder {
   }
 
   place(node, i) {
-    const scope = node.op === "output" ? this.scopeOfResult(node) : node.scope || "";
-    const parent = this.groupOf(scope, node.module);
+    const scope = this.scopes[i] = this.scopeOf(node, i);
+    const parent = this.groupOf(scope);
     const leaf = { id: `n${i}`, node: i, parent, level: 0 };
     this.leaves[i] = leaf;
     parent.children.push(leaf);
+  }
+
+  scopeOf(node, i) {
+    if (node.op === "output") return this.scopeOfResult(node);
+    if (node.scope || node.op !== "call" || !isBackward(node)) return node.scope || "";
+    // Sums of gradients belong to no module: they stand beside what was added last.
+    const scopes = this.inspection.inputs[i].filter((input) => this.scopes[input])
+      .sort((a, b) => a - b).map((input) => [this.scopes[input], this.inspection.nodes[input].scope]);
+    if (!scopes.length) return "";
+    const [scope, itsOwn] = scopes[scopes.length - 1];
+    return itsOwn ? scope.slice(0, Math.max(0, scope.lastIndexOf("."))) : scope;
   }
 
   scopeOfResult(node) {
@@ -57,15 +69,12 @@ class TreeBuilder {
     return this.groups.has(scope) ? scope : "";
   }
 
-  groupOf(scope, module) {
+  groupOf(scope) {
     const known = this.groups.get(scope);
-    if (known) {
-      if (module && !known.module) known.module = module;
-      return known;
-    }
+    if (known) return known;
     const parent = this.groupOf(scope.includes(".") ? scope.slice(0, scope.lastIndexOf(".")) : "");
     const made = group(scope, lastPart(scope), parent);
-    made.module = module || "";
+    made.module = this.inspection.data.modules[scope] || "";
     this.groups.set(scope, made);
     parent.children.push(made);
     return made;
