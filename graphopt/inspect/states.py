@@ -209,6 +209,7 @@ def origin_of(node: fx.Node) -> str | None:
 
 
 def _keys(found: Collected) -> dict[str, Key]:
+    scopes = {view.name: view.scope for view in found.views}
     counts: Counter[Key] = Counter()
     keys: dict[str, Key] = {}
     for view in found.views:
@@ -216,7 +217,7 @@ def _keys(found: Collected) -> dict[str, Key]:
         if node is None or not _is_traced(node, view):
             keys[view.name] = ("name", view.op, view.name)
             continue
-        key = _place(node, node.name, view)
+        key = _place(node, node.name, view, scopes)
         keys[view.name] = (*key, counts[key])
         counts[key] += 1
     return keys
@@ -226,11 +227,17 @@ def _is_traced(node: fx.Node, view: NodeView) -> bool:
     return "partitioner_tag" in node.meta and "/" not in view.name
 
 
-def _place(node: fx.Node, name: str, view: NodeView) -> Key:
-    """Where a node comes from.  Its op is that of its name: plans run some under other targets."""
+def _place(node: fx.Node, name: str, view: NodeView, scopes: Mapping[str, str]) -> Key:
+    """Where a node comes from.
+
+    Its op is that of its name, since plans run some under other targets.  Sums of gradients belong
+    to no module: they are known by what is added last.
+    """
     backward = view.phase == "backward"
     origin = None if backward else origin_of(node)
-    return ("backward" if backward else "forward", origin or view.scope, _COUNT.sub("", name))
+    added = (scopes[name] for name in reversed(view.inputs) if scopes[name])
+    scope = origin or view.scope or next(added, "")
+    return ("backward" if backward else "forward", scope, _COUNT.sub("", name))
 
 
 def _plan_keys(state: State, found: Collected) -> dict[str, Key]:
@@ -241,11 +248,12 @@ def _plan_keys(state: State, found: Collected) -> dict[str, Key]:
     """
     known = set(_keys(state.found).values())
     bases = {view.name: _base(view, found) for view in found.views}
+    scopes = {view.name: view.scope for view in found.views}
     places: dict[str, Key] = {}
     for view in found.views:
         node = found.nodes.get(view.name)
         if node is not None and _is_traced(node, view):
-            places.setdefault(bases[view.name], _place(node, bases[view.name], view))
+            places.setdefault(bases[view.name], _place(node, bases[view.name], view, scopes))
     counts: Counter[Key] = Counter()
     numbered: dict[str, Key] = {}
     for base in sorted(places, key=_count_of):

@@ -139,18 +139,21 @@ class App {
 
   showLegend(overlay) {
     const legend = overlay.legend();
+    const frames = this.compares ? ["added", "changed", "gone"].map((kind) =>
+      element("span", { class: "entry frames" }, [element("i", { class: `swatch ${kind}` }), kind]))
+      : [];
     if (overlay.kind === "categorical") {
-      cleared(byId("legend"), legend.map(({ colour, label, meaning }) => {
+      cleared(byId("legend"), [...legend.map(({ colour, label, meaning }) => {
         const swatch = element("i", { class: "swatch" });
         swatch.style.background = colour;
-        return element("span", { title: meaning || null, class: "entry" }, [swatch, label]);
-      }));
+        return element("span", { title: meaning || null, class: "entry value" }, [swatch, label]);
+      }), ...frames]);
       return;
     }
     const scale = element("i", { class: "scale" });
     scale.style.background = `linear-gradient(to right, ${legend.stops.join(", ")})`;
-    cleared(byId("legend"), element("span", { class: "entry" },
-      [`${legend.low} `, scale, ` ${legend.high}`]));
+    cleared(byId("legend"), [element("span", { class: "entry value" },
+      [`${legend.low} `, scale, ` ${legend.high}`]), ...frames]);
   }
 
   // --- events

@@ -4,9 +4,9 @@ import { isBackward } from "./data.js";
 import { inkOn } from "./colours.js";
 import { human, lastPart, shortened, svgElement } from "./text.js";
 
-const CHAR = 6.6;
+const CHAR = 7.5;
 const LEAF = { min: 96, max: 230, h: 36, chip: 16 };
-const GROUP = { min: 150, max: 250, h: 50 };
+const GROUP = { min: 150, max: 290, h: 50 };
 const MOST_CHIPS = 3;
 
 export function label(node) {

@@ -51,7 +51,13 @@ export class Overlay {
     const { name } = inspection.nodes[i];
     if (data.name === "change") return inspection.fate(i, 0, this.state);
     if (data.field) return inspection.at(i, side ? this.state : 0)[data.field];
-    if (side === 0) return own(data.before || data.values, name);
+    if (side === 0) {
+      // What a pass did is shown before it only of what is gone afterwards.
+      if (data.since !== undefined && !data.before && inspection.has(i, inspection.last)) {
+        return undefined;
+      }
+      return own(data.before || data.values, name);
+    }
     if (this.state >= (data.since ?? inspection.last)) return own(data.values, name);
     return data.before ? own(data.before, name) : undefined;
   }

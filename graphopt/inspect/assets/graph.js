@@ -139,7 +139,7 @@ export class GraphView {
     const k = Math.min(width / this.size.w, height / this.size.h, 1.15);
     this.at.k = whole ? k : Math.min(Math.max(k, Math.min(0.8, (1.6 * width) / this.size.w)), 1.15);
     this.at.x = (width - this.size.w * this.at.k) / 2;
-    this.at.y = Math.max(0, (height - this.size.h * this.at.k) / 2);
+    this.at.y = Math.max(26, (height - this.size.h * this.at.k) / 2);
     this.draw();
   }
 

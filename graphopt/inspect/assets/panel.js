@@ -91,7 +91,7 @@ function said(app, node) {
     const note = overlay.note(node);
     if (values.every((value) => value === undefined) && !note) continue;
     const texts = values.map((value) => (value === undefined ? "–" : human(value, overlay.unit)));
-    const cell = texts[0] === texts[1] ? [texts[1]]
+    const cell = texts[0] === texts[1] || values[0] === undefined ? [texts[1]]
       : [element("del", {}, texts[0]), " ", element("ins", {}, texts[1])];
     rows.push(element("tr", {}, [element("th", {}, data.title),
       element("td", {}, note ? [...cell, element("div", { class: "muted" }, note)] : cell)]));

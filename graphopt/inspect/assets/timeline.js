@@ -176,12 +176,13 @@ export class Timeline {
     this.svg.setAttribute("aria-valuenow", step);
     cleared(this.caption, [
       element("b", {}, this.inspection.nodes[line.steps[step]].name),
-      ` step ${step + 1} of ${line.steps.length} · ${human(this.total(step), "bytes")} `,
+      ` ${human(this.total(step), "bytes")} `,
       ...parts.map(([category, bytes]) => {
         const dot = element("i", { class: "dot" });
         dot.style.background = TIMELINE[category] || "#888";
         return element("span", {}, [dot, `${category} ${human(bytes, "bytes")} `]);
       }),
+      ` · step ${step + 1} of ${line.steps.length}`,
     ]);
   }
 

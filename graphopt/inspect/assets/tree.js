@@ -7,6 +7,8 @@ import { lastPart } from "./text.js";
 
 const LARGEST_LEVEL = 160;
 const PART = 80;
+const LOOSE = 12; // so many nodes may stand between the modules of a level
+const BUNDLE = 8;
 
 export function buildTree(inspection) {
   const builder = new TreeBuilder(inspection);
@@ -28,6 +30,7 @@ class TreeBuilder {
     nodes.forEach((node, i) => this.fold(node, i));
     nodes.forEach((node, i) => { if (!this.chips.has(i)) this.place(node, i); });
     joinChains(this.root);
+    this.bundle();
     this.cut(this.root);
     this.count(this.root, 0);
     const tree = { root: this.root, groups: new Map(), leaves: this.leaves, chips: this.chips };
@@ -80,6 +83,41 @@ class TreeBuilder {
     return made;
   }
 
+  // Nodes between modules that hang together, such as those that make a mask, are shown as one group
+  // where there are many.
+  bundle() {
+    const sets = new Sets();
+    for (const [from, to] of this.inspection.edges) {
+      const [a, b] = [this.leaves[from], this.leaves[to]];
+      if (!a || !b || a.parent !== b.parent || this.isSize(from, to)) continue;
+      const { nodes } = this.inspection;
+      if (isBackward(nodes[from]) === isBackward(nodes[to])) sets.join(a, b);
+    }
+    walk(this.root, (item) => {
+      if (!item.children || item.bundled) return;
+      const loose = item.children.filter((child) => !child.children
+        && this.inspection.nodes[child.node].op === "call");
+      if (loose.length <= LOOSE || loose.length === item.children.length) return;
+      const bundles = new Map();
+      loose.forEach((leaf) => {
+        const first = sets.find(leaf);
+        if (!bundles.has(first)) bundles.set(first, []);
+        bundles.get(first).push(leaf);
+      });
+      for (const leaves of bundles.values()) {
+        if (leaves.length < BUNDLE) continue;
+        const made = group(item.scope, `ops`, item);
+        made.id = `${item.id}/ops${leaves[0].node}`;
+        made.bundled = true;
+        made.children = leaves;
+        const at = item.children.indexOf(leaves[0]);
+        item.children[at] = made;
+        item.children = item.children.filter((child) => !leaves.includes(child));
+        leaves.forEach((leaf) => { leaf.parent = made; });
+      }
+    });
+  }
+
   // Cuts the children of a group into parts of consecutive ones where there are too many.
   cut(item) {
     item.children.forEach((child) => { if (child.children) this.cut(child); });
@@ -115,9 +153,17 @@ class TreeBuilder {
     }
   }
 
+  // Sizes run from the inputs to everywhere: drawn only where nothing else leads to their reader.
+  isSize(from, to) {
+    const { nodes, inputs } = this.inspection;
+    const size = (i) => (nodes[i].type || "").startsWith("size ");
+    return size(from) && inputs[to].some((i) => !size(i));
+  }
+
   // Edges of each level: between children of one group, forward and backward ones apart.
   link() {
     for (const [from, to] of this.inspection.edges) {
+      if (this.isSize(from, to)) continue;
       let a = this.leaves[this.chips.has(from) ? this.chips.get(from) : from];
       let b = this.leaves[this.chips.has(to) ? this.chips.get(to) : to];
       if (!a || !b || a === b) continue;
@@ -133,6 +179,24 @@ class TreeBuilder {
       if (known) known.pairs.push([from, to]);
       else a.parent.edges.set(key, { a, b, backward, pairs: [[from, to]] });
     }
+  }
+}
+
+// Disjoint sets of leaves.
+class Sets {
+  constructor() {
+    this.parents = new Map();
+  }
+
+  find(leaf) {
+    let at = leaf;
+    while (this.parents.has(at)) at = this.parents.get(at);
+    return at;
+  }
+
+  join(a, b) {
+    const [first, second] = [this.find(a), this.find(b)];
+    if (first !== second) this.parents.set(second, first);
   }
 }
 
@@ -161,7 +225,7 @@ function joinChains(item) {
 }
 
 // The groups that are open at first: those that hold most of the nodes, while all fits.
-export function initiallyOpen(root, limit = 64) {
+export function initiallyOpen(root, limit = 90) {
   const open = new Set([root.id]);
   let visible = root.children.length;
   for (;;) {
