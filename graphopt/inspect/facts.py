@@ -64,7 +64,9 @@ def pass_overlays(states: Sequence[State]) -> tuple[list[dict[str, Any]], list[s
             data = _placed(overlay, states[: position + 1])
             if len(data["values"]) < len(overlay.values):
                 missing = len(overlay.values) - len(data["values"])
-                notes.append(f"{overlay.title}: {missing} of {len(overlay.values)} not in the graph")
+                notes.append(
+                    f"{overlay.title}: {missing} of {len(overlay.values)} not in the graph"
+                )
             if data["values"]:
                 data.update(since=position, **{"pass": state.label})
                 found.append(data)

@@ -249,6 +249,7 @@ class _Collector:
 
 
 def dtype_name(dtype: torch.dtype) -> str:
+    """``float32``."""
     return str(dtype).removeprefix("torch.")
 
 

@@ -1,8 +1,8 @@
 """One self-contained HTML file from an inspection: the inspector.
 
 The scripts in ``assets/`` are ES modules that are put together here, in the order in which they
-need each other.  The page fetches nothing, and its policy forbids it to; whatever it shows is set as
-text.
+need each other.  The page fetches nothing, and its policy forbids it to; whatever it shows is set
+as text.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The schema of inspections, and reading them: only what this version writes is accepted.
 
-``schema.json`` beside this file is the schema (JSON Schema, draft 2020-12); every field is described
-there.  `check` knows the part of the language that it uses.
+``schema.json`` beside this file is the schema (JSON Schema, draft 2020-12), which describes every
+field.  `check` knows the part of the language that it uses.
 """
 
 from __future__ import annotations
@@ -124,17 +124,24 @@ def _dangling(data: Mapping[str, Any]) -> Iterator[str]:
         if node.get("source", -1) >= len(data["sources"]):
             yield f"node {node['name']!r} has a source line that isn't there"
     for snapshot in data["snapshots"]:
-        numbers = [*snapshot["added"], *snapshot["removed"], *map(_number, snapshot["changed"])]
-        if any(not 0 <= number < len(names) for number in numbers):
-            yield f"snapshot {snapshot['label']!r} has nodes that aren't there"
-        if snapshot["timeline"] >= len(data["timelines"]):
-            yield f"snapshot {snapshot['label']!r} has a timeline that isn't there"
+        yield from _dangling_snapshot(snapshot, len(names), len(data["timelines"]))
     for line in data["timelines"]:
         spans = line["spans"]
         if any(len(span) != 5 or not 0 <= span[4] < len(line["categories"]) for span in spans):
             yield f"timeline {line['title']!r} has a malformed span"
-        if any(not 0 <= n < len(names) for n in (*line["steps"], *(s[0] for s in spans if s))):
+        elif any(not 0 <= n < len(names) for n in (*line["steps"], *(s[0] for s in spans))):
             yield f"timeline {line['title']!r} has nodes that aren't there"
+    if not data["snapshots"]:
+        yield "there is no snapshot"
+
+
+def _dangling_snapshot(snapshot: Mapping[str, Any], nodes: int, timelines: int) -> Iterator[str]:
+    again = map(_number, snapshot.get("again", ()))
+    numbers = [*snapshot["added"], *snapshot["removed"], *map(_number, snapshot["changed"]), *again]
+    if any(not 0 <= number < nodes for number in numbers):
+        yield f"snapshot {snapshot['label']!r} has nodes that aren't there"
+    if snapshot["timeline"] >= timelines:
+        yield f"snapshot {snapshot['label']!r} has a timeline that isn't there"
 
 
 def _number(text: str) -> int:

@@ -134,9 +134,7 @@ def _states(
     return states
 
 
-def _plan(
-    program: Program, training: Mode, notes: list[str]
-) -> tuple[Document, Collected] | None:
+def _plan(program: Program, training: Mode, notes: list[str]) -> tuple[Document, Collected] | None:
     if program.planner is None:
         return None
     try:

@@ -19,6 +19,7 @@ from graphopt.inspect.document import (
 )
 from graphopt.inspect.live import LiveBytes, live_bytes
 from graphopt.inspect.nodes import NodeView, node_views
+from graphopt.inspect.schema import SCHEMA_VERSION
 from graphopt.inspect.text import one_line
 from graphopt.inspect.views import document
 from graphopt.plain import human_bytes, human_count
@@ -26,7 +27,6 @@ from graphopt.plain import human_bytes, human_count
 if TYPE_CHECKING:
     from graphopt.ir.program import Program
 
-SCHEMA_VERSION = 1
 
 @dataclass
 class ScopeRow:

@@ -29,9 +29,7 @@ def overlays(section: Mapping[str, Any]) -> Iterator[Overlay]:
         "linearized", "non-linearities", "categorical", decisions, legend=_LEGEND, notes=notes
     )
     shares = {site["node"]: site["kept"] / site["total"] for site in sites}
-    yield Overlay(
-        "elements", "elements kept", "sequential", shares, unit="fraction", notes=notes
-    )
+    yield Overlay("elements", "elements kept", "sequential", shares, unit="fraction", notes=notes)
 
 
 def _decision(site: Mapping[str, Any]) -> str:
