@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
 from typing import Any
 
@@ -114,15 +114,7 @@ def _is(value: Any, kind: str) -> bool:
 def _dangling(data: Mapping[str, Any]) -> Iterator[str]:
     """References to nodes, sources and timelines that aren't there."""
     names = [node["name"] for node in data["nodes"]]
-    known = set(names)
-    if len(known) != len(names):
-        yield "two nodes have the same name"
-    for node in data["nodes"]:
-        for name in node["inputs"]:
-            if name not in known:
-                yield f"node {node['name']!r} reads {name!r}, which isn't there"
-        if node.get("source", -1) >= len(data["sources"]):
-            yield f"node {node['name']!r} has a source line that isn't there"
+    yield from _dangling_nodes(data["nodes"], set(names), len(data["sources"]))
     for snapshot in data["snapshots"]:
         yield from _dangling_snapshot(snapshot, len(names), len(data["timelines"]))
     for line in data["timelines"]:
@@ -133,6 +125,19 @@ def _dangling(data: Mapping[str, Any]) -> Iterator[str]:
             yield f"timeline {line['title']!r} has nodes that aren't there"
     if not data["snapshots"]:
         yield "there is no snapshot"
+
+
+def _dangling_nodes(
+    nodes: Sequence[Mapping[str, Any]], known: set[str], sources: int
+) -> Iterator[str]:
+    if len(known) != len(nodes):
+        yield "two nodes have the same name"
+    for node in nodes:
+        for name in node["inputs"]:
+            if name not in known:
+                yield f"node {node['name']!r} reads {name!r}, which isn't there"
+        if node.get("source", -1) >= sources:
+            yield f"node {node['name']!r} has a source line that isn't there"
 
 
 def _dangling_snapshot(snapshot: Mapping[str, Any], nodes: int, timelines: int) -> Iterator[str]:

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import nn
+
+import graphopt
+from graphopt import inspect
 from graphopt.inspect import SCHEMA_VERSION
 from graphopt.inspect.page import inspection_html
 from graphopt.inspect.schema import FORMAT
@@ -154,3 +160,39 @@ def layers(count: int, depth: int = 10) -> dict[str, Any]:
         scope = forward[number]["scope"]
         backward.append(node(f"b{number}", *reads, scope=scope, phase="backward"))
     return document([*forward, *backward])
+
+
+class Block(nn.Module):
+    """Two layers beside an identity."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.down(torch.nn.functional.gelu(self.up(x)))
+
+
+class Net(nn.Module):
+    """Four blocks and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(16) for _ in range(4))
+        self.head = nn.Linear(16, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+
+@functools.cache
+def planned_net() -> tuple[Any, dict[str, Any]]:
+    """A network after `memory=70%`, and its inspection with every pass recorded."""
+    torch.manual_seed(0)
+    recorder, x = inspect.Recorder(), torch.rand(64, 16)
+    module = graphopt.optimize(
+        Net(), "memory=70%", (x,), time_limit=3, instruments=[recorder], verify=False
+    )
+    return module, inspect.inspection(recorder.programs[0], module, recorded=recorder)
