@@ -53,7 +53,7 @@ def inspection(
     after: Program | OptimizedModule | None = None,
     *,
     recorded: Recorder | Sequence[Program] = (),
-    training: Mode = True,
+    training: Mode | None = None,
     budget: Mapping[str, str] | None = None,
     seconds: bool = True,
 ) -> dict[str, Any]:
@@ -64,7 +64,8 @@ def inspection(
         after: What passes made of it; None: there is only the one.
         recorded: The program after each pass, or the recorder that watched the run; without it
             the passes in between are listed and their graphs are not shown.
-        training: Mode of the model, or of each module path.
+        training: Mode of the model, or of each module path; default: that of the module that was
+            given, else training.
         budget: What was asked for, as fields of text; default: what the module's report says.
         seconds: Whether to time each distinct op on this machine.
 
@@ -76,7 +77,9 @@ def inspection(
     """
     if isinstance(after, OptimizedModule):
         budget = after.report.budget if budget is None else budget
+        training = after.training if training is None else training
         after = after.program
+    training = True if training is None else training
     programs = recorded.programs if isinstance(recorded, Recorder) else list(recorded)
     states, notes = states_of(_run(before, after, programs), training)
     return _Builder(states, notes, budget or {}, training, seconds).build()

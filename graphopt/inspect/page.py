@@ -73,7 +73,7 @@ def compare_html(
     before: Program,
     after: Program | OptimizedModule,
     *,
-    training: Mode = True,
+    training: Mode | None = None,
     recorded: Recorder | Sequence[Program] = (),
     budget: Mapping[str, str] | None = None,
 ) -> str:
@@ -82,7 +82,8 @@ def compare_html(
     Args:
         before: The program as captured.
         after: The program after passes, or the module that `graphopt.optimize` gave.
-        training: Mode of the model, or of each module path.
+        training: Mode of the model, or of each module path; default: that of the module that was
+            given, else training.
         recorded: The program after each pass, or the `Recorder` that watched the run.
         budget: What was asked for; default: what the module's report says.
     """

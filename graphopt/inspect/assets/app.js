@@ -244,7 +244,8 @@ class App {
   fillOverlays() {
     const names = this.known.map(({ name }) => name);
     const wish = ["decision", "linearized", "channels", "relevance", "change", "phase"];
-    this.overlayName = wish.find((name) => names.includes(name)) || names[0];
+    this.firstOverlay = wish.find((name) => names.includes(name)) || names[0];
+    this.overlayName = this.firstOverlay;
     cleared(byId("overlay"), this.known.map(({ name, title, pass }) =>
       element("option", { value: name, title: pass || null }, title)));
     byId("overlay").value = this.overlayName;
@@ -275,7 +276,7 @@ class App {
   otherSide() {
     const now = document.body.dataset.side === "before" ? "after" : "before";
     document.body.dataset.side = now;
-    byId("side").textContent = now;
+    byId("side").textContent = now === "after" ? "show before" : "show after";
     if (this.graph) this.graph.draw();
     this.lines?.forEach((line) => line.draw());
   }
@@ -369,6 +370,9 @@ class App {
     const parts = [];
     if (this.selected !== null) {
       parts.push(`node=${encodeURIComponent(this.inspection.nodes[this.selected].name)}`);
+    }
+    if (this.overlayName !== this.firstOverlay) {
+      parts.push(`overlay=${encodeURIComponent(this.overlayName)}`);
     }
     if (this.state !== this.inspection.last) parts.push(`pass=${this.state}`);
     this.written = parts.join("&");

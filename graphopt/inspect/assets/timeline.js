@@ -24,6 +24,7 @@ export class Timeline {
   }
 
   show(line, top) {
+    if (this.line === line && this.top === top) return;
     this.line = line;
     this.top = top;
     this.rows = series(line);
