@@ -62,7 +62,7 @@ def pass_overlays(states: Sequence[State]) -> tuple[list[dict[str, Any]], list[s
             continue
         for overlay in reported:
             data = _placed(overlay, states[: position + 1])
-            if len(data["values"]) < len(overlay.values):
+            if overlay.of != "state" and len(data["values"]) < len(overlay.values):
                 missing = len(overlay.values) - len(data["values"])
                 notes.append(
                     f"{overlay.title}: {missing} of {len(overlay.values)} not in the graph"

@@ -146,10 +146,12 @@ def _warnings(sections: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
             f"{name}: not applied", [f"{e['rule']} at {e['node']}: {e['reason']}" for e in refused]
         )
         frozen = section.get("frozen") or ()
-        yield from _listed(
-            f"{name}: can't be pruned",
-            [f"{e['parameter']}, axis {e['axis']}: {e['reason']}" for e in frozen],
-        )
+        if frozen:
+            first = frozen[0]
+            yield (
+                f"{name}: {len(frozen)} axes of parameters can't be pruned (see their readers), "
+                f"such as {first['parameter']}, axis {first['axis']}: {first['reason']}"
+            )
 
 
 def _listed(title: str, entries: Sequence[str]) -> Iterator[str]:

@@ -257,8 +257,10 @@ class _Builder:
         return result
 
 
-_COMPARED = ("target", "inputs", "state", "literals", "type", "shapes", "bytes", "flops", "scope")
-
+_COMPARED = (
+    *("target", "inputs", "state", "literals", "shapes", "dtypes"),
+    *("bytes", "flops", "scope"),
+)
 _EMPTY: Mapping[str, Any] = {"bytes": 0, "flops": 0}
 
 
@@ -275,6 +277,8 @@ def _differing(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]
             continue
         if first != second:
             found[key] = second
+    if "shapes" in found or "dtypes" in found:  # by itself it may differ in symbols' names
+        found["type"] = new.get("type", "")
     return found
 
 

@@ -457,6 +457,11 @@ def test_ten_thousand_nodes_in_modules(show):
     assert boxes(page).count() < 200
     page.evaluate("location.hash = 'node=f4321'")
     page.wait_for_selector('#after .selected[data-node="f4321"]')
+
+
+@pytest.mark.slow
+def test_ten_thousand_nodes_open_at_once(show):
+    page = show(layers(10_000)).graph()
     page.keyboard.press("e")
     while page.evaluate("inspector.graph.items.size") < 10_000:
         page.wait_for_timeout(100)
