@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import graphopt
-from graphopt import inspect
+from graphopt import inspect, registry
 from graphopt.errors import FileFormatError, GraphoptError
 from graphopt.inspect import schema
 from graphopt.inspect.page import MODULES
@@ -304,3 +304,19 @@ def test_the_modules_of_the_page_share_one_scope_without_clashes():
             assert source in MODULES
     assert len(names) == len(set(names)), sorted(n for n in names if names.count(n) > 1)
     assert {path.stem for path in ASSETS.glob("*.js")} == {*MODULES, "layout"}
+
+
+def test_passes_say_which_sites_they_kept():
+    sites = [
+        {"node": "relu", "kept": 8, "total": 8, "choice": "keep", "reason": "it is last"},
+        {"node": "relu_1", "kept": 2, "total": 8, "choice": "poly2", "reason": None},
+        {"node": "relu_2", "kept": 0, "total": 8, "choice": "identity", "reason": None},
+    ]
+    decisions, shares = registry.get("linearize").facts({"linearize": {"sites": sites}})
+    assert decisions.values == {"relu": "kept", "relu_1": "in part", "relu_2": "replaced"}
+    assert shares.values == {"relu": 1.0, "relu_1": 0.25, "relu_2": 0.0}
+    assert decisions.notes["relu_1"] == "2 of 8 elements kept, the others by poly2"
+    assert decisions.notes["relu"].endswith("it is last")
+    matrices = [["fc.weight", 100, 40]]
+    (kept,) = registry.get("rematerialize").facts({"sparsify": {"matrices": matrices}})
+    assert (kept.of, kept.values) == ("state", {"fc.weight": 0.4})
