@@ -278,8 +278,8 @@ def test_search_by_name_op_and_scope(main, planned):
         page.keyboard.press("ArrowDown")
         name = page.locator('#results [aria-selected="true"]').get_attribute("data-to")
         page.keyboard.press("Enter")
-        page.wait_for_selector("#after .selected")
-        assert page.inner_text("#panel h2") == name
+        expect(page.locator("#panel h2")).to_have_text(name)
+        page.wait_for_selector(f'#after .selected[data-node="{name}"]')
         assert wanted(next(n for n in planned["nodes"] if n["name"] == name))
     page.keyboard.press("/")
     page.keyboard.type("no such thing")
