@@ -235,7 +235,9 @@ class _Builder:
         result = []
         for state in self.states:
             _, found, names = state.step
-            now = {name: self._form(state, view, found, names) for name, view in state.nodes()}
+            now: dict[str, Mapping[str, Any]] = {
+                name: self._form(state, view, found, names) for name, view in state.nodes()
+            }
             snapshot: dict[str, Any] = {
                 "label": state.label,
                 "recorded": state.recorded,
