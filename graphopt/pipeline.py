@@ -31,6 +31,7 @@ from graphopt.arguments import format_value, read_value, split_top_level
 from graphopt.budget import Budget, Quantity, field_names, read_field
 from graphopt.errors import GraphoptError, PipelineError, suggest
 from graphopt.ir.program import PassRecord
+from graphopt.overlays import Overlay, section_overlays
 from graphopt.plain import to_plain
 
 if TYPE_CHECKING:
@@ -201,6 +202,17 @@ class Pass:
                 if short != name and short in known:
                     options[short] = value
         return cls(**options)
+
+    @classmethod
+    def facts(cls, report: Mapping[str, Any]) -> tuple[Overlay, ...]:
+        """What the pass reports of single nodes, for views to draw.
+
+        Args:
+            report: The plain sections of its report, as in `PassRecord`.
+        """
+        sections = ((n, data) for n, data in report.items() if isinstance(data, Mapping))
+        found = (section_overlays(name, data) for name, data in sections)
+        return tuple(overlay for overlays in found for overlay in overlays)
 
     def options(self) -> dict[str, Any]:
         """Options that differ from their defaults."""

@@ -28,6 +28,7 @@ FLOORS = {
     "graphcheck": CORE,
     "instruments": CORE,
     "measure": CORE,
+    "overlays": CORE,
     "persist": CORE,
     "pipeline": CORE,
     "private": CORE,

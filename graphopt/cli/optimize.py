@@ -67,6 +67,8 @@ def optimize(
     wanted = _wanted(budget, passes, (html, output))
     check = None if bisect is None else _check(bisect, html, output)
     instruments = _instruments(dump_dir, dump_formats)
+    recorder = None if html is None else _recorder()
+    instruments += [recorder] if recorder is not None else []
     loaded = load_model(model, trust=trust, evaluation=evaluation)
     with progress(quiet) as told:
         run = functools.partial(
@@ -89,7 +91,7 @@ def optimize(
         result = run(verify=not no_verify, instruments=instruments)
         if html is not None:
             told("writing the page")
-            _write_html(html, loaded, result, dynamic)
+            _write_html(html, recorder, result)
         if output is not None:
             told("saving")
             _save(output, result)
@@ -142,12 +144,18 @@ def _check(name: str, html: str | None, output: str | None) -> Any:
     return load_named(name)
 
 
-def _write_html(path: str, loaded: Any, result: Any, dynamic: str) -> None:
-    from graphopt import api, inspect
+def _recorder() -> Any:
+    from graphopt.inspect import Recorder
+
+    return Recorder()
+
+
+def _write_html(path: str, recorder: Any, result: Any) -> None:
+    from graphopt import inspect
     from graphopt.files import write_text
 
-    before = api.capture(loaded.model, loaded.args, loaded.kwargs, dynamic=dynamic_axes(dynamic))
-    write_text(path, inspect.compare_html(before, result.program))
+    page = inspect.compare_html(recorder.programs[0], result, recorded=recorder)
+    write_text(path, page)
 
 
 def _save(path: str, result: Any) -> None:

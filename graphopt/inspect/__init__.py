@@ -11,11 +11,14 @@ from graphopt.inspect.diff import Change, Diff, StateChange, diff
 from graphopt.inspect.document import Document, Mode
 from graphopt.inspect.drawing import dot_text, svg_text
 from graphopt.inspect.explorer import explorer_data, explorer_form
+from graphopt.inspect.inspection import Recorder, document_inspection, inspection
 from graphopt.inspect.live import LiveBytes, live_bytes
-from graphopt.inspect.nodes import SCHEMA_VERSION, NodeView, json_form, node_views
-from graphopt.inspect.page import compare_html, page
+from graphopt.inspect.nodes import NodeView, node_views
+from graphopt.inspect.page import compare_html, inspection_html, page
 from graphopt.inspect.plots import pareto, plot_frontier, plot_pareto
 from graphopt.inspect.python import Notes, python_text
+from graphopt.inspect.schema import SCHEMA_VERSION
+from graphopt.inspect.schema import read as read_inspection
 from graphopt.inspect.summary import ScopeRow, Summary, summarize
 from graphopt.inspect.trail import Trail, step_facts, tensor_facts
 from graphopt.inspect.views import document
@@ -35,6 +38,7 @@ __all__ = [
     "Finding",
     "LiveBytes",
     "NodeView",
+    "Recorder",
     "ScopeRow",
     "StateChange",
     "Summary",
@@ -43,11 +47,14 @@ __all__ = [
     "diff",
     "document",
     "dump",
+    "inspection",
+    "inspection_html",
     "live_bytes",
     "node_views",
     "pareto",
     "plot_frontier",
     "plot_pareto",
+    "read_inspection",
     "summarize",
     "table",
 ]
@@ -55,7 +62,7 @@ __all__ = [
 
 def json_text(shown: Document) -> str:
     """A document as JSON."""
-    return json.dumps(json_form(shown), indent=1, allow_nan=False)
+    return json.dumps(document_inspection(shown), indent=1, allow_nan=False)
 
 
 _PRINTERS = {

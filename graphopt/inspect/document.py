@@ -15,6 +15,7 @@ import torch
 from torch import fx
 
 from graphopt.cost.saved import SavedTable
+from graphopt.ir.program import PassRecord
 
 View = Literal["program", "joint", "plan"]
 Mode = bool | Mapping[str, bool]  # of the whole model, or of each module path
@@ -104,6 +105,7 @@ class Document:
         passthrough: Output position -> ``(kind, name)`` of what is returned unchanged, or
             ``("constant", value)``, or ``("output", earlier position)``.
         history: The passes that ran, as pipeline texts.
+        records: The same with what they report.
     """
 
     view: View
@@ -116,6 +118,7 @@ class Document:
     saved: SavedTable | None = None
     passthrough: Mapping[int, tuple[str, Any]] = field(default_factory=dict)
     history: tuple[str, ...] = ()
+    records: tuple[PassRecord, ...] = ()
 
 
 def is_training(mode: Mode) -> bool:

@@ -15,6 +15,23 @@ from graphopt.inspect.document import Document
 
 
 @dataclass(frozen=True)
+class Lifetime:
+    """How long one allocation lives, in steps of the timeline.
+
+    Attributes:
+        node: The node that makes it.
+        bytes: Its size.
+        start: The step at which it is made.
+        end: The last step at which it lives.
+    """
+
+    node: fx.Node
+    bytes: int
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
 class LiveBytes:
     """Bytes alive while a graph runs, each value let go after its last use.
 
@@ -26,6 +43,8 @@ class LiveBytes:
             includes its temporaries.
         allocated: Node -> bytes that it allocates for its values.
         largest_workspace: Most bytes of temporaries of any node.
+        lifetimes: One entry for each allocation that outlives its op.
+        measured: Node -> what the op allocates and, where asked for, how long it takes.
     """
 
     peak: int
@@ -34,10 +53,16 @@ class LiveBytes:
     holders: Mapping[fx.Node, int]
     allocated: Mapping[fx.Node, int] = field(default_factory=dict)
     largest_workspace: int = 0
+    lifetimes: tuple[Lifetime, ...] = ()
+    measured: Mapping[fx.Node, OpMeasurement] = field(default_factory=dict, repr=False)
 
 
 def live_bytes(
-    shown: Document, progress: Progress | None = None, *, keep_outputs: bool = False
+    shown: Document,
+    progress: Progress | None = None,
+    *,
+    keep_outputs: bool = False,
+    seconds: bool = False,
 ) -> LiveBytes:
     """Simulate a document's graphs with measured sizes (see `graphopt.cost.measure_ops`).
 
@@ -47,9 +72,11 @@ def live_bytes(
         progress: Called with ``(ops measured, ops in all)``.
         keep_outputs: Whether outputs live to the end.  If not, they die after their last use in the
             graph, as gradients do once they are added to those that are allocated already.
+        seconds: Whether to time each distinct op as well.
     """
     nodes = [node for segment in shown.segments for node in segment.module.graph.nodes]
-    measured = measure_ops([n for n in nodes if n.op == "call_function"], progress=progress)
+    calls = [node for node in nodes if node.op == "call_function"]
+    measured = measure_ops(calls, progress=progress, seconds=seconds)
     storages = _Storages(measured)
     passed: dict[str, list[int | None]] = {}
     for segment in shown.segments:
@@ -129,7 +156,28 @@ def _simulate(
         holders[at] = holders.get(at, 0) + measured[at].workspace
     everything = _by_maker(storages, range(len(storages.sizes)))
     largest = max((m.workspace for m in measured.values()), default=0)
-    return LiveBytes(peak, at, tuple(timeline), holders, everything, largest)
+    lifetimes = _lifetimes(nodes, storages, dies, measured)
+    return LiveBytes(peak, at, tuple(timeline), holders, everything, largest, lifetimes, measured)
+
+
+def _lifetimes(
+    nodes: list[fx.Node],
+    storages: _Storages,
+    dies: Mapping[int, int],
+    measured: Mapping[fx.Node, OpMeasurement],
+) -> tuple[Lifetime, ...]:
+    """When each storage is made and last read, in steps of the timeline (which counts calls)."""
+    calls, count = [], 0
+    for node in nodes:
+        calls.append(count)
+        count += node in measured
+    step_of = {node: calls[position] for position, node in enumerate(nodes)}
+    last = max(0, count - 1)
+    return tuple(
+        Lifetime(maker, size, step_of[maker], min(calls[dies[storage]], last))
+        for storage, (maker, size) in enumerate(zip(storages.makers, storages.sizes, strict=True))
+        if storage in dies and maker in step_of
+    )
 
 
 def _by_maker(storages: _Storages, which: Any) -> dict[fx.Node, int]:

@@ -14,12 +14,10 @@ import torch
 from torch import fx
 
 from graphopt.cost.flops import flops
-from graphopt.cost.sizes import UnknownSizeError, output_bytes, tensors_in
+from graphopt.cost.sizes import UnknownSizeError, concrete, output_bytes, tensors_in
 from graphopt.errors import user_line_of
 from graphopt.inspect.document import Document, Segment, phase_of, scope_of
 from graphopt.inspect.text import is_getitem, one_line, short_target, short_type, tensor_type
-
-SCHEMA_VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -43,6 +41,8 @@ class NodeView:
         source: Line of the user's code, or None.
         saved: Bytes of this value that autograd saves for backward.
         saved_for: The nodes that save it.
+        shapes: Sizes of each tensor result for the example sizes; None where the data decides.
+        dtypes: Their dtypes.
     """
 
     name: str
@@ -61,6 +61,8 @@ class NodeView:
     source: str | None = None
     saved: int = 0
     saved_for: tuple[str, ...] = ()
+    shapes: tuple[tuple[int | None, ...], ...] = ()
+    dtypes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form."""
@@ -70,8 +72,25 @@ class NodeView:
             state=list(self.state),
             literals=dict(self.literals),
             saved_for=list(self.saved_for),
+            shapes=[list(shape) for shape in self.shapes],
+            dtypes=list(self.dtypes),
         )
         return data
+
+
+@dataclass(frozen=True)
+class Collected:
+    """The nodes of a document, and which FX nodes they show.
+
+    Attributes:
+        views: All nodes in order, inputs first and outputs last.
+        names: FX node -> name, for calls.
+        nodes: Name -> FX node, likewise.
+    """
+
+    views: tuple[NodeView, ...]
+    names: Mapping[fx.Node, str]
+    nodes: Mapping[str, fx.Node]
 
 
 def node_views(document: Document) -> list[NodeView]:
@@ -79,38 +98,11 @@ def node_views(document: Document) -> list[NodeView]:
     return _Collector(document).collect()
 
 
-def json_form(document: Document) -> dict[str, Any]:
-    """The document as JSON-able data.
-
-    Keys: ``schema_version``; ``view``; ``title``; ``passes`` (pipeline texts); ``inputs``,
-    ``tangents`` and ``state`` (name -> shape, dtype, trainable, constant); ``segments`` (title,
-    phase); ``nodes`` (see `NodeView`); ``saved`` (see `graphopt.cost.saved.SavedTable.to_dict`) or
-    null.  Bytes and FLOPs are those of the example sizes.
-    """
-
-    def slots(items: Any) -> dict[str, Any]:
-        return {
-            slot.name: {
-                "shape": list(slot.shape),
-                "dtype": str(slot.dtype).removeprefix("torch."),
-                "trainable": slot.trainable,
-                "constant": slot.constant is not None,
-            }
-            for slot in items
-        }
-
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "view": document.view,
-        "title": document.title,
-        "passes": list(document.history),
-        "inputs": slots(document.inputs),
-        "tangents": slots(document.tangents),
-        "state": slots(document.state.values()),
-        "segments": [{"title": s.title, "phase": s.phase} for s in document.segments],
-        "nodes": [node.to_dict() for node in node_views(document)],
-        "saved": None if document.saved is None else document.saved.to_dict(),
-    }
+def collected(document: Document) -> Collected:
+    """The same as `node_views`, with the FX nodes behind them."""
+    collector = _Collector(document)
+    views = collector.collect()
+    return Collected(tuple(views), collector.names, {n: f for f, n in collector.names.items()})
 
 
 class _Collector:
@@ -121,7 +113,7 @@ class _Collector:
         self.nodes: list[NodeView] = []
         self.taken: set[str] = set()
         self.values: dict[str, tuple[str, ...]] = {}
-        self.outputs: dict[int, tuple[str, ...]] = {}
+        self.names: dict[fx.Node, str] = {}
 
     def collect(self) -> list[NodeView]:
         """All nodes."""
@@ -131,7 +123,10 @@ class _Collector:
                 self.values[f"{op} {slot.name}"] = (name,)
                 kind = tensor_type(slot.shape, slot.dtype)
                 phase = "forward" if op == "input" else "backward"
-                self.nodes.append(NodeView(name, op, type=kind, phase=phase))
+                shapes, dtypes = (tuple(slot.shape),), (dtype_name(slot.dtype),)
+                self.nodes.append(
+                    NodeView(name, op, type=kind, phase=phase, shapes=shapes, dtypes=dtypes)
+                )
         for segment in self.document.segments:
             self._segment(segment)
         return self.nodes
@@ -227,7 +222,8 @@ class _Collector:
         saved = self.document.saved
         held = saved.of(node) if saved is not None and not prefix else None
         own = held is not None and held.name == node.name
-        name = self._fresh(prefix + node.name)
+        name = self.names[node] = self._fresh(prefix + node.name)
+        tensors = list(tensors_in(node.meta.get("val")))
         view = NodeView(
             name,
             "call",
@@ -245,9 +241,26 @@ class _Collector:
             user_line_of(node),
             held.bytes if own and held is not None else 0,
             held.savers if own and held is not None else (),
+            tuple(_sizes(tensor) for tensor in tensors),
+            tuple(dtype_name(tensor.dtype) for tensor in tensors),
         )
         self.nodes.append(view)
         return name
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """``float32``."""
+    return str(dtype).removeprefix("torch.")
+
+
+def _sizes(tensor: torch.Tensor) -> tuple[int | None, ...]:
+    def known(size: Any) -> int | None:
+        try:
+            return concrete(size)
+        except UnknownSizeError:
+            return None
+
+    return tuple(known(size) for size in tensor.shape)
 
 
 def _operands(node: fx.Node, count: int) -> list[fx.Node]:

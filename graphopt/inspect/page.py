@@ -1,180 +1,135 @@
-"""A self-contained HTML page of one program, or of a program before and after passes.
+"""One self-contained HTML file from an inspection: the inspector.
 
-It needs no network and no script: tables by module, live bytes over the step as a drawing, and all
-nodes by stage and module, folded.
+The scripts in ``assets/`` are ES modules that are put together here, in the order in which they
+need each other.  The page fetches nothing, and its policy forbids it to; whatever it shows is set
+as text.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import base64
+import functools
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
 from html import escape
-from itertools import groupby
-from typing import TYPE_CHECKING
+from importlib import resources
+from typing import TYPE_CHECKING, Any
 
-from graphopt.errors import UnsupportedError
 from graphopt.inspect.document import Document, Mode
-from graphopt.inspect.live import LiveBytes, live_bytes
-from graphopt.inspect.nodes import NodeView, node_views
-from graphopt.inspect.summary import Summary, summarize
+from graphopt.inspect.inspection import Recorder, document_inspection, inspection
+from graphopt.inspect.schema import check
 from graphopt.inspect.text import one_line
-from graphopt.inspect.views import document
-from graphopt.plain import human_bytes, human_count
 
 if TYPE_CHECKING:
+    from graphopt.ir.module import OptimizedModule
     from graphopt.ir.program import Program
 
-_WIDTH, _HEIGHT = 960, 220
-_COLOURS = ("#b3541e", "#1a56b8")
-_STYLE = """
-body { font: 14px/1.45 system-ui, sans-serif; margin: 2em auto; max-width: 1100px; color: #222; }
-table { border-collapse: collapse; margin: .5em 0 1.5em; }
-th, td { padding: 2px 10px; border-bottom: 1px solid #e3e3e3; text-align: right; }
-th:first-child, td:first-child, td.text { text-align: left; }
-code, pre, td { font-variant-numeric: tabular-nums; }
-details { margin: 2px 0; } summary { cursor: pointer; }
-.recomputed { background: #fff3b0; }
-.backward { background: #fdeee3; }
-.saved { background: #dff0df; }
-.bar { display: inline-block; height: 9px; background: #7aa5e8; margin-right: 4px; }
-.muted { color: #777; }
-"""
+MODULES = (
+    *("data", "text", "colours", "tree", "boxes", "layouter", "graph"),
+    *("timeline", "panel", "summary", "search", "app"),
+)
+_IMPORT = re.compile(r"^import\s[^;]*;\n", re.MULTILINE)
+_EXPORT = re.compile(r"^export (?=(?:async )?(?:function|class|const|let)\b)", re.MULTILINE)
+_SOURCE_MAP = re.compile(r"^//# sourceMappingURL=.*\n?", re.MULTILINE)
 
 
-def page(shown: Document, summary: Summary | None = None) -> str:
-    """One document as a page."""
-    parts = [f"<h1>{_text(shown.title)}: {_text(shown.view)}</h1>", _passes(shown)]
-    live = live_bytes(shown)
-    parts += [_chart([_Curve(shown.view, live)])]
-    if summary is not None:
-        parts += ["<h2>Modules</h2>", _summary_table(summary)]
-    return _whole(shown.title, [*parts, "<h2>Nodes</h2>", *_node_lists(shown)])
+def inspection_html(data: Mapping[str, Any]) -> str:
+    """The inspector of an inspection.
+
+    Args:
+        data: What `graphopt.inspect.inspection` gave, or `graphopt.inspect.schema.read` read.
+
+    Raises:
+        FileFormatError: It is something else, or of another version.
+    """
+    check(data)
+    return render(data)
 
 
-def compare_html(before: Program, after: Program, *, training: Mode = True) -> str:
-    """A page that compares two programs: modules, live bytes, and what runs afterwards.
+def render(data: Mapping[str, Any]) -> str:
+    """The same without a check."""
+    script, layout, style = _script(), _layout(), _asset("style.css")
+    title = one_line(data.get("title", ""))
+    parts = {
+        "policy": _policy(script, layout, style),
+        "title": escape(f"{title} – graphopt"),
+        "name": escape(title),
+        "style": style,
+        "data": _json(data),
+        "layout": layout,
+        "script": script,
+    }
+    return re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found[1]], _asset("page.html"))
+
+
+def page(shown: Document) -> str:
+    """The inspector of one graph: a program, a joint graph or a plan."""
+    return render(document_inspection(shown))
+
+
+def compare_html(
+    before: Program,
+    after: Program | OptimizedModule,
+    *,
+    training: Mode | None = None,
+    recorded: Recorder | Sequence[Program] = (),
+    budget: Mapping[str, str] | None = None,
+) -> str:
+    """The inspector of a program before and after passes.
 
     Args:
         before: The program as captured.
-        after: The program after passes.
-        training: Mode of the model, or of each module path.
+        after: The program after passes, or the module that `graphopt.optimize` gave.
+        training: Mode of the model, or of each module path; default: that of the module that was
+            given, else training.
+        recorded: The program after each pass, or the `Recorder` that watched the run.
+        budget: What was asked for; default: what the module's report says.
     """
-    shown = [_step(before, training), _step(after, training)]
-    curves = [
-        _Curve(f"{name} ({d.view})", live_bytes(d))
-        for name, d in zip(("before", "after"), shown, strict=True)
-    ]
-    parts = [f"<h1>{_text(shown[0].title)}: before and after</h1>", _passes(shown[1])]
-    parts += ["<h2>Live bytes over the step</h2>", _chart(curves)]
-    for name, program in (("before", before), ("after", after)):
-        parts += [f"<h2>Modules {name}</h2>", _summary_table(summarize(program, training=training))]
-    parts += ["<h2>What runs afterwards</h2>", *_node_lists(shown[1])]
-    return _whole(shown[0].title, parts)
+    made = inspection(before, after, recorded=recorded, training=training, budget=budget)
+    return render(made)
 
 
-@dataclass(frozen=True)
-class _Curve:
-    name: str
-    live: LiveBytes
+def _json(data: Mapping[str, Any]) -> str:
+    """JSON that can't end the element that it stands in."""
+    text = json.dumps(data, separators=(",", ":"), allow_nan=False, ensure_ascii=False)
+    text = text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
-def _step(program: Program, training: Mode) -> Document:
-    """The most that can be shown of a step: its plan, else the joint graph, else the program."""
-    views = ("plan", "joint", "program") if program.planner is not None else ("joint", "program")
-    for view in views[:-1]:
-        try:
-            return document(program, view, training=training)
-        except UnsupportedError:
-            continue
-    return document(program, views[-1], training=training)
+def _policy(*texts: str) -> str:
+    script, layout, style = (f"'sha256-{_digest(text)}'" for text in texts)
+    return (
+        f"default-src 'none'; script-src {script} {layout}; style-src {style}; "
+        "worker-src blob:; base-uri 'none'; form-action 'none'"
+    )
 
 
-def _whole(title: str, parts: Sequence[str]) -> str:
-    head = f"<title>{_text(title)}</title><style>{_STYLE}</style>"
-    body = "\n".join(parts)
-    return f'<!doctype html>\n<html lang="en"><meta charset="utf-8">{head}\n{body}\n</html>\n'
+def _digest(text: str) -> str:
+    return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
-def _text(value: object) -> str:
-    return escape(one_line(value))
+@functools.cache
+def _asset(name: str) -> str:
+    return resources.files("graphopt.inspect").joinpath("assets", name).read_text("utf-8")
 
 
-def _passes(shown: Document) -> str:
-    return f"<p>Passes: <code>{_text(', '.join(shown.history) or 'none')}</code></p>"
+@functools.cache
+def _script() -> str:
+    """The modules as one script: imports go, since all share one scope."""
+    parts = [_EXPORT.sub("", _IMPORT.sub("", _asset(f"{name}.js"))) for name in MODULES]
+    return _contained('"use strict";\n(() => {\n' + "\n".join(parts) + "})();\n")
 
 
-def _chart(curves: Sequence[_Curve]) -> str:
-    """Live bytes over the step, each curve over the whole width."""
-    top = max([curve.live.peak for curve in curves] or [0]) or 1
-    lines = [f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT + 20 * len(curves)}" role="img">']
-    lines.append(f'<rect width="{_WIDTH}" height="{_HEIGHT}" fill="#fafafa" stroke="#ccc"/>')
-    for index, curve in enumerate(curves):
-        colour = _COLOURS[index % len(_COLOURS)]
-        count = max(1, len(curve.live.timeline) - 1)
-        points = " ".join(
-            f"{_WIDTH * i / count:.1f},{_HEIGHT - (_HEIGHT - 10) * size / top:.1f}"
-            for i, (_, size) in enumerate(curve.live.timeline)
-        )
-        at = curve.live.at.name if curve.live.at is not None else ""
-        label = f"{curve.name}: peak {human_bytes(curve.live.peak)} at {at}"
-        style = f'fill="none" stroke="{colour}" stroke-width="1.5"'
-        lines.append(
-            f'<polyline points="{points}" {style}><title>{_text(label)}</title></polyline>'
-        )
-        height = _HEIGHT + 16 + 20 * index
-        lines.append(f'<text x="4" y="{height}" fill="{colour}">{_text(label)}</text>')
-    return "\n".join([*lines, "</svg>"])
+@functools.cache
+def _layout() -> str:
+    """What a worker runs: dagre and the layout."""
+    dagre = _SOURCE_MAP.sub("", _asset("vendor/dagre.min.js"))
+    return _contained(f"{dagre}\n{_asset('layout.js')}")
 
 
-def _summary_table(summary: Summary) -> str:
-    names = ("module", "nodes", "parameters", "FLOPs", "activations", "saved", "of peak")
-    lines = ["<table><tr>" + "".join(f"<th>{name}</th>" for name in names) + "</tr>"]
-    for row in summary.rows:
-        name = row.path.rpartition(".")[2] or "(model)"
-        share = 100 * row.peak_share
-        cells = [row.nodes, human_count(row.parameters), human_count(row.flops)]
-        cells += [human_bytes(row.activation_bytes), human_bytes(row.saved_bytes)]
-        label = f'{_text(name)} <span class="muted">{_text(row.module)}</span>'
-        bar = f'<span class="bar" style="width:{0.6 * share:.0f}px"></span>{share:.1f} %'
-        lines.append(
-            f'<tr><td style="padding-left:{10 + 16 * row.depth}px">{label}</td>'
-            + "".join(f"<td>{_text(cell)}</td>" for cell in cells)
-            + f"<td>{bar}</td></tr>"
-        )
-    peak = f"Peak of {summary.peak_of}: {human_bytes(summary.peak)} at {summary.peak_at[0]}."
-    notes = " ".join([peak, *summary.notes])
-    return "\n".join([*lines, "</table>", f"<p>{_text(notes)}</p>"])
-
-
-def _node_lists(shown: Document) -> list[str]:
-    """All calls, folded by stage, then by runs of one module."""
-    calls = [node for node in node_views(shown) if node.op == "call"]
-    lines = []
-    for title, stage in groupby(calls, key=lambda node: node.segment):
-        nodes = list(stage)
-        again = sum(node.phase == "recomputed" for node in nodes)
-        label = f"{title}: {len(nodes)} nodes" + (f", {again} recomputed" if again else "")
-        lines.append(f"<details open><summary>{_text(label)}</summary>")
-        for scope, run in groupby(nodes, key=lambda node: (node.scope, node.module)):
-            lines.append(_module_list(scope, list(run)))
-        lines.append("</details>")
-    return lines
-
-
-def _module_list(scope: tuple[str, str], nodes: Sequence[NodeView]) -> str:
-    path, module = scope
-    size = sum(node.bytes or 0 for node in nodes)
-    label = f"{path or '(model)'} {module}: {len(nodes)} nodes, {human_bytes(size)}"
-    lines = [f'<details style="margin-left:1em"><summary>{_text(label)}</summary><table>']
-    for node in nodes:
-        kind = "saved" if node.saved else node.phase
-        note = f"saved {human_bytes(node.saved)} for {', '.join(node.saved_for)}"
-        size_text = "" if not node.bytes else human_bytes(node.bytes)
-        cells = [node.target, ", ".join((*node.inputs, *node.state)), node.type, size_text]
-        cells += [note if node.saved else "", node.source or ""]
-        lines.append(
-            f'<tr class="{kind}"><td>{_text(node.name)}</td>'
-            + "".join(f'<td class="text">{_text(cell)}</td>' for cell in cells)
-            + "</tr>"
-        )
-    return "\n".join([*lines, "</table></details>"])
+def _contained(text: str) -> str:
+    assert "</script" not in text.lower()
+    assert "<!--" not in text
+    return text

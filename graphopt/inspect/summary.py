@@ -18,7 +18,8 @@ from graphopt.inspect.document import (
     scope_of,
 )
 from graphopt.inspect.live import LiveBytes, live_bytes
-from graphopt.inspect.nodes import SCHEMA_VERSION, NodeView, node_views
+from graphopt.inspect.nodes import NodeView, node_views
+from graphopt.inspect.schema import SCHEMA_VERSION
 from graphopt.inspect.text import one_line
 from graphopt.inspect.views import document
 from graphopt.plain import human_bytes, human_count

@@ -88,6 +88,7 @@ def _program_document(program: Program, training: Mode) -> Document:
         len(values),
         saved if saved is not None and saved.values else None,
         history=_history(program),
+        records=program.history,
     )
 
 
@@ -136,6 +137,7 @@ def _joint_document(program: Program, training: Mode) -> Document:
         view.num_outputs,
         passthrough=passthrough,
         history=_history(program),
+        records=program.history,
     )
 
 
@@ -210,6 +212,7 @@ def _plan_document(program: Program, training: Mode) -> Document:
         compiled.views.count,
         passthrough=passthrough,
         history=_history(program),
+        records=program.history,
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -10,7 +10,9 @@ from graphopt.budget import Quantity
 from graphopt.errors import BudgetError, UnsupportedError, UsageError
 from graphopt.ir.program import Program
 from graphopt.ir.randomness import kept_random_state, seed_torch
+from graphopt.overlays import Overlay
 from graphopt.passes.linearize.choice import Granularity
+from graphopt.passes.linearize.facts import overlays
 from graphopt.passes.linearize.levels import CKKS
 from graphopt.passes.linearize.modes import training_names
 from graphopt.passes.linearize.run import Run
@@ -126,6 +128,11 @@ class Linearize(Pass):
         with kept_random_state():
             seed_torch(context.seed)  # models may draw in eval mode, too
             return Run(self, program, context).result()
+
+    @classmethod
+    def facts(cls, report: Mapping[str, Any]) -> tuple[Overlay, ...]:
+        """Which non-linearities were kept, and how much of each."""
+        return (*super().facts(report), *overlays(report.get("linearize", {})))
 
     @staticmethod
     def sweep(model: Any, example_inputs: Sequence[Any] = (), **options: Any) -> Any:
