@@ -12,17 +12,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch._C import _functorch  # type: ignore[attr-defined]
-from torch.utils._python_dispatch import _disable_current_modes
 
 from graphopt.budget import Quantity
 from graphopt.cost.sizes import Substitution, symbols_of
-from graphopt.errors import NonFiniteError
+from graphopt.errors import NonFiniteError, UnsupportedError
 from graphopt.ir.graphs import lookup
 from graphopt.ir.module import OptimizedModule
 from graphopt.passes.relevance.composite import Composite, path_of
 from graphopt.passes.relevance.conservation import Entry, conservation
 from graphopt.passes.relevance.memory import Schedule, peak_of, plan_memory
-from graphopt.passes.relevance.planning import make_plan
+from graphopt.passes.relevance.planning import Plan, make_plan
 from graphopt.passes.relevance.promises import Promise, promises
 from graphopt.passes.relevance.target import (
     check_range,
@@ -97,7 +96,7 @@ class ExplainedModule(nn.Module):
 
     It takes what the model takes and returns an `Explanation`.  The model itself is ``.model``,
     whose parameters are read at each call; the graph that runs is ``.graph``.  After ``.to()`` or
-    ``.half()`` the graph is made anew at the next call.
+    ``.half()`` the graph is made anew.
 
     Args:
         model: The captured model.
@@ -121,6 +120,16 @@ class ExplainedModule(nn.Module):
     def graph(self) -> torch.fx.GraphModule:
         """The flat graph that runs: forward, relevance and ledger."""
         return self._ready().flat.graph
+
+    @property
+    def plan(self) -> Plan:
+        """What was decided about the model's graph: operations, rules, sources."""
+        return self._ready().explainer.plan
+
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        """Names of the parameters and buffers that the graph takes, in this order."""
+        return self._ready().flat.tensors
 
     # --- calls --------------------------------------------------------------------------------
 
@@ -212,11 +221,19 @@ class ExplainedModule(nn.Module):
     def _ready(self) -> _Built:
         built = self._built
         if built is None or built.traits != _traits(self._tensors(built.flat)):
-            # called inside of a trace, the graph is made outside of it
-            with _disable_current_modes():
-                built = self._build()
-            self.__dict__["_built"] = built
+            if torch.compiler.is_exporting():
+                raise UnsupportedError(
+                    "the model was converted or moved since its explanation was made",
+                    hint="call the module once before it is exported",
+                )
+            built = self.__dict__["_built"] = self._build()
         return built
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ExplainedModule:
+        super()._apply(fn, recurse)
+        if not any(t.is_meta for t in (*self.parameters(), *self.buffers())):
+            self._ready()
+        return self
 
     def _build(self) -> _Built:
         program = self.model.program
@@ -264,6 +281,11 @@ class ExplainedModule(nn.Module):
         """The state without the graph, which is made anew; its schedule is kept."""
         return {**self.__dict__, "_built": None}
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Make the graph anew."""
+        super().__setstate__(state)
+        self._ready()
+
     def __deepcopy__(self, memo: dict[int, Any]) -> ExplainedModule:
         twin = copy.copy(self)
         memo[id(self)] = twin
@@ -306,7 +328,7 @@ class ExplainedModule(nn.Module):
                 "path": path_of(op.node),
                 "rule": str(rule),
             }
-            for op, rule in self._ready().explainer.plan.rules.items()
+            for op, rule in self.plan.rules.items()
         ]
 
     def coverage(self) -> dict[str, Any]:
@@ -318,7 +340,7 @@ class ExplainedModule(nn.Module):
             ``{"operations", "named", "families": {family: {"count", "share"}}, "rules": {rule:
             {"count", "share"}}}``; ``named`` is the share of operations with a named rule.
         """
-        rules = self._ready().explainer.plan.rules
+        rules = self.plan.rules
         total = max(1, len(rules))
 
         def counted(names: list[str]) -> dict[str, dict[str, float]]:

@@ -100,9 +100,7 @@ def _is_forward(value: fx.Node, storage: StorageMap) -> bool:
     return isinstance(value.meta.get("val"), torch.Tensor)
 
 
-def _policy(
-    owner: fx.Node, storage: StorageMap, early: set[fx.Node], held: set[fx.Node]
-) -> Policy:
+def _policy(owner: fx.Node, storage: StorageMap, early: set[fx.Node], held: set[fx.Node]) -> Policy:
     if storage.role[owner] in (Role.INPUT, Role.CONSTANT):
         return "alias"
     if owner not in early:
