@@ -13,10 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch._C import _functorch  # type: ignore[attr-defined]
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import _disable_current_modes
 
 from graphopt.cost.sizes import Substitution, symbols_of
-from graphopt.errors import NonFiniteError
+from graphopt.errors import NonFiniteError, UnsupportedError
 from graphopt.ir.graphs import lookup
 from graphopt.ir.module import OptimizedModule
 from graphopt.passes.relevance.composite import path_of
@@ -24,6 +23,7 @@ from graphopt.passes.relevance.conservation import Entry, conservation
 from graphopt.passes.relevance.explainer import doubled, explainer_of
 from graphopt.passes.relevance.memory import Schedule, peak_of, plan_memory
 from graphopt.passes.relevance.options import Options
+from graphopt.passes.relevance.planning import Plan
 from graphopt.passes.relevance.promises import Promise, promises
 from graphopt.passes.relevance.target import (
     check_range,
@@ -77,7 +77,7 @@ class ExplainedModule(nn.Module):
 
     It takes what the model takes and returns an `Explanation`.  The model itself is ``.model``,
     whose parameters are read at each call; the graph that runs is ``.graph``.  After ``.to()`` or
-    ``.half()`` the graph is made anew at the next call.
+    ``.half()`` the graph is made anew.
 
     Args:
         model: The captured model.
@@ -101,6 +101,16 @@ class ExplainedModule(nn.Module):
     def graph(self) -> torch.fx.GraphModule:
         """The flat graph that runs: forward, relevance and ledger."""
         return self._ready().flat.graph
+
+    @property
+    def plan(self) -> Plan:
+        """What was decided about the model's graph: operations, rules, sources."""
+        return self._ready().explainer.plan
+
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        """Names of the parameters and buffers that the graph takes, in this order."""
+        return self._ready().flat.tensors
 
     # --- calls --------------------------------------------------------------------------------
 
@@ -192,11 +202,19 @@ class ExplainedModule(nn.Module):
     def _ready(self) -> _Built:
         built = self._built
         if built is None or built.traits != _traits(self._tensors(built.flat)):
-            # called inside of a trace, the graph is made outside of it
-            with _disable_current_modes():
-                built = self._build()
-            self.__dict__["_built"] = built
+            if torch.compiler.is_exporting():
+                raise UnsupportedError(
+                    "the model was converted or moved since its explanation was made",
+                    hint="call the module once before it is exported",
+                )
+            built = self.__dict__["_built"] = self._build()
         return built
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ExplainedModule:
+        super()._apply(fn, recurse)
+        if not any(t.is_meta for t in (*self.parameters(), *self.buffers())):
+            self._ready()
+        return self
 
     def _build(self) -> _Built:
         fakes = self.model.program.fake_inputs()
@@ -234,6 +252,11 @@ class ExplainedModule(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         """The state without the graph, which is made anew; its schedule is kept."""
         return {**self.__dict__, "_built": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Make the graph anew."""
+        super().__setstate__(state)
+        self._ready()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ExplainedModule:
         twin = copy.copy(self)
@@ -277,7 +300,7 @@ class ExplainedModule(nn.Module):
                 "path": path_of(op.node),
                 "rule": str(rule),
             }
-            for op, rule in self._ready().explainer.plan.rules.items()
+            for op, rule in self.plan.rules.items()
         ]
 
     def scores(self, output: Any) -> Tensor | None:
@@ -304,7 +327,7 @@ class ExplainedModule(nn.Module):
             ``{"operations", "named", "families": {family: {"count", "share"}}, "rules": {rule:
             {"count", "share"}}}``; ``named`` is the share of operations with a named rule.
         """
-        rules = self._ready().explainer.plan.rules
+        rules = self.plan.rules
         total = max(1, len(rules))
 
         def counted(names: list[str]) -> dict[str, dict[str, float]]:

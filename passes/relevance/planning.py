@@ -108,9 +108,11 @@ def make_plan(
     named, parameters = _named(graph, attribute, sources, inside)
     parametric = _closure(graph, _parameters(graph, tensors), inside)
     followed = _closure(graph, parameters, inside)
-    members = inside | followed
-    merged = regions.activations(graph, members)
-    ops = {op.node: op for op in operations(graph, members, merged)}
+    merged = regions.activations(graph, inside)
+    # a followed constant stays a constant to what reads it: it gets a relevance on the side
+    found_ops = [*operations(graph, inside, merged), *operations(graph, followed, {})]
+    by_node = {op.node: op for op in found_ops}
+    ops = {node: by_node[node] for node in graph.nodes if node in by_node}
     ends = depths(list(ops.values()))
     rules = {
         op: composite.rule(op, path_of(op.node), ends.get(op, frozenset())) for op in ops.values()

@@ -58,7 +58,13 @@ class Site:
     @property
     def followed(self) -> tuple[fx.Node, ...]:
         """Constants of which the relevance was asked for."""
-        return tuple(n for n in self.op.constants if n in self._run.followed)
+        wanted = self._run.followed & self._run.parametric
+        return tuple(n for n in self.op.constants if n in wanted)
+
+    @property
+    def _is_constant(self) -> bool:
+        """Whether the operation leads to a followed parameter; its relevance is booked already."""
+        return self.op.node in self._run.followed
 
     @property
     def results(self) -> Sequence[Tensor]:
@@ -187,12 +193,22 @@ class Site:
             if not only or node in only or node in self.followed:
                 self.send(node, tensor)
 
+    def send_followed(self, quotient: Tensor) -> None:
+        """Hand their quotients on to followed constants alone."""
+        if self.followed:
+            sent = self.vjp(quotient)
+            self.send_all({n: sent[n] for n in self.followed if n in sent})
+
     def book(self, sink: str, relevance: Tensor) -> None:
         """Book relevance that stays here; of the shape of the first result."""
+        if self._is_constant:
+            return
         self._run.ledger.book(self.op, sink, relevance)
 
     def book_at(self, operand: fx.Node, sink: str, relevance: Tensor) -> None:
         """Book relevance that stays here; of the shape of an operand."""
+        if self._is_constant:
+            return
         self._run.ledger.book(self.op, sink, relevance, operand)
 
     def book_constant(self, node: fx.Node | None, relevance: Tensor) -> None:
@@ -202,6 +218,8 @@ class Site:
 
     def book_bias(self, bias: Tensor, quotient: Tensor, channel: int) -> None:
         """Book ``b * c`` where a bias lies along one dimension of the result."""
+        if self._is_constant:
+            return
         self._run.ledger.book_channels(self.op, BIAS, quotient, bias, channel)
 
     def constant_part(self) -> Tensor:

@@ -35,6 +35,7 @@ class DetachedNorm(Rule):
         norm: Linearised = site.prepared
         (operand,) = site.op.operands
         site.send(operand, norm.backward(quotient))
+        site.send_followed(quotient)
         if norm.bias is not None:
             norm.book(site, quotient)
 
