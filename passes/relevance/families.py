@@ -120,9 +120,10 @@ def _table() -> dict[str, Spec]:
     }
     table |= {n: Spec(Family.STATISTIC, degree=degree) for n, degree in _STATISTIC.items()}
     table |= {name: Spec(Family.SOFTMAX) for name in ("softmax", "_softmax", "_safe_softmax")}
-    table |= {"log_softmax": Spec(Family.ADD), "_log_softmax": Spec(Family.ADD)}
-    table["logsumexp"] = Spec(Family.SOFTMAX)
+    table |= {name: Spec(Family.SOFTMAX) for name in ("log_softmax", "_log_softmax")}
+    table |= {name: Spec(Family.SOFTMAX) for name in ("logsumexp", "logcumsumexp")}
     table |= {name: Spec(Family.ADD, (0, 1)) for name in ("add", "sub", "rsub", "subtract")}
+    table |= {name: Spec(Family.ADD, (0, 3)) for name in ("index_add", "scatter_add")}
     table |= {name: Spec(Family.SCALE) for name in ("neg", "negative")}
     table |= {
         n: Spec(Family.PRODUCT, (0, 1)) for n in ("mul", "multiply", "div", "divide", "true_divide")
@@ -151,6 +152,14 @@ TABLE = _table()
 
 GATES = frozenset({"softmax", "_softmax", "_safe_softmax", "sigmoid", "hardsigmoid"})
 """Operators whose results weigh other values: they lie between zero and one."""
+
+CREATORS = frozenset(
+    """
+    zeros_like ones_like full_like empty_like rand_like randn_like randint_like new_zeros new_ones
+    new_full new_empty new_empty_strided bernoulli sym_size sym_numel sym_stride
+    """.split()
+)
+"""Operators of whose results the operands give no more than shape and type."""
 
 NORMALISERS = frozenset({"rsqrt", "reciprocal"})
 """Operators whose results scale other values to a fixed size."""

@@ -15,6 +15,7 @@ from graphopt.ir.graphs import lookup
 from graphopt.ir.module import OptimizedModule
 from graphopt.passes.relevance.composite import Composite, path_of
 from graphopt.passes.relevance.planning import make_plan
+from graphopt.passes.relevance.prepare import prepared
 from graphopt.passes.relevance.target import check_range, classes_of, explained_outputs
 from graphopt.passes.relevance.tracing import Explainer, Flat, trace
 
@@ -116,7 +117,7 @@ class ExplainedModule(nn.Module):
         signature = program.signature
         if program.eval_module is not None and program.eval_signature is not None:
             signature = program.eval_signature
-        graph = program.specialize(training=False).graph
+        graph = prepared(program.specialize(training=False))
         names = {str(n.target) for n in graph.find_nodes(op="get_attr")}
         tensors = {name: lookup(self.model, name) for name in names}
         options = self.options

@@ -88,7 +88,8 @@ def carrying(graph: fx.Graph, sources: Iterable[fx.Node]) -> set[fx.Node]:
     for node in graph.nodes:
         reached = any(source in found for source in node.all_input_nodes)
         if reached and node.op == "call_function" and is_floating(node.meta.get("val")):
-            found.add(node)
+            if families.op_name(node) not in families.CREATORS:
+                found.add(node)
     return found
 
 

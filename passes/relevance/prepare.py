@@ -13,9 +13,26 @@ from torch.utils import _pytree as pytree
 
 from graphopt.errors import UnsupportedError
 from graphopt.passes.relevance import families
-from graphopt.passes.relevance.ops import carrying, unknown, wanted
+from graphopt.passes.relevance.canonical import canonicalize
+from graphopt.passes.relevance.inlining import inline_regions
+from graphopt.passes.relevance.inplace import functionalize_writes
+from graphopt.passes.relevance.ops import carrying, is_getitem, unknown, wanted
+from graphopt.passes.relevance.written_out import written_out
 
 _COPIED = ("stack_trace", "nn_module_stack")
+
+
+def prepared(module: fx.GraphModule) -> fx.Graph:
+    """A forward graph in which each value is one value and regions are calls like any others.
+
+    Args:
+        module: A graph of its own, which is changed.
+    """
+    inline_regions(module)
+    functionalize_writes(module.graph)
+    canonicalize(module.graph)
+    module.graph.eliminate_dead_code()
+    return module.graph
 
 
 def lowered(graph: fx.Graph, outputs: Iterable[fx.Node], sources: Iterable[fx.Node]) -> None:
@@ -37,7 +54,7 @@ def lowered(graph: fx.Graph, outputs: Iterable[fx.Node], sources: Iterable[fx.No
                 node=node,
                 hint="write the functional form: y = f(x) instead of f_(x)",
             )
-        if node not in way or families.spec_of(node) is not None:
+        if node not in way or families.spec_of(node) is not None or is_getitem(node):
             continue
         if isinstance(target, torch._ops.HigherOrderOperator):
             raise UnsupportedError(
@@ -65,15 +82,18 @@ def decompose(graph: fx.Graph, node: fx.Node) -> None:
     fakes = [flat[i].meta["val"] for i in places]
     mode = next(f.fake_mode for f in fakes if isinstance(f, torch.Tensor))
 
+    known = written_out(node.target)
+    function: Any = known or node.target
+
     def call(*given: Any) -> Any:
         filled = list(flat)
         for place, value in zip(places, given, strict=True):
             filled[place] = value
         args, kwargs = pytree.tree_unflatten(filled, spec)
-        return node.target(*args, **kwargs)  # type: ignore[operator]
+        return function(*args, **kwargs)
 
     with mode, enable_python_dispatcher(), torch.no_grad():
-        traced = make_fx(call)(*fakes)
+        traced = make_fx(call, pre_dispatch=known is not None)(*fakes)
     traced.graph.eliminate_dead_code()
     inner = [n for n in traced.graph.nodes if n.op == "call_function"]
     if any(n.target is node.target for n in inner) or not inner:

@@ -1,0 +1,67 @@
+"""Calls that mean one operator, or none, as what they mean."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from graphopt.passes.relevance.families import op_name
+
+aten = torch.ops.aten
+
+_COPIED = ("stack_trace", "nn_module_stack")
+_LARGEST = frozenset({"amax", "max"})
+
+
+def canonicalize(graph: fx.Graph) -> None:
+    """Bring a functional forward graph into the form that rules are about; changes the graph."""
+    for node in list(graph.nodes):
+        if node.op != "call_function":
+            continue
+        name = op_name(node)
+        if name in ("detach", "lift_fresh_copy"):
+            # what a value is made of doesn't depend on where gradients go
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+        elif name == "div":
+            _softmax(graph, node)
+
+
+def _softmax(graph: fx.Graph, node: fx.Node) -> None:
+    """``exp(x - m) / sum(exp(x - m))``, with ``m`` the largest ``x`` or left out."""
+    exponential, total = node.args[:2]
+    if not _calls(exponential, "exp") or not _calls(total, "sum"):
+        return
+    dims = _dims(total)
+    if total.args[0] is not exponential or dims is None or len(dims) != 1:
+        return
+    if len(total.args) < 3 or total.args[2] is not True or total.kwargs.get("dtype"):
+        return
+    x: Any = exponential.args[0]
+    if _calls(x, "sub") and len(x.args) == 2 and not x.kwargs and _largest_of(x.args[1], x.args[0]):
+        x = x.args[0]
+    with graph.inserting_before(node):
+        new = graph.call_function(aten.softmax.int, (x, dims[0]))
+    new.meta |= {k: node.meta[k] for k in (*_COPIED, "val") if k in node.meta}
+    node.replace_all_uses_with(new)
+    graph.erase_node(node)
+
+
+def _largest_of(node: Any, x: Any) -> bool:
+    if _calls(node, "getitem") and node.args[1] == 0:
+        node = node.args[0]
+    return isinstance(node, fx.Node) and op_name(node) in _LARGEST and node.args[0] is x
+
+
+def _dims(node: fx.Node) -> list[int] | None:
+    dims: Any = node.args[1] if len(node.args) > 1 else None
+    value = node.meta.get("val")
+    if dims is None or not isinstance(value, Tensor):
+        return None
+    return [d % value.ndim for d in dims]
+
+
+def _calls(node: Any, name: str) -> bool:
+    return isinstance(node, fx.Node) and node.op == "call_function" and op_name(node) == name
