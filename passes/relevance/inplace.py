@@ -37,7 +37,7 @@ def _writes_first(target: torch._ops.OpOverload) -> bool:
 def _rewrite(graph: fx.Graph, node: fx.Node) -> None:
     written = node.args[0]
     copies = node.target is aten.copy_.default
-    twin = aten.copy.default if copies else functional_twin(node.target)  # type: ignore[arg-type]
+    twin = aten.expand_as.default if copies else functional_twin(node.target)  # type: ignore[arg-type]
     chain = _chain(written)
     if twin is None or chain is None or not isinstance(written, fx.Node):
         return
@@ -45,13 +45,15 @@ def _rewrite(graph: fx.Graph, node: fx.Node) -> None:
     if not all(is_sure_view(n) for n in stale):
         return
     with graph.inserting_before(node):
-        new = _described(graph.call_function(twin, node.args, dict(node.kwargs)), written, node)
-        value = _cast(graph, new, node)
-        renewed = {written: value}
+        args = (node.args[1], written) if copies else node.args
+        call = graph.call_function(twin, args, {} if copies else dict(node.kwargs))
+        value = _cast(graph, _described(call, written, node), node)
         for view, base in zip(chain, chain[1:], strict=False):
             value = _described(_INVERSES[_name(view)](graph, view, base, value), base, node)
-            renewed[base] = value
-        for view in sorted(stale):
+        # the new value has the memory of the old one, and views of it are views of the new one
+        value.meta["val"] = chain[-1].meta["val"]
+        renewed = {chain[-1]: value}
+        for view in sorted({*chain, *stale}):
             _renew(graph, view, renewed)
     for old in (*chain, *stale):
         old.replace_all_uses_with(renewed[old], delete_user_cb=lambda user: user > node)
@@ -102,7 +104,7 @@ def _renew(graph: fx.Graph, view: fx.Node, renewed: dict[fx.Node, fx.Node]) -> f
 
 def _described(new: fx.Node, like: fx.Node, node: fx.Node) -> fx.Node:
     new.meta |= {k: node.meta[k] for k in _COPIED if k in node.meta}
-    new.meta["val"] = like.meta["val"]
+    new.meta["val"] = like.meta["val"].clone()
     return new
 
 

@@ -112,7 +112,9 @@ def make_plan(
     }
     interior = {n for nodes in merged.values() for n in nodes[:-1]}
     values = _values(graph, tensors, inputs)
-    batch, found = _layouts(graph, values, [s for s in sources if s in inside], results)
+    laid_out = [*results, *(s for s in sources if s in inside)]
+    laid_out += [n for n, op in ops.items() if n in inside and op.family is not Family.ROUTE]
+    batch, found = _layouts(graph, values, [s for s in sources if s in inside], laid_out)
     return Plan(
         graph=graph,
         outputs=tuple(results),
@@ -244,15 +246,18 @@ def _layouts(
     graph: fx.Graph,
     values: Mapping[fx.Node, Any],
     sources: Sequence[fx.Node],
-    outputs: Sequence[fx.Node],
+    needed: Sequence[fx.Node],
 ) -> tuple[fx.Node | None, Mapping[fx.Node, Layout]]:
-    """The batch's placeholder and where it lies in each value."""
+    """The batch's placeholder and where it lies in each value.
+
+    Where the samples are mixed in one of the values that need it, all of them are one.
+    """
     batch = next((n for n in graph.find_nodes(op="placeholder") if values[n].ndim), None)
     if batch is not None:
         samples = values[batch].shape[0]
         runs = [spread(graph, values, sources, i, samples) for i in range(min(samples, 2))]
         found = layouts(runs, samples) if samples > 1 else {}
-        if all(output in found for output in outputs):
+        if all(node in found for node in needed):
             return batch, found
     return None, _Whole()
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import torch
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from graphopt.passes.relevance import families
 from graphopt.passes.relevance.families import Family
@@ -60,7 +61,7 @@ def _closed(last: fx.Node, inside: set[fx.Node], order: dict[fx.Node, int]) -> s
         open_.update(s for s in latest.all_input_nodes if s in inside)
     closed = all(user in members for m in members if m is not last for user in m.users)
     (entry,) = open_
-    same = _shape(entry) == _shape(last)
+    same = _same_shape(entry, last)
     return members if closed and same else None
 
 
@@ -72,10 +73,9 @@ def _is_elementwise(node: fx.Node, inside: set[fx.Node]) -> bool:
     name = families.op_name(node)
     if name in families.MATRIX or (spec.family not in _SIMPLE and name not in _CASTS):
         return False
-    shape = _shape(node)
     operands = [s for s in node.all_input_nodes if s in inside]
     constants = [s for s in node.all_input_nodes if s not in inside]
-    return all(_shape(s) == shape for s in operands) and not any(_is_sized(s) for s in constants)
+    return all(_same_shape(s, node) for s in operands) and not any(_is_sized(s) for s in constants)
 
 
 def _is_sized(constant: fx.Node) -> bool:
@@ -83,6 +83,10 @@ def _is_sized(constant: fx.Node) -> bool:
     return isinstance(value, torch.Tensor) and value.ndim > 0
 
 
-def _shape(node: fx.Node) -> tuple[object, ...] | None:
-    value = node.meta.get("val")
-    return tuple(value.shape) if isinstance(value, torch.Tensor) else None
+def _same_shape(first: fx.Node, second: fx.Node) -> bool:
+    """Whether two values have the same shape, whatever the sizes of the inputs."""
+    values = [n.meta.get("val") for n in (first, second)]
+    left, right = (v.shape if isinstance(v, torch.Tensor) else None for v in values)
+    if left is None or right is None or len(left) != len(right):
+        return False
+    return all(statically_known_true(a == b) for a, b in zip(left, right, strict=True))
