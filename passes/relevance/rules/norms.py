@@ -109,10 +109,25 @@ def _group_norm(site: Site) -> Linearised:
 def _batch_norm(site: Site) -> Linearised:
     weight, bias, mean, variance = (site.argument(i) for i in (1, 2, 3, 4))
     eps = site.argument(6 if "legit" in site.op.name else 7)
+    if mean is None or variance is None:
+        return _of_the_batch(site, weight, bias, eps)
     scale = torch.rsqrt(variance + eps)
     scale = scale * weight if weight is not None else scale
     shift = -mean * scale if bias is None else bias - mean * scale
     return Linearised(lambda c: c * _along_channels(scale, c), shift, 1)
+
+
+def _of_the_batch(site: Site, weight: Any, bias: Any, eps: float) -> Linearised:
+    """A batch norm without running statistics: it takes those of its input."""
+    x = site.argument(0)
+    dims = tuple(d for d in range(x.ndim) if d != 1)
+    scale = _reciprocal_deviation(x, dims, eps)
+
+    def backward(c: Tensor) -> Tensor:
+        c = c * _along_channels(weight, c) if weight is not None else c
+        return (c - c.mean(dims, keepdim=True)) * scale
+
+    return Linearised(backward, bias, 1)
 
 
 def _reciprocal_deviation(x: Tensor, dims: tuple[int, ...], eps: float) -> Tensor:
