@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from graphopt.passes.relevance.families import op_name
 
@@ -25,8 +26,29 @@ def canonicalize(graph: fx.Graph) -> None:
             # what a value is made of doesn't depend on where gradients go
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
+        elif name in ("scatter", "scatter_add", "scatter_reduce"):
+            _trim(graph, node)
         elif name == "div":
             _softmax(graph, node)
+
+
+def _trim(graph: fx.Graph, node: fx.Node) -> None:
+    """Cut a scattered source to the size of its index; autograd takes no other one."""
+    index, source = node.args[2], node.args[3] if len(node.args) > 3 else None
+    if not isinstance(index, fx.Node) or not isinstance(source, fx.Node):
+        return
+    sizes = zip(source.meta["val"].shape, index.meta["val"].shape, strict=True)
+    for dim, (given, read) in enumerate(sizes):
+        if statically_known_true(given == read):
+            continue
+        with graph.inserting_before(node):
+            length = graph.call_function(aten.sym_size.int, (index, dim))
+            length.meta["val"] = read
+            cut = graph.call_function(aten.slice.Tensor, (source, dim, 0, length))
+        cut.meta |= {k: node.meta[k] for k in _COPIED if k in node.meta}
+        cut.meta["val"] = source.meta["val"].narrow(dim, 0, read)
+        node.update_arg(3, cut)
+        source = cut
 
 
 def _softmax(graph: fx.Graph, node: fx.Node) -> None:

@@ -109,13 +109,14 @@ def make_plan(
     parametric = _closure(graph, _parameters(graph, tensors), inside)
     followed = _closure(graph, parameters, inside)
     members = inside | followed
-    merged = regions.activations(graph, members)
-    ops = {op.node: op for op in operations(graph, members, merged)}
+    merged = regions.centred(graph, members) | regions.activations(graph, members)
+    merged |= regions.complex_maps(graph, members)
+    inner = regions.interior(graph, merged)
+    ops = {op.node: op for op in operations(graph, members, merged, inner)}
     ends = depths(list(ops.values()))
     rules = {
         op: composite.rule(op, path_of(op.node), ends.get(op, frozenset())) for op in ops.values()
     }
-    interior = {n for nodes in merged.values() for n in nodes[:-1]}
     values = _values(graph, tensors, inputs)
     laid_out = [*results, *(s for s in sources if s in inside)]
     laid_out += [n for n, op in ops.items() if n in inside and op.family is not Family.ROUTE]
@@ -124,7 +125,7 @@ def make_plan(
         graph=graph,
         outputs=tuple(results),
         ops=ops,
-        interior=frozenset(interior),
+        interior=inner,
         rules=rules,
         sources={n: name for n, name in sources.items() if n in inside},
         lookups={n: found for n, found in looked_up.items() if n in sources and n in inside},

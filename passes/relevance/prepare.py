@@ -16,7 +16,7 @@ from graphopt.passes.relevance import families
 from graphopt.passes.relevance.canonical import canonicalize
 from graphopt.passes.relevance.inlining import inline_regions
 from graphopt.passes.relevance.inplace import functionalize_writes
-from graphopt.passes.relevance.ops import carrying, is_getitem, unknown, wanted
+from graphopt.passes.relevance.ops import carrying, is_complex, is_getitem, unknown, wanted
 from graphopt.passes.relevance.written_out import written_out
 
 _COPIED = ("stack_trace", "nn_module_stack")
@@ -42,7 +42,13 @@ def lowered(graph: fx.Graph, outputs: Iterable[fx.Node], sources: Iterable[fx.No
         UnsupportedError: A region or an in-place write on the way of relevance, or an operator that
             neither has a rule nor is made of others.
     """
-    way = wanted(outputs, carrying(graph, sources))
+    while _lowered(graph, wanted(outputs, carrying(graph, sources))):
+        pass
+
+
+def _lowered(graph: fx.Graph, way: set[fx.Node]) -> bool:
+    """One round; whether anything was decomposed."""
+    changed = False
     for node in list(graph.nodes):
         if node.op != "call_function":
             continue
@@ -56,6 +62,8 @@ def lowered(graph: fx.Graph, outputs: Iterable[fx.Node], sources: Iterable[fx.No
             )
         if node not in way or families.spec_of(node) is not None or is_getitem(node):
             continue
+        if any(is_complex(n.meta.get("val")) for n in (node, *node.all_input_nodes)):
+            continue  # a part of a region
         if isinstance(target, torch._ops.HigherOrderOperator):
             raise UnsupportedError(
                 "relevance doesn't pass through regions of control flow yet",
@@ -63,6 +71,8 @@ def lowered(graph: fx.Graph, outputs: Iterable[fx.Node], sources: Iterable[fx.No
                 hint="write the branches with torch.where",
             )
         decompose(graph, node)
+        changed = True
+    return changed
 
 
 def _is_state(node: Any) -> bool:

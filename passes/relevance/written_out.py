@@ -139,6 +139,38 @@ def _logaddexp(a: Tensor, b: Tensor) -> Tensor:
     return torch.stack([a, b]).logsumexp(0)
 
 
+def _addmv(x: Tensor, matrix: Tensor, vector: Tensor, *, beta: Any = 1, alpha: Any = 1) -> Tensor:
+    return (x if beta == 1 else beta * x) + (matrix @ vector) * alpha
+
+
+def _embedding_bag(
+    weight: Tensor,
+    indices: Tensor,
+    offsets: Tensor,
+    _by_frequency: bool = False,
+    mode: int = 0,
+    _sparse: bool = False,
+    weights: Tensor | None = None,
+    includes_last: bool = False,
+    padding: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if mode == 2:
+        raise NotImplementedError("max")
+    rows = F.embedding(indices, weight)
+    counted = torch.ones_like(indices, dtype=weight.dtype)
+    if padding is not None and padding >= 0:
+        counted = (indices != padding).to(weight.dtype)
+    rows = rows * (counted if weights is None else counted * weights).unsqueeze(-1)
+    starts = offsets[:-1] if includes_last else offsets
+    places = torch.arange(indices.shape[0], device=indices.device)
+    bags = torch.searchsorted(starts.contiguous(), places, right=True) - 1
+    total = weight.new_zeros(starts.shape[0], weight.shape[1]).index_add(0, bags, rows)
+    if mode == 1:
+        sizes = weight.new_zeros(starts.shape[0]).index_add(0, bags, counted)
+        total = total / sizes.clamp(min=1).unsqueeze(-1)
+    return total, bags, bags, bags
+
+
 def _hypot(a: Tensor, b: Tensor) -> Tensor:
     return torch.linalg.vector_norm(torch.stack(torch.broadcast_tensors(a, b)), dim=0)
 
@@ -148,6 +180,15 @@ def _var_mean(x: Tensor, *args: Any, **kwargs: Any) -> Any:
     mean_args |= {k: v for k, v in kwargs.items() if k == "keepdim"}
     dims = args[0] if args else kwargs.get("dim")
     return torch.var(x, *args, **kwargs), torch.mean(x, dims, **mean_args)
+
+
+def _trilinear(a: Tensor, b: Tensor, c: Tensor, *expansions: Sequence[int]) -> Tensor:
+    """A product of three, each with dimensions added, summed over some; as ``nn.Bilinear``."""
+    *added, summed = expansions[:4]
+    for dims, index in zip(added, range(3), strict=True):
+        for dim in dims:
+            a, b, c = (t.unsqueeze(dim) if i == index else t for i, t in enumerate((a, b, c)))
+    return (a * b * c).sum(list(summed))
 
 
 WRITTEN_OUT: dict[str, Callable[..., Any]] = {
@@ -166,6 +207,9 @@ WRITTEN_OUT: dict[str, Callable[..., Any]] = {
     "cumprod": _cumprod,
     "logaddexp": _logaddexp,
     "hypot": _hypot,
+    "addmv": _addmv,
+    "_trilinear": _trilinear,
+    "embedding_bag": _embedding_bag,
     "var_mean": _var_mean,
 }
 """What an operator (or one overload of it) stands for, with the arguments of its ATen schema."""
