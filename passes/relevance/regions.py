@@ -129,7 +129,8 @@ def _is_homogeneous(node: fx.Node, inside: set[fx.Node]) -> bool:
     name = families.op_name(node)
     operands = [s for s in node.all_input_nodes if s in inside]
     if name in ("mul", "div"):
-        return len(operands) == 1 and (name == "mul" or node.args[0] in operands)
+        factors = [a for a in node.args[:2] if a in operands]
+        return len(factors) == 1 and (name == "mul" or node.args[0] in operands)
     if name in ("add", "sub"):
         return len(operands) == 2
     spec = families.spec_of(node)
