@@ -83,7 +83,10 @@ class ExplainedModule(nn.Module):
         signature = self._explainer.signature
         flat = signature.flatten_inputs(args, kwargs)
         signature.check(flat)
-        return self._explain(flat)
+        found = self._explain(flat)
+        if not torch.compiler.is_compiling():
+            check_finite(found)
+        return found
 
     def train(self, mode: bool = True) -> ExplainedModule:
         """Does nothing: a model is explained in eval mode."""
