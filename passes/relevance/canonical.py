@@ -18,6 +18,7 @@ _LARGEST = frozenset({"amax", "max"})
 
 def canonicalize(graph: fx.Graph) -> None:
     """Bring a functional forward graph into the form that rules are about; changes the graph."""
+    _once(graph)
     for node in list(graph.nodes):
         if node.op != "call_function":
             continue
@@ -30,6 +31,39 @@ def canonicalize(graph: fx.Graph) -> None:
             _trim(graph, node)
         elif name == "div":
             _softmax(graph, node)
+        elif name in ("rsub", "sub"):
+            _other_gate(graph, node)
+
+
+def _once(graph: fx.Graph) -> None:
+    """Compute once what is computed twice from the same values."""
+    seen: dict[Any, fx.Node] = {}
+    for node in list(graph.nodes):
+        target = node.target
+        if node.op != "call_function" or not isinstance(target, torch._ops.OpOverload):
+            continue
+        if target._schema.is_mutable or torch.Tag.nondeterministic_seeded in target.tags:
+            continue
+        key = (target, repr(node.args), repr(node.kwargs))
+        first = seen.setdefault(key, node)
+        if first is not node:
+            node.replace_all_uses_with(first)
+            graph.erase_node(node)
+
+
+def _other_gate(graph: fx.Graph, node: fx.Node) -> None:
+    """``1 - sigmoid(x)`` is a gate as well: ``sigmoid(-x)``."""
+    first, second = node.args[:2]
+    gate, one = (first, second) if op_name(node) == "rsub" else (second, first)
+    if one != 1 or node.kwargs or len(node.args) > 2 or not _calls(gate, "sigmoid"):
+        return
+    with graph.inserting_before(node):
+        negative = graph.call_function(aten.neg.default, gate.args)
+        new = graph.call_function(aten.sigmoid.default, (negative,))
+    for made in (negative, new):
+        made.meta |= {k: node.meta[k] for k in (*_COPIED, "val") if k in node.meta}
+    node.replace_all_uses_with(new)
+    graph.erase_node(node)
 
 
 def _trim(graph: fx.Graph, node: fx.Node) -> None:

@@ -120,7 +120,9 @@ def make_plan(
     values = _values(graph, tensors, inputs)
     laid_out = [*results, *(s for s in sources if s in inside)]
     laid_out += [n for n, op in ops.items() if n in inside and op.family is not Family.ROUTE]
-    batch, layout = _layouts(graph, values, {s: looked_up.get(s) for s in inside & {*sources}}, laid_out)
+    batch, layout = _layouts(
+        graph, values, {s: looked_up.get(s) for s in inside & {*sources}}, laid_out
+    )
     return Plan(
         graph=graph,
         outputs=tuple(results),

@@ -75,9 +75,7 @@ def centred(graph: fx.Graph, inside: set[fx.Node]) -> dict[fx.Node, tuple[fx.Nod
     return found
 
 
-def interior(
-    graph: fx.Graph, regions: Mapping[fx.Node, tuple[fx.Node, ...]]
-) -> frozenset[fx.Node]:
+def interior(graph: fx.Graph, regions: Mapping[fx.Node, tuple[fx.Node, ...]]) -> frozenset[fx.Node]:
     """Calls of regions that nothing else reads."""
     around: dict[fx.Node, set[fx.Node]] = {}
     for last, nodes in regions.items():

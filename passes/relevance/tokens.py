@@ -177,7 +177,9 @@ def _moved(
         return of(parts[0]).unsqueeze(-1).expand(values[node].shape)
     if name in _ELEMENTWISE:
         moved = [of(p) for p in parts]
-        made = [m for p, m in zip(parts, moved, strict=True) if operands(p) or p.op == "placeholder"]
+        made = [
+            m for p, m in zip(parts, moved, strict=True) if operands(p) or p.op == "placeholder"
+        ]
         total = sum(made or moved)
         return torch.broadcast_to(total / max(len(made), 1), values[node].shape)
     args, kwargs = fx.map_arg(

@@ -87,7 +87,9 @@ class Masked(nn.Module):
     def forward(self, x: Tensor, keep: Tensor) -> Tensor:
         q, k, v = self.qkv(x).chunk(3, -1)
         if self.fused:
-            y = F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None], keep[:, None])[:, 0]
+            y = F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None], keep[:, None])[
+                :, 0
+            ]
         else:
             scores = q @ k.transpose(1, 2) / 2
             y = scores.masked_fill(~keep, -torch.inf).softmax(-1).nan_to_num() @ v

@@ -96,6 +96,10 @@ def test_shifted_ids_get_the_relevance_of_what_they_were_shifted_from() -> None:
     rows = model.table.weight[:, 0].detach()
     # labels that are padding are looked up as another row, but at their own place
     want = torch.stack([rows[[1, 2, 7]], rows[[4, 0, 6]]])
-    torch.testing.assert_close(result.relevance["labels"][:, :3], want * torch.tensor([[1, 1, 0], [1, 1, 1]]))
-    torch.testing.assert_close(result.ledger["parameters"], rows[8] + torch.stack([rows[7], rows[7] * 0]))
+    torch.testing.assert_close(
+        result.relevance["labels"][:, :3], want * torch.tensor([[1, 1, 0], [1, 1, 1]])
+    )
+    torch.testing.assert_close(
+        result.ledger["parameters"], rows[8] + torch.stack([rows[7], rows[7] * 0])
+    )
     assert float(result.relevance["labels"][:, 3].abs().max()) == 0
