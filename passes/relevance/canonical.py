@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, fx
@@ -54,7 +54,8 @@ def _once(graph: fx.Graph) -> None:
 def _other_gate(graph: fx.Graph, node: fx.Node) -> None:
     """``1 - sigmoid(x)`` is a gate as well: ``sigmoid(-x)``."""
     first, second = node.args[:2]
-    gate, one = (first, second) if op_name(node) == "rsub" else (second, first)
+    gate: Any = first if op_name(node) == "rsub" else second
+    one = second if op_name(node) == "rsub" else first
     if one != 1 or node.kwargs or len(node.args) > 2 or not _calls(gate, "sigmoid"):
         return
     with graph.inserting_before(node):
@@ -87,7 +88,8 @@ def _trim(graph: fx.Graph, node: fx.Node) -> None:
 
 def _softmax(graph: fx.Graph, node: fx.Node) -> None:
     """``exp(x - m) / sum(exp(x - m))``, with ``m`` the largest ``x`` or left out."""
-    exponential, total = node.args[:2]
+    exponential: Any = node.args[0]
+    total: Any = node.args[1]
     if not _calls(exponential, "exp") or not _calls(total, "sum"):
         return
     dims = _dims(total)
@@ -119,5 +121,5 @@ def _dims(node: fx.Node) -> list[int] | None:
     return [d % value.ndim for d in dims]
 
 
-def _calls(node: Any, name: str) -> bool:
+def _calls(node: Any, name: str) -> TypeGuard[fx.Node]:
     return isinstance(node, fx.Node) and node.op == "call_function" and op_name(node) == name

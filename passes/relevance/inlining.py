@@ -132,7 +132,7 @@ def _is_shared(module: fx.GraphModule, inner: fx.GraphModule, node: fx.Node) -> 
 
 def _cast(graph: fx.Graph, node: fx.Node) -> None:
     """What autocast does before a call: floating operands are of the result's type."""
-    value = node.meta.get("val")
+    value: Any = node.meta.get("val")
     target: Any = node.target
     floating = isinstance(value, Tensor) and value.is_floating_point()
     if not floating or not isinstance(target, torch._ops.OpOverload) or target._opname in _CASTS:

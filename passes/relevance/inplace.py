@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from graphopt.ir.aliases import affected, is_sure_view
+from graphopt.ir.aliases import affected, is_sure_view, shares
 from graphopt.ir.functionalize import functional_twin
 
 aten = torch.ops.aten
@@ -48,7 +49,9 @@ def _rewrite(graph: fx.Graph, node: fx.Node) -> None:
         args = (node.args[1], written) if copies else node.args
         call = graph.call_function(twin, args, {} if copies else dict(node.kwargs))
         value = _cast(graph, _described(call, written, node), node)
-        for view, base in zip(chain, chain[1:], strict=False):
+        if copies:  # memory of its own
+            value = _described(graph.call_function(aten.clone.default, (value,)), written, node)
+        for view, base in itertools.pairwise(chain):
             value = _described(_INVERSES[_name(view)](graph, view, base, value), base, node)
         # the new value has the memory of the old one, and views of it are views of the new one
         value.meta["val"] = chain[-1].meta["val"]
@@ -76,7 +79,8 @@ def _base(node: fx.Node) -> fx.Node | None:
     if node.op != "call_function" or not node.all_input_nodes:
         return None
     base = node.all_input_nodes[0]
-    return base if is_sure_view(node) or _same_memory(node, base) else None
+    may = base in shares(node) and _same_memory(node, base)
+    return base if may or is_sure_view(node) else None
 
 
 def _same_memory(first: fx.Node, second: fx.Node) -> bool:
@@ -156,6 +160,8 @@ _INVERSES: dict[str, Inverse] = {
     "diagonal": _scattered(aten.diagonal_scatter.default),
     "transpose": _transposed,
     "permute": _permuted,
-    **dict.fromkeys(("view", "reshape", "flatten", "squeeze", "unsqueeze", "unflatten"), _reshaped),
+    **dict.fromkeys(
+        ("view", "reshape", "flatten", "squeeze", "unsqueeze", "unflatten", "view_as"), _reshaped
+    ),
     **dict.fromkeys(("detach", "alias", "to", "contiguous", "type_as", "dropout"), _same),
 }

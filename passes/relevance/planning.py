@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx
 
 from graphopt.errors import UnsupportedError, UsageError, suggest
-from graphopt.passes.relevance import families, regions
+from graphopt.passes.relevance import regions
 from graphopt.passes.relevance.composite import Composite, depths, path_of
 from graphopt.passes.relevance.families import Family
 from graphopt.passes.relevance.ops import Op, carrying, is_floating, is_getitem, operations, wanted

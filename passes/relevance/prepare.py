@@ -12,6 +12,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
 from graphopt.errors import UnsupportedError
+from graphopt.ir.aliases import affected, writes
 from graphopt.passes.relevance import families
 from graphopt.passes.relevance.canonical import canonicalize
 from graphopt.passes.relevance.inlining import inline_regions
@@ -53,8 +54,8 @@ def _lowered(graph: fx.Graph, way: set[fx.Node]) -> bool:
         if node.op != "call_function":
             continue
         target = node.target
-        writes = isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable
-        if writes and (node in way or _is_state(node.args[0])):
+        mutable = isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable
+        if mutable and _is_read(node, way):
             raise UnsupportedError(
                 "a value is written in place on the way of relevance",
                 node=node,
@@ -75,8 +76,9 @@ def _lowered(graph: fx.Graph, way: set[fx.Node]) -> bool:
     return changed
 
 
-def _is_state(node: Any) -> bool:
-    return isinstance(node, fx.Node) and node.op in ("placeholder", "get_attr")
+def _is_read(node: fx.Node, way: set[fx.Node]) -> bool:
+    """Whether a value on the way of relevance may hold what a call writes."""
+    return node in way or any(n in way for w in writes(node) for n in affected(w))
 
 
 def decompose(graph: fx.Graph, node: fx.Node) -> None:

@@ -66,10 +66,13 @@ def centred(graph: fx.Graph, inside: set[fx.Node]) -> dict[fx.Node, tuple[fx.Nod
     """
     found = {}
     for node in graph.nodes:
-        if node not in inside or families.op_name(node) != "sub" or node.kwargs:
+        if node not in inside or node.op != "call_function" or node.kwargs:
+            continue
+        if families.op_name(node) != "sub":
             continue
         value, mean = node.args[:2]
-        is_mean = isinstance(mean, fx.Node) and families.op_name(mean) == "mean"
+        called = isinstance(mean, fx.Node) and mean.op == "call_function"
+        is_mean = called and families.op_name(mean) == "mean"
         if is_mean and mean.args[0] is value and _same_shape(value, node):
             found[node] = (mean, node)
     return found

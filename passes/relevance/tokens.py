@@ -85,7 +85,7 @@ def operands(node: fx.Node) -> list[fx.Node]:
     found = []
     for place in spec.data:
         given = node.args[place] if place < len(node.args) else None
-        found += [a for a in (given if isinstance(given, list | tuple) else [given])]
+        found += given if isinstance(given, list | tuple) else [given]
     return [a for a in found if isinstance(a, fx.Node)]
 
 
@@ -180,7 +180,7 @@ def _moved(
         made = [
             m for p, m in zip(parts, moved, strict=True) if operands(p) or p.op == "placeholder"
         ]
-        total = sum(made or moved)
+        total: Any = sum(made or moved)
         return torch.broadcast_to(total / max(len(made), 1), values[node].shape)
     args, kwargs = fx.map_arg(
         (node.args, node.kwargs), lambda n: of(n) if n in parts else values[n]
@@ -213,12 +213,14 @@ def returned(
     }
     with torch.enable_grad():
         share = places(lookup, values, leaves)
+    # what is filled in is a number of its own, which is no place
+    filled = places(lookup, values, {n: torch.zeros_like(leaf) for n, leaf in leaves.items()})
     found = torch.autograd.grad(share, list(leaves.values()), rows, allow_unused=True)
     parts = {
         name: torch.zeros_like(leaves[node]) if grad is None else grad
         for (name, node), grad in zip(lookup.inputs.items(), found, strict=True)
     }
-    share = share.detach().reshape(*share.shape, *[1] * len(dims))
+    share = (share.detach() - filled).reshape(*share.shape, *[1] * len(dims))
     return parts, relevance * share
 
 

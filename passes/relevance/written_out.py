@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 State = tuple[Tensor, ...]
-Cell = Callable[[Tensor, State, Sequence[Tensor], Sequence[Tensor | None]], State]
+Cell = Callable[[Tensor, State, Sequence[Tensor], Tensor | None], State]
 """``(projected input, state, recurrent weights, recurrent bias) -> state``."""
 
 

@@ -59,12 +59,16 @@ def library(
         MODELS[full] = ZooModel(full, make(way), sample, batch=2, requires=("transformers",))
 
 
-def decoder(name: str, family: str, **config: Any) -> None:
-    library(name, family, "ForCausalLM", ids, **(SIZES | {"use_cache": False} | config))
+def decoder(name: str, family: str, model: str = "", **config: Any) -> None:
+    config = SIZES | {"use_cache": False} | config
+    library(name, family, "ForCausalLM", ids, "sdpa eager", model, **config)
 
 
-def encoder(name: str, family: str, head: str = "Model", **config: Any) -> None:
-    library(name, family, head, ids, **(SIZES | config))
+def encoder(
+    name: str, family: str, head: str, attention: str = "sdpa eager", **config: Any
+) -> None:
+    config = SIZES | config
+    library(name, family, head, ids, attention, **config)
 
 
 encoder("roberta", "Roberta", "ForSequenceClassification")
@@ -87,7 +91,8 @@ decoder("gpt_neox", "GPTNeoX")
 decoder("opt", "OPT", ffn_dim=24, word_embed_proj_dim=16)
 decoder("falcon", "Falcon", num_kv_heads=1, alibi=False)
 decoder("cohere", "Cohere", num_key_value_heads=1)
-library("xlnet", "XLNet", "ForSequenceClassification", ids, attention="eager", vocab_size=64, d_model=16, n_layer=2,
+library("xlnet", "XLNet", "ForSequenceClassification", ids, attention="eager",
+        vocab_size=64, d_model=16, n_layer=2,
         n_head=2, d_inner=24)  # fmt: skip
 VISION: dict[str, Any] = {
     "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24,
@@ -95,16 +100,31 @@ VISION: dict[str, Any] = {
 }  # fmt: skip
 for family in ("DeiT", "Beit", "Data2VecVision", "Dinov2"):
     library(family.lower(), family, "ForImageClassification", pixels(), **VISION)
-library("convnext", "ConvNext", "ForImageClassification", pixels(), attention="eager", depths=[1, 1],
+library("convnext", "ConvNext", "ForImageClassification", pixels(), attention="eager",
+        depths=[1, 1],
         hidden_sizes=[8, 16], num_stages=2)  # fmt: skip
-library("convnext_v2", "ConvNextV2", "ForImageClassification", pixels(), attention="eager", depths=[1, 1],
+library("convnext_v2", "ConvNextV2", "ForImageClassification", pixels(), attention="eager",
+        depths=[1, 1],
         hidden_sizes=[8, 16], num_stages=2)  # fmt: skip
 library("segformer", "Segformer", "ForImageClassification", pixels(64), depths=[1, 1],
         hidden_sizes=[8, 16], num_encoder_blocks=2, sr_ratios=[2, 1], patch_sizes=[7, 3],
         strides=[4, 2], num_attention_heads=[1, 2], mlp_ratios=[2, 2])  # fmt: skip
-library("pvt", "Pvt", "ForImageClassification", pixels(64), attention="eager", image_size=64, depths=[1, 1],
-        hidden_sizes=[8, 16], num_encoder_blocks=2, sequence_reduction_ratios=[2, 1],
-        patch_sizes=[4, 2], strides=[4, 2], num_attention_heads=[1, 2], mlp_ratios=[2, 2])  # fmt: skip
+library(
+    "pvt",
+    "Pvt",
+    "ForImageClassification",
+    pixels(64),
+    attention="eager",
+    image_size=64,
+    depths=[1, 1],
+    hidden_sizes=[8, 16],
+    num_encoder_blocks=2,
+    sequence_reduction_ratios=[2, 1],
+    patch_sizes=[4, 2],
+    strides=[4, 2],
+    num_attention_heads=[1, 2],
+    mlp_ratios=[2, 2],
+)
 library("wav2vec2", "Wav2Vec2", "ForSequenceClassification", waves, **SIZES,
         conv_dim=[8, 8], conv_kernel=[10, 3], conv_stride=[5, 2], num_feat_extract_layers=2,
         num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2, layerdrop=0.0,

@@ -61,8 +61,9 @@ def rms(x: Tensor) -> Tensor:
     return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
 
 
-def attention(w: Weights, x: Tensor) -> tuple[Tensor, ...]:
-    return tuple(t.unflatten(-1, (2, 4)).transpose(1, 2) for t in w.wide(x).chunk(3, -1))
+def attention(w: Weights, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v = (t.unflatten(-1, (2, 4)).transpose(1, 2) for t in w.wide(x).chunk(3, -1))
+    return q, k, v
 
 
 def eager(w: Weights, x: Tensor, softmax: Callable[..., Tensor]) -> Tensor:
@@ -72,7 +73,8 @@ def eager(w: Weights, x: Tensor, softmax: Callable[..., Tensor]) -> Tensor:
 
 
 def fused(w: Weights, x: Tensor) -> Tensor:
-    return F.scaled_dot_product_attention(*attention(w, x)).transpose(1, 2).flatten(2)
+    q, k, v = attention(w, x)
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
 
 def separate(w: Weights, x: Tensor) -> Tensor:
@@ -82,8 +84,9 @@ def separate(w: Weights, x: Tensor) -> Tensor:
 
 
 def folded(w: Weights, x: Tensor) -> Tensor:
-    scale = w.norm.weight / torch.sqrt(w.norm.running_var + w.norm.eps)
-    bias = (w.conv.bias - w.norm.running_mean) * scale + w.norm.bias
+    mean, variance = w.norm.get_buffer("running_mean"), w.norm.get_buffer("running_var")
+    scale = w.norm.weight / torch.sqrt(variance + w.norm.eps)
+    bias = (w.conv.get_parameter("bias") - mean) * scale + w.norm.bias
     return F.conv1d(x, w.conv.weight * scale[:, None, None], bias, padding=1)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils import _pytree as pytree
 
 import graphopt
 from tests.passes.relevance.models import MODELS
@@ -39,7 +40,7 @@ def checked(entry: ZooModel, composite: str, dtype: torch.dtype) -> None:
 
     def inputs(batch: int) -> Any:
         args, kwargs = entry.inputs(batch)
-        return torch.utils._pytree.tree_map(
+        return pytree.tree_map(
             lambda t: t.to(dtype) if isinstance(t, torch.Tensor) and t.is_floating_point() else t,
             (args, kwargs),
         )

@@ -290,7 +290,7 @@ SAMPLES: dict[str, Sample] = {
     **plain("logsumexp", [1]),
     **plain("logcumsumexp", 1),
     "scaled_dot_product_attention": Sample(
-        lambda x: aten.scaled_dot_product_attention(x.unflatten(-1, [1, 6]), x[:, :, None], x[:, :, None])
+        lambda x: aten.scaled_dot_product_attention(x, x * 2, x.flip(1))
     ),
     # --- products ---
     "mul": pair(aten.mul),
