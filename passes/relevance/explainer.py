@@ -12,6 +12,7 @@ from graphopt.ir.graphs import lookup
 from graphopt.ir.module import OptimizedModule
 from graphopt.passes.relevance.options import Options
 from graphopt.passes.relevance.planning import make_plan
+from graphopt.passes.relevance.prepare import prepared
 from graphopt.passes.relevance.target import explained_outputs
 from graphopt.passes.relevance.tracing import Explainer
 
@@ -30,7 +31,7 @@ def explainer_of(
     signature = program.signature
     if program.eval_module is not None and program.eval_signature is not None:
         signature = program.eval_signature
-    graph = program.specialize(training=False).graph
+    graph = prepared(program.specialize(training=False))
     names = tuple({str(n.target): None for n in graph.find_nodes(op="get_attr")})
     tensors = {name: lookup(model, name) for name in names}
     choose = functools.partial(explained_outputs, options.target, signature=signature)

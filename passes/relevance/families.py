@@ -57,16 +57,16 @@ class Spec:
 
 _ROUTE = """
     view reshape _unsafe_view _reshape_alias view_as reshape_as transpose t numpy_T mT permute
-    expand expand_as broadcast_to contiguous clone alias detach slice select squeeze unsqueeze
+    expand expand_as broadcast_to contiguous clone alias slice select squeeze unsqueeze
     flatten unflatten split split_with_sizes unsafe_split unsafe_chunk chunk unbind tensor_split
     narrow index_select gather take_along_dim roll flip rot90 repeat repeat_interleave tile pad
     constant_pad_nd reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d
     replication_pad2d replication_pad3d pixel_shuffle pixel_unshuffle channel_shuffle unfold
     im2col movedim moveaxis swapaxes swapdims tril triu diagonal diag_embed type_as to _to_copy
-    dropout feature_dropout alpha_dropout feature_alpha_dropout native_dropout lift_fresh_copy
+    dropout feature_dropout alpha_dropout feature_alpha_dropout native_dropout
     topk sort upsample_nearest1d upsample_nearest2d upsample_nearest3d _upsample_nearest_exact1d
-    _upsample_nearest_exact2d _upsample_nearest_exact3d masked_select real ravel float double
-    half index take adjoint squeeze_copy expand_copy view_copy permute_copy unsqueeze_copy
+    _upsample_nearest_exact2d _upsample_nearest_exact3d masked_select _unsafe_index real ravel
+    index take adjoint squeeze_copy expand_copy view_copy permute_copy unsqueeze_copy
     slice_copy select_copy t_copy transpose_copy nan_to_num
 """
 _ROUTE_MANY = {  # several operands are woven into one value
@@ -74,13 +74,13 @@ _ROUTE_MANY = {  # several operands are woven into one value
     "vstack": (0,), "where": (1, 2), "masked_fill": (0, 2), "scatter": (0, 3),
     "slice_scatter": (0, 1), "select_scatter": (0, 1), "index_put": (0, 2),
     "_unsafe_index_put": (0, 2), "masked_scatter": (0, 2), "index_copy": (0, 3),
-    "copy": (1,), "index_fill": (0,), "broadcast_tensors": (0,),
+    "diagonal_scatter": (0, 1), "index_fill": (0,), "broadcast_tensors": (0,),
 }  # fmt: skip
 _ACTIVATION = """
     relu relu6 gelu silu elu selu celu leaky_relu rrelu prelu hardtanh hardswish hardsigmoid
     tanh sigmoid softplus mish exp exp2 expm1 log log2 log10 log1p sqrt rsqrt reciprocal pow abs
     square sin cos tan sinh cosh asin acos atan asinh acosh atanh erf erfc clamp clip clamp_min
-    clamp_max threshold softsign log_sigmoid hardshrink softshrink tanhshrink sign floor ceil
+    clamp_max threshold log_sigmoid hardshrink softshrink sign floor ceil
     round trunc frac _prelu_kernel erfinv logit lgamma digamma sinc positive float_power
     log_sigmoid_forward
 """
@@ -88,18 +88,23 @@ _REDUCE = "sum mean cumsum nansum nanmean trace diff"
 _POOL = """
     avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d
     _adaptive_avg_pool2d _adaptive_avg_pool3d upsample_linear1d upsample_bilinear2d
-    upsample_bicubic2d upsample_trilinear3d _upsample_bilinear2d_aa _upsample_bicubic2d_aa
-    grid_sampler grid_sampler_2d grid_sampler_3d col2im fold
+    upsample_bicubic2d upsample_trilinear3d _upsample_bilinear2d_aa
+    grid_sampler grid_sampler_2d grid_sampler_3d col2im
 """
 _MAX = """
     max_pool1d max_pool2d max_pool3d max_pool2d_with_indices max_pool3d_with_indices
     max_pool1d_with_indices adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d amax
-    amin median nanmedian mode kthvalue fractional_max_pool2d
+    cummax cummin
+    amin median nanmedian mode kthvalue
 """
-_STATISTIC = {"linalg_vector_norm": 1.0, "norm": 1.0, "std": 1.0, "var": 2.0, "frobenius_norm": 1.0}
+# degrees; a product's is the number of its factors
+_STATISTIC = {
+    "linalg_vector_norm": 1.0, "norm": 1.0, "frobenius_norm": 1.0, "std": 1.0, "var": 2.0,
+    "prod": 1.0,
+}  # fmt: skip
 _NORM = """
     layer_norm native_layer_norm group_norm native_group_norm batch_norm instance_norm rms_norm
-    _fused_rms_norm _native_batch_norm_legit_no_training cudnn_batch_norm native_batch_norm
+    _fused_rms_norm _native_batch_norm_legit_no_training native_batch_norm
 """
 
 
@@ -116,13 +121,15 @@ def _table() -> dict[str, Spec]:
     table |= {name: Spec(Family.ROUTE, places) for name, places in _ROUTE_MANY.items()}
     table |= {name: Spec(Family.MAX) for name in _MAX.split()}
     table |= {
-        name: Spec(Family.MAX, (0, 1)) for name in ("max", "min", "maximum", "minimum", "fmax")
+        name: Spec(Family.MAX, (0, 1))
+        for name in ("max", "min", "maximum", "minimum", "fmax", "fmin")
     }
     table |= {n: Spec(Family.STATISTIC, degree=degree) for n, degree in _STATISTIC.items()}
     table |= {name: Spec(Family.SOFTMAX) for name in ("softmax", "_softmax", "_safe_softmax")}
-    table |= {"log_softmax": Spec(Family.ADD), "_log_softmax": Spec(Family.ADD)}
-    table["logsumexp"] = Spec(Family.SOFTMAX)
+    table |= {name: Spec(Family.SOFTMAX) for name in ("log_softmax", "_log_softmax")}
+    table |= {name: Spec(Family.SOFTMAX) for name in ("logsumexp", "logcumsumexp")}
     table |= {name: Spec(Family.ADD, (0, 1)) for name in ("add", "sub", "rsub", "subtract")}
+    table |= {name: Spec(Family.ADD, (0, 3)) for name in ("index_add", "scatter_add")}
     table |= {name: Spec(Family.SCALE) for name in ("neg", "negative")}
     table |= {
         n: Spec(Family.PRODUCT, (0, 1)) for n in ("mul", "multiply", "div", "divide", "true_divide")
@@ -134,7 +141,6 @@ def _table() -> dict[str, Spec]:
     table["embedding"] = Spec(Family.ROUTE)
     table["linear"] = Spec(Family.LINEAR, (0, 1), weight=1, bias=2)
     table["addmm"] = Spec(Family.LINEAR, (1, 2), weight=2, bias=0)
-    table["addmv"] = Spec(Family.LINEAR, (1, 2), weight=2, bias=0)
     table["baddbmm"] = Spec(Family.LINEAR, (1, 2), weight=2, bias=0)
     table["addbmm"] = Spec(Family.LINEAR, (1, 2), weight=2, bias=0)
     for dims in ("1d", "2d", "3d"):
@@ -152,6 +158,14 @@ TABLE = _table()
 GATES = frozenset({"softmax", "_softmax", "_safe_softmax", "sigmoid", "hardsigmoid"})
 """Operators whose results weigh other values: they lie between zero and one."""
 
+CREATORS = frozenset(
+    """
+    zeros_like ones_like full_like empty_like rand_like randn_like randint_like new_zeros new_ones
+    new_full new_empty new_empty_strided bernoulli sym_size sym_numel sym_stride
+    """.split()
+)
+"""Operators of whose results the operands give no more than shape and type."""
+
 NORMALISERS = frozenset({"rsqrt", "reciprocal"})
 """Operators whose results scale other values to a fixed size."""
 
@@ -165,7 +179,6 @@ MATRIX = frozenset(
         "vdot",
         "inner",
         "addmm",
-        "addmv",
         "baddbmm",
         "addbmm",
         "linear",

@@ -6,8 +6,10 @@ GELU are one activation.
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import operator
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,12 +93,19 @@ def is_floating(value: Any) -> bool:
     return isinstance(value, tuple | list) and any(is_floating(v) for v in value)
 
 
+def is_complex(value: Any) -> bool:
+    """Whether a fake value is a complex tensor."""
+    return isinstance(value, torch.Tensor) and value.is_complex()
+
+
 def carrying(graph: fx.Graph, sources: Iterable[fx.Node]) -> set[fx.Node]:
     """The floating values that depend on one of the sources through floating values."""
     found = set(sources)
     for node in graph.nodes:
         reached = any(source in found for source in node.all_input_nodes)
-        if reached and node.op == "call_function" and is_floating(node.meta.get("val")):
+        value = node.meta.get("val")
+        carries = node.op == "call_function" and (is_floating(value) or is_complex(value))
+        if reached and carries and families.op_name(node) not in families.CREATORS:
             found.add(node)
     return found
 
@@ -114,7 +123,10 @@ def wanted(outputs: Iterable[fx.Node], inside: set[fx.Node]) -> set[fx.Node]:
 
 
 def operations(
-    graph: fx.Graph, inside: set[fx.Node], regions: Mapping[fx.Node, tuple[fx.Node, ...]]
+    graph: fx.Graph,
+    inside: set[fx.Node],
+    regions: Mapping[fx.Node, tuple[fx.Node, ...]],
+    inner: Collection[fx.Node],
 ) -> Iterator[Op]:
     """The operations on carrying values, in the graph's order.
 
@@ -122,28 +134,47 @@ def operations(
         graph: The forward graph.
         inside: The carrying values.
         regions: Calls that mean one operator, by their last.
+        inner: Those of them that nothing else reads.
 
     Raises:
         UnsupportedError: An operator without a rule; says where, and which one is close.
     """
-    inner = {node for nodes in regions.values() for node in nodes[:-1]}
+    merged = {node for nodes in regions.values() for node in nodes[:-1]}
+    lone = next((n for n in graph.nodes if n in inside - merged and _is_complex(n)), None)
+    if lone is not None:
+        raise UnsupportedError(
+            "relevance passes through complex numbers only where they are linear in real ones",
+            node=lone,
+            hint="write the products with real and imaginary parts",
+        )
     for node in graph.nodes:
-        if node.op != "call_function" or node not in inside or node in inner:
+        if node.op != "call_function" or node not in inside or node in inner or _is_complex(node):
             continue
         if not any(source in inside for source in node.all_input_nodes):
             continue  # a source
         yield operation(node, inside, regions.get(node, (node,)))
 
 
+def _is_complex(node: fx.Node) -> bool:
+    return is_complex(node.meta.get("val"))
+
+
 def operation(node: fx.Node, inside: set[fx.Node], nodes: tuple[fx.Node, ...]) -> Op:
     """One call, or a region that ends with it."""
     spec = families.spec_of(node)
+    if spec is None and len(nodes) > 1:
+        spec = Spec(Family.REDUCE)
     if spec is None:
         raise unknown(node)
+    if families.op_name(node) == "prod":
+        spec = dataclasses.replace(spec, degree=_factors(node))
     read = dict.fromkeys(s for n in nodes for s in n.all_input_nodes if s not in nodes)
     operands = tuple(n for n in read if n in inside)
     constants = tuple(n for n in read if n not in inside and is_floating(n.meta.get("val")))
-    family = Family.ACTIVATION if len(nodes) > 1 else _family(node, spec, operands)
+    if len(nodes) > 1 and any(families.op_name(n) == "mean" or _is_complex(n) for n in nodes):
+        family = Family.REDUCE
+    else:
+        family = Family.ACTIVATION if len(nodes) > 1 else _family(node, spec, operands)
     return Op(nodes, family, operands, constants, spec)
 
 
@@ -164,9 +195,23 @@ def _family(node: fx.Node, spec: Spec, operands: tuple[fx.Node, ...]) -> Family:
             return Family.LINEAR
         inverse = name in ("div", "divide", "true_divide") and first not in operands
         return Family.ACTIVATION if inverse else Family.SCALE
-    if spec.family is Family.MAX and name in ("max", "min", "maximum", "minimum", "fmax"):
-        return Family.MAX
+    accumulates = name in ("index_put", "_unsafe_index_put") and len(node.args) > 3 and node.args[3]
+    if accumulates or node.kwargs.get("accumulate"):
+        return Family.ADD
     return spec.family
+
+
+def _factors(node: fx.Node) -> float:
+    """How many values each result of ``prod`` is the product of.
+
+    Raises:
+        UnsupportedError: It depends on the input.
+    """
+    shape = node.args[0].meta["val"].shape  # type: ignore[union-attr]
+    over = [shape[node.args[1]]] if len(node.args) > 1 else list(shape)  # type: ignore[index]
+    if not all(isinstance(size, int) for size in over):
+        raise UnsupportedError("a product over the samples of a batch", node=node)
+    return float(max(math.prod(over), 1))
 
 
 def unknown(node: fx.Node) -> UnsupportedError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, fx
 
 from graphopt.errors import UnsupportedError, UsageError, suggest
-from graphopt.passes.relevance import families, regions
+from graphopt.passes.relevance import regions
 from graphopt.passes.relevance.composite import Composite, depths, path_of
 from graphopt.passes.relevance.families import Family
 from graphopt.passes.relevance.folding import folded
@@ -19,7 +20,8 @@ from graphopt.passes.relevance.ops import Op, carrying, is_floating, is_getitem,
 from graphopt.passes.relevance.prepare import lowered
 from graphopt.passes.relevance.roles import Roles
 from graphopt.passes.relevance.rules import Rule
-from graphopt.passes.relevance.samples import WHOLE, Layout, layouts, spread
+from graphopt.passes.relevance.samples import WHOLE, Layout, layouts, poisoned, spread
+from graphopt.passes.relevance.tokens import Lookup, lookups, marked, named
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,6 +35,7 @@ class Plan:
         interior: Calls that are run as a part of an operation.
         rules: The rule for each operation.
         sources: Where relevance ends: values of inputs and embedded tokens, with the input's name.
+        lookups: How those of them that aren't inputs were looked up.
         followed: Constants through which relevance goes on, to a parameter that was asked for.
         parametric: Constants that depend on a parameter.
         named: What was asked for besides the inputs: name in the result -> value.
@@ -50,6 +53,7 @@ class Plan:
     interior: frozenset[fx.Node]
     rules: Mapping[Op, Rule]
     sources: Mapping[fx.Node, str]
+    lookups: Mapping[fx.Node, Lookup]
     followed: frozenset[fx.Node]
     parametric: frozenset[fx.Node]
     named: Mapping[str, fx.Node]
@@ -96,7 +100,8 @@ def make_plan(
         UnsupportedError: An operator without a rule; an output that depends on nothing attributed.
         UsageError: Nothing is called what ``attribute`` asks for.
     """
-    sources = _sources(graph, attribute)
+    looked_up = lookups(graph)
+    sources = _sources(graph, looked_up, attribute)
     given = _values(graph, tensors, inputs)
     explained = choose([given[n] if isinstance(n, fx.Node) else n for n in _results(graph)])
     lowered(graph, [_results(graph)[i] for i in explained], sources)
@@ -108,9 +113,14 @@ def make_plan(
     named, parameters = _named(graph, attribute, sources, inside)
     parametric = _closure(graph, _parameters(graph, tensors), inside)
     followed = _closure(graph, parameters, inside)
-    merged = regions.activations(graph, inside)
+    merged = regions.centred(graph, inside) | regions.activations(graph, inside)
+    merged |= regions.complex_maps(graph, inside)
+    inner = regions.interior(graph, merged)
     # a followed constant stays a constant to what reads it: it gets a relevance on the side
-    found_ops = [*operations(graph, inside, merged), *operations(graph, followed, {})]
+    found_ops = [
+        *operations(graph, inside, merged, inner),
+        *operations(graph, followed, {}, frozenset()),
+    ]
     by_node = {op.node: op for op in found_ops}
     ops = {node: by_node[node] for node in graph.nodes if node in by_node}
     ends = depths(list(ops.values()))
@@ -118,20 +128,24 @@ def make_plan(
         op: composite.rule(op, path_of(op.node), ends.get(op, frozenset())) for op in ops.values()
     }
     folds, rules = folded(ops, rules, {*named.values(), *results})
-    interior = {n for nodes in merged.values() for n in nodes[:-1]}
     values = _values(graph, tensors, inputs)
-    batch, found = _layouts(graph, values, [s for s in sources if s in inside], results)
+    laid_out = [*results, *(s for s in sources if s in inside)]
+    laid_out += [n for n, op in ops.items() if n in inside and op.family is not Family.ROUTE]
+    batch, layout = _layouts(
+        graph, values, {s: looked_up.get(s) for s in inside & {*sources}}, laid_out
+    )
     return Plan(
         graph=graph,
         outputs=tuple(results),
         ops=ops,
-        interior=frozenset(interior),
+        interior=inner,
         rules=rules,
         sources={n: name for n, name in sources.items() if n in inside},
+        lookups={n: found for n, found in looked_up.items() if n in sources and n in inside},
         followed=frozenset(followed),
         parametric=frozenset(parametric),
         named=named,
-        layouts=found,
+        layouts=layout,
         batch=batch,
         slopes=_slopes(ops.values(), values),
         roles=Roles(ops),
@@ -144,32 +158,18 @@ def _results(graph: fx.Graph) -> list[Any]:
     return list(graph.output_node().args[0])  # type: ignore[arg-type]
 
 
-def _sources(graph: fx.Graph, attribute: Sequence[str]) -> dict[fx.Node, str]:
-    """Floating inputs, and the embeddings of integer ones."""
-    found: dict[fx.Node, str] = {}
-    for node in graph.nodes:
-        if node.op == "placeholder" and is_floating(node.meta.get("val")):
+def _sources(
+    graph: fx.Graph, looked_up: Mapping[fx.Node, Lookup], attribute: Sequence[str]
+) -> dict[fx.Node, str]:
+    """Floating inputs, and what integer ones look up."""
+    found = dict(named(looked_up))
+    for node in graph.find_nodes(op="placeholder"):
+        if is_floating(node.meta.get("val")):
             found[node] = node.name
-        elif families.op_name(node) == "embedding":
-            placeholder = _routed_from(node.args[1])
-            if placeholder is not None:
-                found[node] = placeholder.name
-    names = {*found.values()}
-    asked = {n for n in names if any(fnmatch.fnmatchcase(n, g) for g in attribute)}
+    asked = {n for n in found.values() if any(fnmatch.fnmatchcase(n, g) for g in attribute)}
     if "inputs" not in attribute and asked:
         return {node: name for node, name in found.items() if name in asked}
     return found
-
-
-def _routed_from(index: Any) -> fx.Node | None:
-    """The placeholder of which an index is a copy, or None."""
-    node = index
-    while isinstance(node, fx.Node) and node.op == "call_function":
-        spec = families.spec_of(node)
-        if spec is None or spec.family is not Family.ROUTE or len(node.all_input_nodes) < 1:
-            return None
-        node = node.args[0]
-    return node if isinstance(node, fx.Node) and node.op == "placeholder" else None
 
 
 def _independent(graph: fx.Graph, sources: Mapping[fx.Node, str]) -> UnsupportedError:
@@ -253,16 +253,26 @@ def _values(
 def _layouts(
     graph: fx.Graph,
     values: Mapping[fx.Node, Any],
-    sources: Sequence[fx.Node],
-    outputs: Sequence[fx.Node],
+    sources: Mapping[fx.Node, Lookup | None],
+    needed: Sequence[fx.Node],
 ) -> tuple[fx.Node | None, Mapping[fx.Node, Layout]]:
-    """The batch's placeholder and where it lies in each value."""
+    """The batch's placeholder and where it lies in each value.
+
+    Where the samples are mixed in one of the values that need it, all of them are one.
+    """
     batch = next((n for n in graph.find_nodes(op="placeholder") if values[n].ndim), None)
     if batch is not None:
         samples = values[batch].shape[0]
-        runs = [spread(graph, values, sources, i, samples) for i in range(min(samples, 2))]
+        runs = []
+        for sample in range(min(samples, 2)):
+            mark = functools.partial(poisoned, sample=sample, samples=samples)
+            start = {
+                node: mark(values[node]) if how is None else marked(how, values, values[node], mark)
+                for node, how in sources.items()
+            }
+            runs.append(spread(graph, values, start))
         found = layouts(runs, samples) if samples > 1 else {}
-        if all(output in found for output in outputs):
+        if all(node in found for node in needed):
             return batch, found
     return None, _Whole()
 

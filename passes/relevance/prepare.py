@@ -12,10 +12,28 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
 from graphopt.errors import UnsupportedError
+from graphopt.ir.aliases import affected, writes
 from graphopt.passes.relevance import families
-from graphopt.passes.relevance.ops import carrying, unknown, wanted
+from graphopt.passes.relevance.canonical import canonicalize
+from graphopt.passes.relevance.inlining import inline_regions
+from graphopt.passes.relevance.inplace import functionalize_writes
+from graphopt.passes.relevance.ops import carrying, is_complex, is_getitem, unknown, wanted
+from graphopt.passes.relevance.written_out import written_out
 
 _COPIED = ("stack_trace", "nn_module_stack")
+
+
+def prepared(module: fx.GraphModule) -> fx.Graph:
+    """A forward graph in which each value is one value and regions are calls like any others.
+
+    Args:
+        module: A graph of its own, which is changed.
+    """
+    inline_regions(module)
+    functionalize_writes(module.graph)
+    canonicalize(module.graph)
+    module.graph.eliminate_dead_code()
+    return module.graph
 
 
 def lowered(graph: fx.Graph, outputs: Iterable[fx.Node], sources: Iterable[fx.Node]) -> None:
@@ -25,20 +43,28 @@ def lowered(graph: fx.Graph, outputs: Iterable[fx.Node], sources: Iterable[fx.No
         UnsupportedError: A region or an in-place write on the way of relevance, or an operator that
             neither has a rule nor is made of others.
     """
-    way = wanted(outputs, carrying(graph, sources))
+    while _lowered(graph, wanted(outputs, carrying(graph, sources))):
+        pass
+
+
+def _lowered(graph: fx.Graph, way: set[fx.Node]) -> bool:
+    """One round; whether anything was decomposed."""
+    changed = False
     for node in list(graph.nodes):
         if node.op != "call_function":
             continue
         target = node.target
-        writes = isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable
-        if writes and (node in way or _is_state(node.args[0])):
+        mutable = isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable
+        if mutable and _is_read(node, way):
             raise UnsupportedError(
                 "a value is written in place on the way of relevance",
                 node=node,
                 hint="write the functional form: y = f(x) instead of f_(x)",
             )
-        if node not in way or families.spec_of(node) is not None:
+        if node not in way or families.spec_of(node) is not None or is_getitem(node):
             continue
+        if any(is_complex(n.meta.get("val")) for n in (node, *node.all_input_nodes)):
+            continue  # a part of a region
         if isinstance(target, torch._ops.HigherOrderOperator):
             raise UnsupportedError(
                 "relevance doesn't pass through regions of control flow yet",
@@ -46,10 +72,13 @@ def lowered(graph: fx.Graph, outputs: Iterable[fx.Node], sources: Iterable[fx.No
                 hint="write the branches with torch.where",
             )
         decompose(graph, node)
+        changed = True
+    return changed
 
 
-def _is_state(node: Any) -> bool:
-    return isinstance(node, fx.Node) and node.op in ("placeholder", "get_attr")
+def _is_read(node: fx.Node, way: set[fx.Node]) -> bool:
+    """Whether a value on the way of relevance may hold what a call writes."""
+    return node in way or any(n in way for w in writes(node) for n in affected(w))
 
 
 def decompose(graph: fx.Graph, node: fx.Node) -> None:
@@ -65,15 +94,18 @@ def decompose(graph: fx.Graph, node: fx.Node) -> None:
     fakes = [flat[i].meta["val"] for i in places]
     mode = next(f.fake_mode for f in fakes if isinstance(f, torch.Tensor))
 
+    known = written_out(node.target)
+    function: Any = known or node.target
+
     def call(*given: Any) -> Any:
         filled = list(flat)
         for place, value in zip(places, given, strict=True):
             filled[place] = value
         args, kwargs = pytree.tree_unflatten(filled, spec)
-        return node.target(*args, **kwargs)  # type: ignore[operator]
+        return function(*args, **kwargs)
 
     with mode, enable_python_dispatcher(), torch.no_grad():
-        traced = make_fx(call)(*fakes)
+        traced = make_fx(call, pre_dispatch=known is not None)(*fakes)
     traced.graph.eliminate_dead_code()
     inner = [n for n in traced.graph.nodes if n.op == "call_function"]
     if any(n.target is node.target for n in inner) or not inner:

@@ -1,4 +1,4 @@
-"""Calls that mean one operator: written-out activations.
+"""Calls that mean one operator: written-out activations, and linear maps by way of frequencies.
 
 A value that comes back to itself through elementwise calls alone,
 
@@ -6,15 +6,22 @@ A value that comes back to itself through elementwise calls alone,
 
 is an elementwise function of ``x``, whatever its formula.  Rules for sums and products would take
 its constants for contributions.
+
+Complex numbers carry no relevance of their own: what is computed from real values by Fourier
+transforms, filters and back is one linear map of these values.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from graphopt.passes.relevance import families
 from graphopt.passes.relevance.families import Family
+from graphopt.passes.relevance.ops import is_complex
 
 _SIMPLE = (Family.ACTIVATION, Family.ADD, Family.SCALE, Family.PRODUCT)
 _CASTS = frozenset(
@@ -45,6 +52,101 @@ def activations(graph: fx.Graph, inside: set[fx.Node]) -> dict[fx.Node, tuple[fx
     return found
 
 
+def centred(graph: fx.Graph, inside: set[fx.Node]) -> dict[fx.Node, tuple[fx.Node, ...]]:
+    """Values less their own mean, which is one linear map of them.
+
+    Taken apart, next to nothing arrives at a mean that is close to zero.
+
+    Args:
+        graph: The forward graph.
+        inside: The carrying values.
+
+    Returns:
+        The calls of each region in order, by the last one; regions may share calls.
+    """
+    found = {}
+    for node in graph.nodes:
+        if node not in inside or node.op != "call_function" or node.kwargs:
+            continue
+        if families.op_name(node) != "sub":
+            continue
+        value, mean = node.args[:2]
+        called = isinstance(mean, fx.Node) and mean.op == "call_function"
+        is_mean = called and families.op_name(mean) == "mean"
+        if is_mean and mean.args[0] is value and _same_shape(value, node):
+            found[node] = (mean, node)
+    return found
+
+
+def interior(graph: fx.Graph, regions: Mapping[fx.Node, tuple[fx.Node, ...]]) -> frozenset[fx.Node]:
+    """Calls of regions that nothing else reads."""
+    around: dict[fx.Node, set[fx.Node]] = {}
+    for last, nodes in regions.items():
+        for node in nodes[:-1]:
+            around.setdefault(node, set()).add(last)
+    found: set[fx.Node] = set()
+    for node in reversed(graph.nodes):
+        mine = around.get(node)
+        if mine is not None and all(
+            user in mine or (user in found and around[user] <= mine) for user in node.users
+        ):
+            found.add(node)
+    return frozenset(found)
+
+
+def complex_maps(graph: fx.Graph, inside: set[fx.Node]) -> dict[fx.Node, tuple[fx.Node, ...]]:
+    """Regions from real values through complex ones to a real one, homogeneous of degree one.
+
+    Args:
+        graph: The forward graph.
+        inside: The carrying values.
+
+    Returns:
+        The calls of each region in order, by the last one; regions may share calls.
+    """
+    order = {node: index for index, node in enumerate(graph.nodes)}
+    found = {}
+    for node in graph.nodes:
+        if node not in inside or is_complex(node.meta.get("val")):
+            continue
+        stack = [s for s in node.all_input_nodes if s in inside and is_complex(s.meta.get("val"))]
+        members = {node} if stack else set()
+        while stack:
+            member = stack.pop()
+            if member not in members:
+                members.add(member)
+                stack += [s for s in member.all_input_nodes if _is_inner(s, inside)]
+        if members and all(_is_homogeneous(m, inside) for m in members):
+            found[node] = tuple(sorted(members, key=order.__getitem__))
+    return found
+
+
+def _is_inner(node: fx.Node, inside: set[fx.Node]) -> bool:
+    return node in inside and is_complex(node.meta.get("val"))
+
+
+def _is_homogeneous(node: fx.Node, inside: set[fx.Node]) -> bool:
+    """Whether a call is homogeneous of degree one in what it reads that carries relevance."""
+    name = families.op_name(node)
+    operands = [s for s in node.all_input_nodes if s in inside]
+    if name in ("mul", "div"):
+        factors = [a for a in node.args[:2] if a in operands]
+        return len(factors) == 1 and (name == "mul" or node.args[0] in operands)
+    if name in ("add", "sub"):
+        return len(operands) == 2
+    spec = families.spec_of(node)
+    routes = spec is not None and spec.family is Family.ROUTE
+    return routes or "fft" in name or name in _COMPLEX
+
+
+_COMPLEX = frozenset(
+    {
+        "view_as_complex", "view_as_real", "complex", "real", "imag", "abs", "conj", "_conj",
+        "conj_physical", "resolve_conj", "neg", "mean", "sum",
+    }
+)  # fmt: skip
+
+
 def _closed(last: fx.Node, inside: set[fx.Node], order: dict[fx.Node, int]) -> set[fx.Node] | None:
     """The calls between ``last`` and the nearest value that all of it is made from, or None."""
     members = {last}
@@ -60,7 +162,7 @@ def _closed(last: fx.Node, inside: set[fx.Node], order: dict[fx.Node, int]) -> s
         open_.update(s for s in latest.all_input_nodes if s in inside)
     closed = all(user in members for m in members if m is not last for user in m.users)
     (entry,) = open_
-    same = _shape(entry) == _shape(last)
+    same = _same_shape(entry, last)
     return members if closed and same else None
 
 
@@ -72,10 +174,9 @@ def _is_elementwise(node: fx.Node, inside: set[fx.Node]) -> bool:
     name = families.op_name(node)
     if name in families.MATRIX or (spec.family not in _SIMPLE and name not in _CASTS):
         return False
-    shape = _shape(node)
     operands = [s for s in node.all_input_nodes if s in inside]
     constants = [s for s in node.all_input_nodes if s not in inside]
-    return all(_shape(s) == shape for s in operands) and not any(_is_sized(s) for s in constants)
+    return all(_same_shape(s, node) for s in operands) and not any(_is_sized(s) for s in constants)
 
 
 def _is_sized(constant: fx.Node) -> bool:
@@ -83,6 +184,10 @@ def _is_sized(constant: fx.Node) -> bool:
     return isinstance(value, torch.Tensor) and value.ndim > 0
 
 
-def _shape(node: fx.Node) -> tuple[object, ...] | None:
-    value = node.meta.get("val")
-    return tuple(value.shape) if isinstance(value, torch.Tensor) else None
+def _same_shape(first: fx.Node, second: fx.Node) -> bool:
+    """Whether two values have the same shape, whatever the sizes of the inputs."""
+    values = [n.meta.get("val") for n in (first, second)]
+    left, right = (v.shape if isinstance(v, torch.Tensor) else None for v in values)
+    if left is None or right is None or len(left) != len(right):
+        return False
+    return all(statically_known_true(a == b) for a, b in zip(left, right, strict=True))

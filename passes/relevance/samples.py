@@ -8,7 +8,7 @@ one sample spreads to exactly the places that depend on it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -104,17 +104,18 @@ def poisoned(value: Tensor, sample: int, samples: int) -> Tensor:
 
 
 def spread(
-    graph: fx.Graph,
-    values: Mapping[fx.Node, Any],
-    sources: Iterable[fx.Node],
-    sample: int,
-    samples: int,
+    graph: fx.Graph, values: Mapping[fx.Node, Any], sources: Mapping[fx.Node, Tensor]
 ) -> dict[fx.Node, Any]:
     """What depends on one sample: a run of the carrying calls with that sample NaN.
 
     Values of calls that can't run on NaN are left out, and so is what depends on them.
+
+    Args:
+        graph: The forward graph.
+        values: Its values.
+        sources: Values where relevance ends, NaN in that sample.
     """
-    changed: dict[fx.Node, Any] = {s: poisoned(values[s], sample, samples) for s in sources}
+    changed: dict[fx.Node, Any] = dict(sources)
     lost: set[fx.Node] = set()
     for node in graph.nodes:
         if node in changed or node.op != "call_function":

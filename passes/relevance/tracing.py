@@ -21,6 +21,7 @@ from graphopt.passes.relevance.target import (
     gradient_of,
     one_hot,
 )
+from graphopt.passes.relevance.tokens import returned
 
 SINKS = (OUTPUT, "inputs", "parameters", "constants", "bias", "epsilon", "softmax")
 
@@ -115,10 +116,14 @@ class Explainer:
             value = run.values[node]
             flow = run.arrived.get(node)
             found = flow.relevance(value) if flow is not None else torch.zeros_like(value)
-            run.ledger.book_value("inputs", node, found)
-            if node.op != "placeholder":
-                found = found.sum(-1)
-            relevance[name] = relevance[name] + found if name in relevance else found
+            parts, own = {name: found}, found
+            if node in self.plan.lookups:
+                parts, own = returned(self.plan.lookups[node], run.values, found)
+                if own is not found:
+                    run.ledger.book_value("parameters", node, found - own)
+            run.ledger.book_value("inputs", node, own)
+            for name, part in parts.items():
+                relevance[name] = relevance[name] + part if name in relevance else part
         for name, node in self.plan.named.items():
             value = run.values[node]
             flow = run.arrived.get(node)

@@ -130,6 +130,8 @@ def _group_norm(site: Site) -> Linearised:
 
 
 def _batch_norm(site: Site) -> Linearised:
+    if site.argument(3) is None or site.argument(4) is None:
+        return _of_the_batch(site)
     scale, shift = batch_map(site)
     return Linearised(lambda c: c * _along_channels(scale, c), shift, 1)
 
@@ -151,6 +153,20 @@ def batch_map(site: Site) -> tuple[Tensor, Tensor]:
     scale = torch.rsqrt(variance + eps)
     scale = scale * weight if weight is not None else scale
     return scale, -mean * scale if bias is None else bias - mean * scale
+
+
+def _of_the_batch(site: Site) -> Linearised:
+    """A batch norm without running statistics: it takes those of its input."""
+    x, weight, bias = (site.argument(i) for i in (0, 1, 2))
+    eps = site.argument(6 if "legit" in site.op.name else 7)
+    dims = tuple(d for d in range(x.ndim) if d != 1)
+    scale = _reciprocal_deviation(x, dims, eps)
+
+    def backward(c: Tensor) -> Tensor:
+        c = c * _along_channels(weight, c) if weight is not None else c
+        return (c - c.mean(dims, keepdim=True)) * scale
+
+    return Linearised(backward, bias, 1)
 
 
 def _reciprocal_deviation(x: Tensor, dims: tuple[int, ...], eps: float) -> Tensor:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
+
 from graphopt.passes.relevance.families import Family
 from graphopt.passes.relevance.flow import times
 from graphopt.passes.relevance.rules.base import Rule
@@ -27,6 +29,8 @@ class SoftmaxTaylor(Rule):
         (operand,) = site.op.operands
         quotient = site.quotient()
         sent = site.vjp(quotient)[operand]
+        if sent.shape == site.result.shape:  # a row in which everything is masked
+            sent = torch.where(site.result.isnan(), 0, sent)
         site.send(operand, sent)
         arrived = times(quotient, site.result)
         site.book(SOFTMAX, arrived)

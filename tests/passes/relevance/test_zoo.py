@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -29,5 +31,5 @@ def test_the_ledger_adds_up(name: str) -> None:
 def test_no_operation_loses_anything(name: str) -> None:
     entry = ZOO[name]
     args, kwargs = entry.inputs()
-    explained = graphopt.explain(entry.model().eval(), args, example_kwargs=kwargs)
+    explained: Any = graphopt.explain(entry.model().eval(), args, example_kwargs=kwargs)
     assert max(each["residual"] for each in explained.conservation()) < 1e-6

@@ -1,0 +1,125 @@
+"""Calls that mean one operator, or none, as what they mean."""
+
+from __future__ import annotations
+
+from typing import Any, TypeGuard
+
+import torch
+from torch import Tensor, fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from graphopt.passes.relevance.families import op_name
+
+aten = torch.ops.aten
+
+_COPIED = ("stack_trace", "nn_module_stack")
+_LARGEST = frozenset({"amax", "max"})
+
+
+def canonicalize(graph: fx.Graph) -> None:
+    """Bring a functional forward graph into the form that rules are about; changes the graph."""
+    _once(graph)
+    for node in list(graph.nodes):
+        if node.op != "call_function":
+            continue
+        name = op_name(node)
+        if name in ("detach", "lift_fresh_copy"):
+            # what a value is made of doesn't depend on where gradients go
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+        elif name in ("scatter", "scatter_add", "scatter_reduce"):
+            _trim(graph, node)
+        elif name == "div":
+            _softmax(graph, node)
+        elif name in ("rsub", "sub"):
+            _other_gate(graph, node)
+
+
+def _once(graph: fx.Graph) -> None:
+    """Compute once what is computed twice from the same values."""
+    seen: dict[Any, fx.Node] = {}
+    for node in list(graph.nodes):
+        target = node.target
+        if node.op != "call_function" or not isinstance(target, torch._ops.OpOverload):
+            continue
+        if target._schema.is_mutable or torch.Tag.nondeterministic_seeded in target.tags:
+            continue
+        key = (target, repr(node.args), repr(node.kwargs))
+        first = seen.setdefault(key, node)
+        if first is not node:
+            node.replace_all_uses_with(first)
+            graph.erase_node(node)
+
+
+def _other_gate(graph: fx.Graph, node: fx.Node) -> None:
+    """``1 - sigmoid(x)`` is a gate as well: ``sigmoid(-x)``."""
+    first, second = node.args[:2]
+    gate: Any = first if op_name(node) == "rsub" else second
+    one = second if op_name(node) == "rsub" else first
+    if one != 1 or node.kwargs or len(node.args) > 2 or not _calls(gate, "sigmoid"):
+        return
+    with graph.inserting_before(node):
+        negative = graph.call_function(aten.neg.default, gate.args)
+        new = graph.call_function(aten.sigmoid.default, (negative,))
+    for made in (negative, new):
+        made.meta |= {k: node.meta[k] for k in (*_COPIED, "val") if k in node.meta}
+    node.replace_all_uses_with(new)
+    graph.erase_node(node)
+
+
+def _trim(graph: fx.Graph, node: fx.Node) -> None:
+    """Cut a scattered source to the size of its index; autograd takes no other one."""
+    index, source = node.args[2], node.args[3] if len(node.args) > 3 else None
+    if not isinstance(index, fx.Node) or not isinstance(source, fx.Node):
+        return
+    sizes = zip(source.meta["val"].shape, index.meta["val"].shape, strict=True)
+    for dim, (given, read) in enumerate(sizes):
+        if statically_known_true(given == read):
+            continue
+        with graph.inserting_before(node):
+            length = graph.call_function(aten.sym_size.int, (index, dim))
+            length.meta["val"] = read
+            cut = graph.call_function(aten.slice.Tensor, (source, dim, 0, length))
+        cut.meta |= {k: node.meta[k] for k in _COPIED if k in node.meta}
+        cut.meta["val"] = source.meta["val"].narrow(dim, 0, read)
+        node.update_arg(3, cut)
+        source = cut
+
+
+def _softmax(graph: fx.Graph, node: fx.Node) -> None:
+    """``exp(x - m) / sum(exp(x - m))``, with ``m`` the largest ``x`` or left out."""
+    exponential: Any = node.args[0]
+    total: Any = node.args[1]
+    if not _calls(exponential, "exp") or not _calls(total, "sum"):
+        return
+    dims = _dims(total)
+    if total.args[0] is not exponential or dims is None or len(dims) != 1:
+        return
+    if len(total.args) < 3 or total.args[2] is not True or total.kwargs.get("dtype"):
+        return
+    x: Any = exponential.args[0]
+    if _calls(x, "sub") and len(x.args) == 2 and not x.kwargs and _largest_of(x.args[1], x.args[0]):
+        x = x.args[0]
+    with graph.inserting_before(node):
+        new = graph.call_function(aten.softmax.int, (x, dims[0]))
+    new.meta |= {k: node.meta[k] for k in (*_COPIED, "val") if k in node.meta}
+    node.replace_all_uses_with(new)
+    graph.erase_node(node)
+
+
+def _largest_of(node: Any, x: Any) -> bool:
+    if _calls(node, "getitem") and node.args[1] == 0:
+        node = node.args[0]
+    return isinstance(node, fx.Node) and op_name(node) in _LARGEST and node.args[0] is x
+
+
+def _dims(node: fx.Node) -> list[int] | None:
+    dims: Any = node.args[1] if len(node.args) > 1 else None
+    value = node.meta.get("val")
+    if dims is None or not isinstance(value, Tensor):
+        return None
+    return [d % value.ndim for d in dims]
+
+
+def _calls(node: Any, name: str) -> TypeGuard[fx.Node]:
+    return isinstance(node, fx.Node) and node.op == "call_function" and op_name(node) == name
