@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -171,8 +172,7 @@ class ExplainedModule(nn.Module):
         """
         found = target if _is_batched(target) else check_target(target)
         twin = copy.copy(self)
-        options = self.options.__dict__ | {"target": found}
-        twin.__dict__["options"] = Options(**options)
+        twin.__dict__["options"] = dataclasses.replace(self.options, target=found)
         if not (isinstance(found, Tensor) and isinstance(self.options.target, Tensor)):
             twin.__dict__["_built"] = None
         return twin
@@ -193,7 +193,7 @@ class ExplainedModule(nn.Module):
             run: Callable[..., Any] = flat.graph
             # the output doesn't depend on the target
             rest = len(flat.relevance) + len(flat.sinks)
-            out_dims = [*[None] * flat.outputs, *[0] * rest]
+            out_dims: Any = [*[None] * flat.outputs, *[0] * rest]
             mapped = torch.vmap(run, in_dims=(None, None, 0), out_dims=out_dims)
             return self._packed(built, mapped(tensors, inputs, target))
 
@@ -263,7 +263,7 @@ class ExplainedModule(nn.Module):
         if self._schedule is not None:
             try:
                 flat = self._schedule.applied(built.traced)
-                return _Built(**(built.__dict__ | {"flat": flat}))
+                return dataclasses.replace(built, flat=flat)
             except KeyError:
                 pass  # after a change of type the graph may have other calls
         measure = functools.partial(self._peak, built)
@@ -271,7 +271,7 @@ class ExplainedModule(nn.Module):
         return self._scheduled(built)
 
     def _peak(self, built: _Built, flat: Flat) -> int:
-        candidate = _Built(**(built.__dict__ | {"flat": flat}))
+        candidate = dataclasses.replace(built, flat=flat)
         call = functools.partial(self._explain, candidate, self._example)
         return peak_of(call, self._example[0].device)
 
