@@ -195,7 +195,8 @@ def memory(names: Sequence[str], repeats: int) -> Iterator[Row]:
             memory, plan = _figures(module)
             yield (
                 name, share, f"{reference:,}", f"{memory.predicted_peak:,}",
-                f"{trace_memory(call).peak:,}", f"{plan.overhead:.1%} (gap {plan.gap:.1%})", str(same),
+                f"{trace_memory(call).peak:,}", f"{plan.overhead:.1%} (gap {plan.gap:.1%})",
+                str(same),
             )  # fmt: skip
 
 
