@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -152,8 +153,7 @@ class ExplainedModule(nn.Module):
         """
         found = target if _is_batched(target) else check_target(target)
         twin = copy.copy(self)
-        options = self.options.__dict__ | {"target": found}
-        twin.__dict__["options"] = Options(**options)
+        twin.__dict__["options"] = dataclasses.replace(self.options, target=found)
         if not (isinstance(found, Tensor) and isinstance(self.options.target, Tensor)):
             twin.__dict__["_built"] = None
         return twin

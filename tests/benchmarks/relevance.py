@@ -163,7 +163,7 @@ def _beside_lxt(name: str, subject: Subject, kind: str, repeats: int) -> Row:
     index = last.argmax(-1, keepdim=True)
     if output.ndim == 3:
         index = torch.cat([torch.full_like(index, output.shape[1] - 1), index], 1)
-    composite = "cp-lrp" if kind == "cp" else "attnlrp"
+    composite = "cp-lrp-activated" if kind == "cp" else "attnlrp"  # the same rules as LXT's
     call, _, _ = explained(subject, composite=composite)
     other = dataclasses.replace(client.Lxt.of(model, kind), output=str(subject.output))
     figures, _ = other.cost(inputs, index, repeats=repeats, warmup=3)
@@ -192,11 +192,16 @@ def memory(names: Sequence[str], repeats: int) -> Iterator[Row]:
                 continue
             got = call()
             same = all(torch.equal(got.relevance[k], r) for k, r in wanted.relevance.items())
-            figures: Any = module.memory  # type: ignore[assignment]
+            memory, plan = _figures(module)
             yield (
-                name, share, f"{reference:,}", f"{figures.predicted_peak:,}",
-                f"{trace_memory(call).peak:,}", f"{figures.overhead:.1%}", str(same),
+                name, share, f"{reference:,}", f"{memory.predicted_peak:,}",
+                f"{trace_memory(call).peak:,}", f"{plan.overhead:.1%} (gap {plan.gap:.1%})",
+                str(same),
             )  # fmt: skip
+
+
+def _figures(module: Any) -> tuple[Any, Any]:
+    return module.memory, module.schedule
 
 
 SECTIONS = {"cost": cost, "rules": rules, "peers": peers, "memory": memory}

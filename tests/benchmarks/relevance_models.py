@@ -50,7 +50,7 @@ def _bert() -> nn.Module:
 
     config = BertConfig(
         vocab_size=WORDS, hidden_size=384, num_hidden_layers=6, num_attention_heads=12,
-        intermediate_size=1536, num_labels=10,
+        intermediate_size=1536,
     )  # fmt: skip
     return BertForSequenceClassification(config)
 
@@ -81,7 +81,7 @@ def _vit() -> nn.Module:
 
     config = ViTConfig(
         hidden_size=384, num_hidden_layers=6, num_attention_heads=6, intermediate_size=1536,
-        image_size=128, patch_size=16, num_labels=10,
+        image_size=128, patch_size=16,
     )  # fmt: skip
     return ViTForImageClassification(config)
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
 
 import graphopt
 from graphopt.cost.allocator import trace_memory
@@ -68,7 +69,7 @@ def _live_at_the_turn(module: ExplainedModule, inputs: list[Tensor]) -> int:
 def _output_bytes(module: ExplainedModule, inputs: list[Tensor]) -> int:
     with torch.no_grad():
         output = module.model(*inputs)
-    return sum(t.nbytes for t in torch.utils._pytree.tree_leaves(output))
+    return sum(t.nbytes for t in pytree.tree_leaves(output))
 
 
 @pytest.mark.parametrize("composite", ["cp-lrp", "epsilon"])
@@ -94,7 +95,7 @@ def test_promises_of_the_zoo_are_what_lives_at_the_turn(name: str) -> None:
     inputs = [*args, *kwargs.values()]
     live = _live_at_the_turn(module, inputs)
     kept = kept_bytes(module.promises())
-    slack = sum(t.nbytes for t in torch.utils._pytree.tree_leaves(module.model(*args, **kwargs)))
+    slack = sum(t.nbytes for t in pytree.tree_leaves(module.model(*args, **kwargs)))
     assert kept <= live <= kept + slack
 
 

@@ -81,7 +81,7 @@ def test_mamba_of_transformers_is_found() -> None:
     tokens = torch.randint(0, 20, (2, 5))
     kwargs = {"input_ids": tokens, "use_cache": False}
     explained = graphopt.explain(model, example_kwargs=kwargs, composite="mamba-lrp")
-    plan: Any = explained._explainer.plan  # type: ignore[union-attr]
+    plan: Any = explained.plan
     found = {
         op.node.name: [str(plan.roles.of(op, o)) for o in op.operands]
         for op in plan.ops.values()
