@@ -45,7 +45,8 @@ def contrast(page, selector):
     colours = page.eval_on_selector(
         selector,
         """e => {
-            const own = getComputedStyle(e), card = getComputedStyle(document.querySelector("header"));
+            const own = getComputedStyle(e);
+            const card = getComputedStyle(document.querySelector("header"));
             const back = own.backgroundColor === "rgba(0, 0, 0, 0)" ? card : own;
             return [own.color, back.backgroundColor];
         }""",
