@@ -72,3 +72,8 @@ def test_deeply_nested_modules_can_be_drawn(monkeypatch):
     monkeypatch.setattr(drawing, "_DOT_SECONDS", 60)
     program = capture(Nested(25), (torch.rand(4, 8),))
     assert inspect.dump(program, "svg", view="joint").count('class="cluster"') > 50
+
+
+def test_a_peak_of_nothing_is_nowhere():
+    told = inspect.table(capture(Identity(), (torch.rand(2, 3),))).caption
+    assert str(told) == "peak of forward: 0 B; saved for backward: 0 B"
