@@ -18,8 +18,8 @@ from torch import fx
 from graphopt.cost.sizes import UnknownSizeError, output_bytes, tensors_in
 from graphopt.errors import FileFormatError, user_line_of
 from graphopt.inspect.document import Segment, phase_of, scope_of
-from graphopt.inspect.text import is_getitem, one_line, short_target, short_type, tensor_type
 from graphopt.inspect.schema import SCHEMA_VERSION
+from graphopt.inspect.text import is_getitem, one_line, short_target, short_type, tensor_type
 from graphopt.ir.graphs import lookup
 
 if TYPE_CHECKING:
