@@ -21,6 +21,8 @@ def dot_text(document: Document) -> str:
     """The document as Graphviz DOT: modules as clusters, parameters folded into their readers."""
     nodes = node_views(document)
     lines = ["digraph graphopt {", "  rankdir=TB;", f"  label={_quote(_title(document))};"]
+    # Nested clusters can hold Graphviz's network simplex up for minutes otherwise.
+    lines += ["  nslimit=2; nslimit1=2;"]
     lines += ['  node [shape=box, style="rounded,filled", fontname="Helvetica", fontsize=10];']
     lines += ['  edge [color="#666666", arrowsize=0.6];']
     identity = {node.name: f"n{index}" for index, node in enumerate(nodes)}

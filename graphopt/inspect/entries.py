@@ -18,6 +18,7 @@ from torch import fx
 from graphopt.cost.sizes import UnknownSizeError, output_bytes, tensors_in
 from graphopt.errors import FileFormatError, user_line_of
 from graphopt.inspect.document import Segment, phase_of, scope_of
+from graphopt.inspect.schema import SCHEMA_VERSION
 from graphopt.inspect.text import is_getitem, one_line, short_target, short_type, tensor_type
 from graphopt.ir.graphs import lookup
 
@@ -115,6 +116,13 @@ def listing_of_dump(data: Any) -> Listing:
     Raises:
         FileFormatError: It isn't one.
     """
+    version = data.get("schema_version") if isinstance(data, dict) else None
+    if version != SCHEMA_VERSION:
+        raise FileFormatError(
+            f"not a JSON dump of a graph of schema version {SCHEMA_VERSION}, "
+            + ("but of no version" if version is None else f"but of version {version!r}"),
+            hint="`graphopt dump -f json` and `optimize --dump-dir` write them",
+        )
     try:
         if len(data.get("snapshots", ())) > 1:
             raise ValueError("it holds several states of a program, not one graph")

@@ -7,6 +7,7 @@ from typing import Any
 
 from graphopt import registry
 from graphopt.errors import GraphoptError
+from graphopt.inspect.nodes import NodeView
 from graphopt.inspect.states import State, origin_of
 from graphopt.inspect.timeline import Timeline
 from graphopt.overlays import Overlay
@@ -146,14 +147,20 @@ def _readers(state: State) -> dict[str, tuple[str, ...]]:
 
 
 def _traced(state: State) -> dict[str, tuple[str, ...]]:
-    """Of several nodes that one was traced into (an op and its results) the first stands for it."""
-    found: dict[str, tuple[str, ...]] = {}
+    """Of several nodes that one was traced into, the last that makes something stands for it.
+
+    A linear layer, for example, is the transpose of its weight, a product, and views.
+    """
+    found: dict[str, NodeView] = {}
     for view in state.found.views:
         node = state.found.nodes.get(view.name)
-        if view.phase == "forward":
+        if view.phase == "forward" and view.op != "output":
             own = view.name if node is None else origin_of(node) or node.name
-            found.setdefault(own, (state.names[view.name],))
-    return found
+            if own not in found or view.bytes != 0:
+                found[own] = view
+    places = {own: (state.names[view.name],) for own, view in found.items()}
+    named = {holder: places[name] for holder, name in state.holders.items() if name in places}
+    return {**places, **named}
 
 
 def _own(state: State) -> dict[str, tuple[str, ...]]:

@@ -110,9 +110,10 @@ def plot_pareto(
             [p[0] for p in beaten], [p[1] for p in beaten], marker=marker, facecolors="none",
             edgecolors=colour, alpha=0.7,
         )  # fmt: skip
-    axes.set_xlabel(cost)
-    axes.set_ylabel(value)
-    axes.legend(fontsize=8, frameon=False)
+    axes.set_xlabel(cost, parse_math=False)
+    axes.set_ylabel(value, parse_math=False)
+    for text in axes.legend(fontsize=8, frameon=False).get_texts():
+        text.set_parse_math(False)  # names are text, dollars and all
     return figure
 
 
@@ -163,7 +164,7 @@ def _figure(title: str) -> tuple[Any, Any]:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25)
     if title:
-        axes.set_title(title, fontsize=10)
+        axes.set_title(title, fontsize=10, parse_math=False)
     return figure, axes
 
 

@@ -42,6 +42,7 @@ class State:
         names: Node of `shown` -> its name in the union; filled by `align`.
         plan_names: The same for the nodes of the plan.
         again: Name in the union -> how often a planned step runs it; only of what runs repeatedly.
+        holders: Placeholder of the program -> what the input is called here.
     """
 
     label: str
@@ -53,6 +54,7 @@ class State:
     names: dict[str, str] = field(default_factory=dict)
     plan_names: dict[str, str] = field(default_factory=dict)
     again: dict[str, int] = field(default_factory=dict)
+    holders: Mapping[str, str] = field(default_factory=dict)
 
     def own_names(self) -> dict[str, str]:
         """Names that reports give nodes of the joint graph -> names in the union.
@@ -131,7 +133,14 @@ def _states(
             drawn[key] = shown, collected(shown)
         states.append(State(label, record, *drawn[key]))
         states[-1].plan = _plan(program, training, notes)
+        states[-1].holders = _holders(program)
     return states
+
+
+def _holders(program: Program) -> dict[str, str]:
+    """Placeholder -> name of the input: FX numbers names that Python has already, as ``input``."""
+    nodes = program.module.graph.find_nodes(op="placeholder")
+    return {n.name: leaf.name for n, leaf in zip(nodes, program.signature.inputs, strict=False)}
 
 
 def _plan(program: Program, training: Mode, notes: list[str]) -> tuple[Document, Collected] | None:

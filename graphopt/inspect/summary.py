@@ -101,7 +101,8 @@ class Summary:
             depth: Deepest modules that are shown; default: all.
         """
         mode = "training" if self.training else "eval"
-        where = f" at {self.peak_at[0]} in {self.peak_at[1] or 'the model'}"
+        node, scope = self.peak_at
+        where = f" at {node} in {scope or 'the model'}" if node else ""
         caption = f"peak of {self.peak_of}: {human_bytes(self.peak)}{where}"
         caption += f"; saved for backward: {human_bytes(self.saved)}"
         caption = "\n".join(one_line(line) for line in [caption, *self.notes])

@@ -299,7 +299,7 @@ def _title(program: Program) -> str:
         for path, cls in stack.values():
             if path == "":
                 return class_name(cls)
-    return type(skeleton).__name__
+    return getattr(skeleton, "_class_name", type(skeleton).__name__)
 
 
 def _history(program: Program) -> tuple[str, ...]:

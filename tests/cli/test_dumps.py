@@ -251,12 +251,14 @@ def test_bad_input_of_optimize(run: Any, case: str) -> None:
         ("no JSON", ["broken.json"]),
         ("not a JSON dump", ["other.json"]),
         ("no dump of a graph", ["list.json"]),
+        ("of version 99", ["later.json"]),
     ],
 )
 def test_bad_dumps(run: Any, models: Path, words: str, arguments: list[str]) -> None:
     (models / "broken.json").write_text("{")
     (models / "other.json").write_text('{"nodes": 3}')
     (models / "list.json").write_text("[]")
+    (models / "later.json").write_text('{"format": "graphopt.inspection", "schema_version": 99}')
     code, _, err = run("diff", "models.py:build", *arguments)
     assert code == 1
     assert words in err

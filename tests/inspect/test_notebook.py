@@ -167,6 +167,15 @@ def test_pareto_points_are_those_that_none_beats(better: Any) -> None:
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ["a", "b"]
 
 
+def test_dollars_in_titles_and_names_are_text() -> None:
+    odd = "$x^{$ costs 5$"
+    frontier = plot_frontier([(10.0, 0.5, 0.4), (5.0, 0.9, 0.9)], title=odd)
+    names = plot_pareto({odd: [(1.0, 2.0)]}, cost=odd, value=odd, title=odd)
+    for figure in (frontier, names):
+        figure.draw_without_rendering()
+        assert figure.axes[0].get_title() == odd
+
+
 def test_bad_points_are_refused() -> None:
     with pytest.raises(UsageError, match="nothing"):
         plot_frontier([])

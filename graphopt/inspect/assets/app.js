@@ -126,10 +126,10 @@ class App {
     this.showLegend(overlay);
     const lines = [this.inspection.timeline(0), this.inspection.timeline(this.state)];
     const top = Math.max(...lines.map((line) => Math.max(line.peak, line.budget || 0)));
-    this.lines.forEach((line, side) => line.show(lines[side], top));
     const { snapshot } = this.inspection.states[this.state];
-    const note = snapshot.recorded ? "" : " (graph not recorded)";
-    byId("after-title").textContent = this.state ? `after ${snapshot.label}${note}` : "as captured";
+    const title = this.state ? `after ${snapshot.label}` : "as captured";
+    this.lines.forEach((line, side) => line.show(lines[side], top, side ? title : "before"));
+    byId("after-title").textContent = title + (snapshot.recorded ? "" : " (graph not recorded)");
     this.showPanel();
   }
 
@@ -289,8 +289,9 @@ class App {
 
   key(event) {
     if (event.ctrlKey || event.metaKey || event.altKey) return;
-    const typing = event.target.matches("input, select, textarea");
-    if (typing && event.key !== "Escape") return;
+    const slides = event.target.matches("[type=range]"); // it takes arrows, and leaves letters
+    const typing = event.target.matches("input, select, textarea") && !slides;
+    if ((typing && event.key !== "Escape") || (slides && event.key.startsWith("Arrow"))) return;
     const does = this.keys()[event.key];
     if (!does) return;
     if (event.key === "Enter" && event.target.matches("button, summary, a")) return;

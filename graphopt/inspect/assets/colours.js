@@ -1,7 +1,7 @@
 // Colours of overlays.  Categories: Okabe and Ito's palette; numbers: scales that keep their order
 // of lightness, so that they can be told apart without telling hues apart.
 
-import { human } from "./text.js";
+import { human, own } from "./text.js";
 
 const CATEGORIES = ["#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#b9a900",
   "#8a8f98"];
@@ -151,8 +151,4 @@ export class Overlay {
       mix(this.kind === "diverging" ? DIVERGING : SEQUENTIAL, at));
     return { stops, low: human(low, this.unit), high: human(this.top, this.unit) };
   }
-}
-
-function own(object, key) {
-  return Object.prototype.hasOwnProperty.call(object, key) ? object[key] : undefined;
 }

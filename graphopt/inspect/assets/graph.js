@@ -215,7 +215,7 @@ export class GraphView {
   room(box) {
     const title = shortened(groupTitle(box.item), Math.floor((box.w - 24) / 6.4));
     return svgElement("g", {
-      class: "room", transform: `translate(${box.x} ${box.y})`, "data-item": box.item.id,
+      class: `room ${box.item.level % 2 ? "odd" : "even"}`, transform: `translate(${box.x} ${box.y})`, "data-item": box.item.id,
       "data-scope": box.item.scope, role: "button", "aria-expanded": "true",
       "aria-label": `module ${box.item.scope || box.item.label}`,
     }, [

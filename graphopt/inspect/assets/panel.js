@@ -1,7 +1,7 @@
 // All facts about the node that is selected.
 
 import { chipsOf } from "./boxes.js";
-import { cleared, element, human, shortSource } from "./text.js";
+import { cleared, element, human, own, shortSource } from "./text.js";
 
 const FIELD_UNITS = { bytes: "bytes", flops: "flops", seconds: "seconds", saved: "bytes" };
 
@@ -58,8 +58,9 @@ function facts(inspection, node, state) {
   const rows = [];
   const add = (label, key, show = (value) => human(value, FIELD_UNITS[key] || "")) => {
     if (after[key] === undefined && before[key] === undefined) return;
-    const was = key in before ? show(before[key]) : "–";
-    const is = key in after ? show(after[key]) : "–";
+    const said = (at) => (at[key] === undefined || (at[key] === null && key !== "bytes") ? "–"
+      : show(at[key])); // null: a pass took it away; of bytes: nobody knows
+    const [was, is] = [said(before), said(after)];
     const cell = was === is || !inspection.has(node, 0) ? [is]
       : [element("del", {}, was), " ", element("ins", {}, is)];
     rows.push(element("tr", {}, [element("th", {}, label), element("td", {}, cell)]));
@@ -104,8 +105,8 @@ function chips(app, node) {
   if (!found.length) return null;
   return element("section", {}, [element("h3", {}, "parameters and results"),
     element("ul", {}, found.map(({ title }) => {
-      const slot = app.inspection.data.state[title];
-      const resized = (app.inspection.states[app.state].snapshot.state || {})[title];
+      const slot = own(app.inspection.data.state, title);
+      const resized = own(app.inspection.states[app.state].snapshot.state || {}, title);
       if (!slot) return element("li", {}, title);
       const sizes = `${slot.dtype}[${slot.shape.join(", ")}]`;
       const now = resized ? [" ", element("ins", {}, `[${resized.join(", ")}]`)] : [];

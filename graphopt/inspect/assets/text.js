@@ -6,6 +6,11 @@ const UNITS = {
   "": ["", "k", "M", "G", "T", "P"],
 };
 
+// What an object has by itself: names of models may be those of every object, such as constructor.
+export function own(object, key) {
+  return Object.prototype.hasOwnProperty.call(object, key) ? object[key] : undefined;
+}
+
 export function human(value, unit = "") {
   if (value === null || value === undefined) return "–";
   if (typeof value === "string") return value;

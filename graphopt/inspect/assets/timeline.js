@@ -23,8 +23,11 @@ export class Timeline {
     this.step = null;
   }
 
-  show(line, top) {
-    if (this.line === line && this.top === top) return;
+  // `title` says which state this is: several have the same line where passes change no graph.
+  show(line, top, title) {
+    const same = this.line === line && this.top === top && this.title === title;
+    if (same) return;
+    this.title = title;
     this.line = line;
     this.top = top;
     this.rows = series(line);
@@ -168,7 +171,7 @@ export class Timeline {
     this.step = step;
     const { line } = this;
     if (step === null) {
-      cleared(this.caption, [element("b", {}, this.side ? `after ${line.title}` : "before"),
+      cleared(this.caption, [element("b", {}, this.title),
         ` simulated peak ${human(line.peak, "bytes")}`]);
       return;
     }

@@ -3,7 +3,7 @@
 // node that makes it.  Long rows of nodes are cut into parts, so that no level is too large to draw.
 
 import { isBackward } from "./data.js";
-import { lastPart } from "./text.js";
+import { lastPart, own } from "./text.js";
 
 const LARGEST_LEVEL = 160;
 const PART = 80;
@@ -57,12 +57,15 @@ class TreeBuilder {
 
   scopeOf(node, i) {
     if (node.op === "output") return this.scopeOfResult(node);
-    if (node.scope || node.op !== "call" || !isBackward(node)) return node.scope || "";
-    // Sums of gradients belong to no module: they stand beside what was added last.
+    const added = !this.inspection.has(i, 0);
+    if (node.scope || node.op !== "call" || !(isBackward(node) || added)) return node.scope || "";
+    // What passes add belongs to no module: it stands with what it reads.  So do sums of gradients:
+    // they stand beside what was added last.
     const scopes = this.inspection.inputs[i].filter((input) => this.scopes[input])
       .sort((a, b) => a - b).map((input) => [this.scopes[input], this.inspection.nodes[input].scope]);
     if (!scopes.length) return "";
     const [scope, itsOwn] = scopes[scopes.length - 1];
+    if (added) return scope;
     return itsOwn ? scope.slice(0, Math.max(0, scope.lastIndexOf("."))) : scope;
   }
 
@@ -77,7 +80,7 @@ class TreeBuilder {
     if (known) return known;
     const parent = this.groupOf(scope.includes(".") ? scope.slice(0, scope.lastIndexOf(".")) : "");
     const made = group(scope, lastPart(scope), parent);
-    made.module = this.inspection.data.modules[scope] || "";
+    made.module = own(this.inspection.data.modules, scope) || "";
     this.groups.set(scope, made);
     parent.children.push(made);
     return made;
