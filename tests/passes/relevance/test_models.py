@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import fx
 from torch.utils import _pytree as pytree
 
 import graphopt
@@ -47,7 +48,7 @@ def checked(entry: ZooModel, composite: str, dtype: torch.dtype) -> None:
 
     args, kwargs = inputs(entry.batch)
     explained: Any = graphopt.explain(model, args, example_kwargs=kwargs, composite=composite)
-    single = dtype is torch.float32
+    single = dtype is torch.float32 or _casts_to_single(explained.plan.graph)
     bar = 1e-6 if single else 1e-12
     assert [each for each in explained.conservation() if not each["residual"] <= bar] == []
     for batch in (entry.batch, entry.second, 1):
@@ -56,6 +57,12 @@ def checked(entry: ZooModel, composite: str, dtype: torch.dtype) -> None:
         output = ledger.pop("output")
         lost = (sum(ledger.values()) - output).abs() / output.abs()
         assert float(lost.max()) <= (1e-5 if single else 1e-10)
+
+
+def _casts_to_single(graph: fx.Graph) -> bool:
+    """Whether a model in double precision rounds on its way, as norms of transformers do."""
+    values = [node.meta.get("val") for node in graph.nodes]
+    return any(isinstance(v, torch.Tensor) and v.dtype is torch.float32 for v in values)
 
 
 @pytest.mark.parametrize("name", QUICK)
