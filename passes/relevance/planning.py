@@ -116,6 +116,7 @@ def make_plan(
     merged = regions.centred(graph, inside) | regions.activations(graph, inside)
     merged |= regions.complex_maps(graph, inside)
     inner = regions.interior(graph, merged)
+    named = _outer(named, inner, attribute)
     # a followed constant stays a constant to what reads it: it gets a relevance on the side
     found_ops = [
         *operations(graph, inside, merged, inner),
@@ -225,6 +226,24 @@ def _named(
             )
         named |= found
     return named, {n for n in named.values() if n.op == "get_attr"}
+
+
+def _outer(
+    named: Mapping[str, fx.Node], inner: frozenset[fx.Node], attribute: Sequence[str]
+) -> dict[str, fx.Node]:
+    """What was asked for, less what a glob fits inside of operations: no relevance arrives there.
+
+    Raises:
+        UsageError: Something inside of an operation was asked for by its own name.
+    """
+    for name, node in named.items():
+        if node in inner and (name in attribute or f"node:{name}" in attribute):
+            raise UsageError(
+                f"{name!r} is a part of an operation, inside of which there is no relevance",
+                node=node,
+                hint="ask for the operation's result, or what it reads",
+            )
+    return {name: node for name, node in named.items() if node not in inner}
 
 
 def _is_tensor(node: fx.Node) -> bool:

@@ -12,7 +12,7 @@ from graphopt.errors import UsageError
 from graphopt.passes.relevance.families import Family
 from graphopt.passes.relevance.rules.affine import Affine, Change, negative, positive
 from graphopt.passes.relevance.rules.base import SUMS, WEIGHTED, Rule, Stabiliser
-from graphopt.passes.relevance.rules.sums import stabilised_quotient
+from graphopt.passes.relevance.rules.sums import share_signed
 from graphopt.passes.relevance.site import EPSILON, Site
 
 
@@ -41,7 +41,7 @@ class Epsilon(Rule):
     def propagate(self, site: Site) -> None:
         """Hand quotients on; bias and stabiliser are booked."""
         if site.op.family not in WEIGHTED:
-            site.send_all(site.vjp(stabilised_quotient(site, self.eps, self.stabiliser)))
+            share_signed(site, self.eps, self.stabiliser)
             return
         affine = Affine(site)
         if self.eps == 0:
