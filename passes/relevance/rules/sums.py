@@ -99,10 +99,11 @@ def _passes_through(site: Site) -> bool:
 def _constants(site: Site) -> list[tuple[fx.Node | None, Tensor]]:
     """What a sum holds besides its data."""
     family, op = site.op.family, site.op
-    padded = family is Family.REDUCE and op.constants and not op.is_region  # `diff` may be
+    # `diff` may be given what comes before and after
+    padded = family is Family.REDUCE and bool(op.constants) and not op.is_region
     if not padded and (family is not Family.ADD or len(op.operands) > 1):
         return []
-    node = op.constants[0] if op.constants else None
+    node = next(iter(op.constants), None)
     return [(node, site.constant_part())]
 
 

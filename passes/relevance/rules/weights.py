@@ -150,7 +150,9 @@ class AlphaBeta(Rule):
 
         def sent(up: Change, down: Change) -> Tensor:
             found = affine.vjp(up, c_plus)
-            return found + affine.vjp(down, c_minus) if self.beta else found
+            # without beta the negative ones still take what no positive one can
+            is_needed = self.beta > 0 or self.missing == "other"
+            return found + affine.vjp(down, c_minus) if is_needed else found
 
         sends = affine.by_sign(lambda: sent(positive, negative), lambda: sent(negative, positive))
         affine.send(sends)

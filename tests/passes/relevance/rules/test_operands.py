@@ -14,6 +14,7 @@ import graphopt
 from graphopt.errors import UnsupportedError, UsageError
 from graphopt.passes.relevance.presets import composite_of
 from graphopt.passes.relevance.rules import (
+    AlphaBeta,
     CPAttention,
     DetachedNorm,
     Epsilon,
@@ -167,3 +168,19 @@ def test_large_values_of_half_precision(eps: float) -> None:
     half = graphopt.explain(Model().half(), (x.half(),), composite=composite)(x.half())
     full = graphopt.explain(Model(), (x,), composite=composite)(x)
     torch.testing.assert_close(half.relevance["x"].float(), full.relevance["x"], rtol=5e-3, atol=1)
+
+
+def test_one_value_as_factor_and_addend_is_refused() -> None:
+    (x,) = drawn((4, 4))
+    with pytest.raises(UnsupportedError, match="added to the product"):
+        run(lambda x: torch.addmm(x, x, torch.eye(4).double()), [x], Epsilon(), False)
+
+
+@EMITTERS
+def test_without_positive_contributions_the_negative_ones_take_all(explicit: bool) -> None:
+    """Also with beta = 0, which otherwise gives them nothing."""
+    (x,) = drawn((3, 4))
+    weight = -torch.arange(1.0, 9.0).double().reshape(2, 4)
+    found, r = run(lambda x: F.linear(x.abs(), weight), [x], AlphaBeta(1.0, 0.0), explicit)
+    assert float(found.relevance[0].abs().sum()) > 0
+    close(found.relevance[0].sum(1), r.sum(1))
