@@ -102,7 +102,7 @@ def make_plan(
     """
     looked_up = lookups(graph)
     sources = _sources(graph, looked_up, attribute)
-    given = _values(graph, tensors, inputs)
+    given = values_of(graph, tensors, inputs)
     explained = choose([given[n] if isinstance(n, fx.Node) else n for n in _results(graph)])
     lowered(graph, [_results(graph)[i] for i in explained], sources)
     inside = carrying(graph, sources)
@@ -129,7 +129,7 @@ def make_plan(
         op: composite.rule(op, path_of(op.node), ends.get(op, frozenset())) for op in ops.values()
     }
     folds, rules = folded(ops, rules, {*named.values(), *results})
-    values = _values(graph, tensors, inputs)
+    values = values_of(graph, tensors, inputs)
     laid_out = [*results, *(s for s in sources if s in inside)]
     laid_out += [n for n, op in ops.items() if n in inside and op.family is not Family.ROUTE]
     batch, layout = _layouts(
@@ -251,10 +251,16 @@ def _is_tensor(node: fx.Node) -> bool:
 
 
 @torch.no_grad()
-def _values(
+def values_of(
     graph: fx.Graph, tensors: Mapping[str, Any], inputs: Sequence[Tensor]
 ) -> dict[fx.Node, Any]:
-    """One run on the example inputs, twice as many where there is one sample."""
+    """The value of each node in one run of a forward graph.
+
+    Args:
+        graph: The graph.
+        tensors: What its ``get_attr`` nodes hold, by target.
+        inputs: Values of its placeholders.
+    """
     given = iter(inputs)
     values: dict[fx.Node, Any] = {}
     for node in graph.nodes:

@@ -80,7 +80,7 @@ def share_signed(site: Site, eps: float, mode: str) -> None:
 
 def _sampled(site: Site, sent: dict[fx.Node, Tensor], quotient: Tensor) -> dict[fx.Node, Tensor]:
     """What goes to the values; the places at which they are sampled weigh them."""
-    values: Any = site.op.argument(0)
+    values: Any = site.op.argument(site.op.spec.data[0])
     if values not in site.op.operands:
         site.book_constant(values, times(quotient, site.result))
     return {n: tensor for n, tensor in sent.items() if n is values or n in site.followed}
@@ -112,13 +112,13 @@ def _absolute(site: Site) -> None:
     if site.op.name in _ADDITIONS:
         _share(site, {n: _summand(site, n).abs() for n in site.op.operands})
         return
-    if len(site.op.operands) > 1 or (site.op.family is Family.ADD and site.op.constants):
+    operand, *others = site.op.operands
+    if others or (site.op.family is Family.ADD and site.op.constants):
         raise UnsupportedError(
             "shares by size are for sums of values of one shape",
             node=site.op.node,
             hint="use the signed rule 'proportional' here",
         )
-    operand = site.op.operands[0]
     size = site.value(operand).abs()
     leaf = size.detach().requires_grad_()
     with torch.enable_grad():

@@ -232,3 +232,21 @@ def test_a_batch_norm_in_training_takes_the_statistics_of_the_batch() -> None:
     explainer = graphopt.explain(Model(), (X,), target=1)
     assert residual(explainer(X)) < 1e-6
     assert max(entry["residual"] for entry in explainer.conservation(X)) < 1e-6
+
+
+def test_patterns_are_found_behind_regions_and_writes() -> None:
+    """Patterns are of the same graph as explanations, in which these are gone."""
+
+    class Frozen(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.no_grad():
+                hidden = self.one(x).relu_()
+            return self.two(hidden)
+
+    plain, frozen = Net(), Frozen()
+    frozen.load_state_dict(plain.state_dict())
+    found = [
+        graphopt.explain(m, (X,), composite="pattern-attribution", data=[X])(X).relevance["x"]
+        for m in (plain, frozen)
+    ]
+    torch.testing.assert_close(*found)
