@@ -115,7 +115,8 @@ class AlphaBeta(Rule):
         alpha: Weight of the positive ones.
         beta: Weight of the negative ones.
         missing: What becomes of the share of a sign that nothing contributes with: the ``other``
-            one takes all, or it is absorbed (``absorb``, as in zennit).
+            one takes all, or it is absorbed (``absorb``, as in zennit); without beta it always is,
+            as in z-plus.
         eps: Moves either sum away from zero.
         stabiliser: What ``eps`` is relative to.
     """
@@ -150,9 +151,7 @@ class AlphaBeta(Rule):
 
         def sent(up: Change, down: Change) -> Tensor:
             found = affine.vjp(up, c_plus)
-            # without beta the negative ones still take what no positive one can
-            is_needed = self.beta > 0 or self.missing == "other"
-            return found + affine.vjp(down, c_minus) if is_needed else found
+            return found + affine.vjp(down, c_minus) if self.beta else found
 
         sends = affine.by_sign(lambda: sent(positive, negative), lambda: sent(negative, positive))
         affine.send(sends)
@@ -162,7 +161,7 @@ class AlphaBeta(Rule):
     def _shares(self, site: Site, above: Tensor, below: Tensor) -> tuple[Tensor, Tensor]:
         relevance = site.relevance()
         plus, minus = self.alpha * relevance, -self.beta * relevance
-        if self.missing == "absorb":
+        if self.missing == "absorb" or self.beta == 0:
             return plus, minus
         no_plus, no_minus = above == 0, below == 0
         plus = torch.where(no_minus, relevance, plus)

@@ -22,6 +22,7 @@ from graphopt.passes.relevance.rules import (
     Proportional,
     Uniform,
     WinnerTakesAll,
+    ZPlus,
 )
 from tests.passes.relevance.rules.naive import Calls, handed_back
 from tests.passes.relevance.rules.test_sums import EMITTERS, close, drawn, run
@@ -177,10 +178,12 @@ def test_one_value_as_factor_and_addend_is_refused() -> None:
 
 
 @EMITTERS
-def test_without_positive_contributions_the_negative_ones_take_all(explicit: bool) -> None:
-    """Also with beta = 0, which otherwise gives them nothing."""
+def test_without_positive_contributions_z_plus_absorbs_all(explicit: bool) -> None:
+    """Alpha-beta with 1 and 0 is z-plus, and books what no positive contribution takes."""
     (x,) = drawn((3, 4))
-    weight = -torch.arange(1.0, 9.0).double().reshape(2, 4)
-    found, r = run(lambda x: F.linear(x.abs(), weight), [x], AlphaBeta(1.0, 0.0), explicit)
-    assert float(found.relevance[0].abs().sum()) > 0
-    close(found.relevance[0].sum(1), r.sum(1))
+    weight, bias = -torch.arange(1.0, 9.0).double().reshape(2, 4), -torch.ones(2).double()
+    for rule in (AlphaBeta(1.0, 0.0), ZPlus()):
+        found, r = run(lambda x: F.linear(x.abs(), weight, bias), [x], rule, explicit)
+        assert not bool(found.relevance[0].any())
+        close(found.ledger["epsilon"], r.sum(1))
+        found.check(1e-12)
