@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from graphopt.ir.aliases import writes
 from graphopt.passes.relevance.families import op_name
 
 aten = torch.ops.aten
@@ -37,12 +38,14 @@ def canonicalize(graph: fx.Graph) -> None:
 
 def _once(graph: fx.Graph) -> None:
     """Compute once what is computed twice from the same values."""
+    if any(writes(node) for node in graph.nodes):
+        return  # the same call before and after a write isn't the same value
     seen: dict[Any, fx.Node] = {}
     for node in list(graph.nodes):
         target = node.target
         if node.op != "call_function" or not isinstance(target, torch._ops.OpOverload):
             continue
-        if target._schema.is_mutable or torch.Tag.nondeterministic_seeded in target.tags:
+        if torch.Tag.nondeterministic_seeded in target.tags:
             continue
         key = (target, repr(node.args), repr(node.kwargs))
         first = seen.setdefault(key, node)

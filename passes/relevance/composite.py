@@ -20,6 +20,7 @@ from graphopt.passes.relevance.rules import RULES, PatternAttribution, PatternNe
 _FAMILIES = frozenset(f.value for f in Family)
 _DEPTHS = ("any", "first", "last")
 _OPERANDS = frozenset({"data x data", "data x param", "data"})
+_OF_ONE_VALUE = (Family.ACTIVATION, Family.NORM, Family.SOFTMAX)
 _NAMES = {"family": "family of operators", "role": "role of operands"}
 
 
@@ -180,7 +181,19 @@ def _checked(rule: Rule, op: Op) -> Rule:
             node=op.node,
             hint=f"it is for {', '.join(f.value for f in rule.families)}",
         )
+    if rule.families and op.family in _OF_ONE_VALUE and not _is_of_one_value(op):
+        raise UnsupportedError(
+            f"what sets {op.name!r} (a scale, a bound, an exponent) depends on the input as well",
+            node=op.node,
+            hint="write it as products and sums, or use 'as-gradient' here",
+        )
     return rule
+
+
+def _is_of_one_value(op: Op) -> bool:
+    """Whether relevance can only go to the value that a function or a norm is of."""
+    is_value = op.family is not Family.NORM or op.argument(0) in op.operands
+    return len(op.operands) == 1 and is_value
 
 
 def _operands(op: Op) -> str:

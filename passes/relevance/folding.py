@@ -72,5 +72,5 @@ def _has_channels_in_front(layer: Op) -> bool:
     if layer.family is Family.CONV:
         weight: fx.Node = layer.node.args[1]  # type: ignore[assignment]
         return ndim == weight.meta["val"].ndim
-    is_last = layer.node.args[0] in layer.operands or layer.name == "addmm"
+    is_last = layer.argument(layer.spec.data[0]) in layer.operands
     return layer.family is Family.LINEAR and layer.name in _DENSE and ndim == 2 and is_last

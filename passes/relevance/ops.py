@@ -170,12 +170,29 @@ def operation(node: fx.Node, inside: set[fx.Node], nodes: tuple[fx.Node, ...]) -
         spec = dataclasses.replace(spec, degree=_factors(node))
     read = dict.fromkeys(s for n in nodes for s in n.all_input_nodes if s not in nodes)
     operands = tuple(n for n in read if n in inside)
+    _refuse_shared_bias(node, spec)
     constants = tuple(n for n in read if n not in inside and is_floating(n.meta.get("val")))
     if len(nodes) > 1 and any(families.op_name(n) == "mean" or _is_complex(n) for n in nodes):
         family = Family.REDUCE
     else:
         family = Family.ACTIVATION if len(nodes) > 1 else _family(node, spec, operands)
     return Op(nodes, family, operands, constants, spec)
+
+
+def _refuse_shared_bias(node: fx.Node, spec: Spec) -> None:
+    """Rules tell what is added to a product from its factors by the node.
+
+    Raises:
+        UnsupportedError: One node is both.
+    """
+    bias = node.args[spec.bias] if spec.bias is not None and len(node.args) > spec.bias else None
+    factors = [node.args[place] for place in spec.data if place < len(node.args)]
+    if isinstance(bias, fx.Node) and bias in factors:
+        raise UnsupportedError(
+            "one value is multiplied, and added to the product, by the same call",
+            node=node,
+            hint="add it by itself: x + x @ w",
+        )
 
 
 def _family(node: fx.Node, spec: Spec, operands: tuple[fx.Node, ...]) -> Family:

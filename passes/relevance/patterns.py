@@ -28,7 +28,8 @@ from graphopt.ir.program import Program
 from graphopt.passes.relevance.composite import Composite
 from graphopt.passes.relevance.families import Family
 from graphopt.passes.relevance.ops import Op, is_getitem, weight_name
-from graphopt.passes.relevance.planning import Plan, make_plan
+from graphopt.passes.relevance.planning import Plan, make_plan, values_of
+from graphopt.passes.relevance.prepare import prepared
 from graphopt.passes.relevance.rules.affine import Affine, channel, scaled
 from graphopt.passes.relevance.site import Site
 from graphopt.passes.relevance.target import explained_outputs
@@ -88,7 +89,7 @@ def _no_batches() -> UsageError:
 def _plan(program: Program, flat: Sequence[Tensor]) -> tuple[Plan, dict[str, Any]]:
     from graphopt.passes.relevance.presets import PRESETS
 
-    graph = program.specialize(training=False).graph
+    graph = prepared(program.specialize(training=False))
     names = {str(n.target) for n in graph.find_nodes(op="get_attr")}
     model = program.emit()
     tensors = {name: lookup(model, name) for name in names}
@@ -152,7 +153,7 @@ class _Forward:
 
     def __init__(self, plan: Plan, sums: dict[str, Sums], kind: Kind) -> None:
         self.plan = plan
-        self.values: dict[fx.Node, Any] = {}
+        self.values: Mapping[fx.Node, Any] = {}
         self.roles = plan.roles
         self._sums = sums
         self._kind: Kind = kind
@@ -160,15 +161,7 @@ class _Forward:
     @torch.no_grad()
     def run(self, tensors: Mapping[str, Any], inputs: Sequence[Tensor]) -> None:
         """Values of all nodes, then the sums of all layers."""
-        given = iter(inputs)
-        for node in self.plan.graph.nodes:
-            if node.op == "placeholder":
-                self.values[node] = next(given)
-            elif node.op == "get_attr":
-                self.values[node] = tensors[str(node.target)]
-            elif node.op == "call_function":
-                args, kwargs = fx.map_arg((node.args, node.kwargs), self.values.__getitem__)
-                self.values[node] = node.target(*args, **kwargs)
+        self.values = values_of(self.plan.graph, tensors, inputs)
         for op in self.plan.ops.values():
             if op.family in (Family.LINEAR, Family.CONV) and not is_getitem(op.node):
                 self._look_at(op)

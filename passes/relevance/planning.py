@@ -102,7 +102,7 @@ def make_plan(
     """
     looked_up = lookups(graph)
     sources = _sources(graph, looked_up, attribute)
-    given = _values(graph, tensors, inputs)
+    given = values_of(graph, tensors, inputs)
     explained = choose([given[n] if isinstance(n, fx.Node) else n for n in _results(graph)])
     lowered(graph, [_results(graph)[i] for i in explained], sources)
     inside = carrying(graph, sources)
@@ -116,6 +116,7 @@ def make_plan(
     merged = regions.centred(graph, inside) | regions.activations(graph, inside)
     merged |= regions.complex_maps(graph, inside)
     inner = regions.interior(graph, merged)
+    named = _outer(named, inner, attribute)
     # a followed constant stays a constant to what reads it: it gets a relevance on the side
     found_ops = [
         *operations(graph, inside, merged, inner),
@@ -128,7 +129,7 @@ def make_plan(
         op: composite.rule(op, path_of(op.node), ends.get(op, frozenset())) for op in ops.values()
     }
     folds, rules = folded(ops, rules, {*named.values(), *results})
-    values = _values(graph, tensors, inputs)
+    values = values_of(graph, tensors, inputs)
     laid_out = [*results, *(s for s in sources if s in inside)]
     laid_out += [n for n, op in ops.items() if n in inside and op.family is not Family.ROUTE]
     batch, layout = _layouts(
@@ -227,15 +228,39 @@ def _named(
     return named, {n for n in named.values() if n.op == "get_attr"}
 
 
+def _outer(
+    named: Mapping[str, fx.Node], inner: frozenset[fx.Node], attribute: Sequence[str]
+) -> dict[str, fx.Node]:
+    """What was asked for, less what a glob fits inside of operations: no relevance arrives there.
+
+    Raises:
+        UsageError: Something inside of an operation was asked for by its own name.
+    """
+    for name, node in named.items():
+        if node in inner and (name in attribute or f"node:{name}" in attribute):
+            raise UsageError(
+                f"{name!r} is a part of an operation, inside of which there is no relevance",
+                node=node,
+                hint="ask for the operation's result, or what it reads",
+            )
+    return {name: node for name, node in named.items() if node not in inner}
+
+
 def _is_tensor(node: fx.Node) -> bool:
     return is_floating(node.meta.get("val"))
 
 
 @torch.no_grad()
-def _values(
+def values_of(
     graph: fx.Graph, tensors: Mapping[str, Any], inputs: Sequence[Tensor]
 ) -> dict[fx.Node, Any]:
-    """One run on the example inputs, twice as many where there is one sample."""
+    """The value of each node in one run of a forward graph.
+
+    Args:
+        graph: The graph.
+        tensors: What its ``get_attr`` nodes hold, by target.
+        inputs: Values of its placeholders.
+    """
     given = iter(inputs)
     values: dict[fx.Node, Any] = {}
     for node in graph.nodes:

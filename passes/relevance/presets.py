@@ -47,9 +47,8 @@ from graphopt.passes.relevance.rules import (
     ZBox,
     ZPlus,
 )
+from graphopt.passes.relevance.rules.base import SUMS, WEIGHTED
 
-_WEIGHTED = (Family.LINEAR, Family.CONV)
-_SUMS = (Family.ADD, Family.SCALE, Family.REDUCE, Family.POOL, Family.STATISTIC)
 _WEIGHING = ("attention", "gate", "selection")
 
 
@@ -60,13 +59,13 @@ def _conservative(name: str) -> Composite:
         (
             matches([Family.ROUTE], Route()),
             matches([Family.MAX], WinnerTakesAll()),
-            matches(_SUMS, Proportional()),
+            matches(SUMS, Proportional()),
             matches([Family.ACTIVATION], Identity()),
             matches([Family.NORM], DetachedNorm()),
             matches([Family.PRODUCT], Uniform(_WEIGHING)),
             matches([Family.ATTENTION], CPAttention()),
             matches([Family.SOFTMAX], SoftmaxTaylor()),
-            matches(_WEIGHTED, Epsilon()),
+            matches(WEIGHTED, Epsilon()),
         ),
     )
 
@@ -88,7 +87,7 @@ def _with(name: str, dense: Rule, conv: Rule, *ahead: tuple[Match, Rule]) -> Com
 
 
 def _first(rule: Rule) -> tuple[Match, Rule]:
-    return matches(_WEIGHTED, rule, depth="first")
+    return matches(WEIGHTED, rule, depth="first")
 
 
 def _boxed(rule: Rule) -> tuple[Match, Rule]:
@@ -98,6 +97,7 @@ def _boxed(rule: Rule) -> tuple[Match, Rule]:
 
 def _dynamic() -> Composite:
     return _shared("dynamic").before(
+        matches([Family.ADD], Proportional(), op=("index_*", "scatter_*", "_unsafe_index_put")),
         matches([Family.ADD, Family.REDUCE], Proportional("absolute")),
         matches([Family.PRODUCT], Proportional("absolute"), op=("mul", "multiply")),
         matches([Family.POOL], AsGradient(), op=("*adaptive_avg_pool*",)),
@@ -108,7 +108,7 @@ def _dynamic() -> Composite:
 def _patterns(name: str, rule: Rule) -> Composite:
     """Between layers relevance goes as the gradient does; a ReLU that is off lets nothing pass."""
     return _conservative(name).before(
-        matches(_WEIGHTED, rule),
+        matches(WEIGHTED, rule),
         matches([Family.ACTIVATION], AsGradient(), op=("relu", "relu6", "leaky_relu", "hardtanh")),
     )
 

@@ -11,6 +11,8 @@ from torch import fx
 from graphopt.cost import measure_ops
 from graphopt.cost.models import FlopsCost
 from graphopt.cost.sizes import Substitution
+from graphopt.errors import UnsupportedError
+from graphopt.ir.aliases import writes
 from graphopt.ir.ops import is_repeatable
 from graphopt.ir.storage import Role, StorageMap, is_tuple, storage_map
 from graphopt.solvers import Task, TaskGraph, Value
@@ -39,7 +41,17 @@ def tasks_of(graph: fx.Graph, sizes: Substitution) -> Tasks:
     Args:
         graph: A functional graph, with fake values in ``meta["val"]``.
         sizes: What stands for symbolic sizes.
+
+    Raises:
+        UnsupportedError: A call writes in place, so that it matters when others run.
     """
+    for node in graph.nodes:
+        if writes(node):
+            raise UnsupportedError(
+                "a value is written in place, so that nothing can be recomputed",
+                node=node,
+                hint="write the functional form, or give no memory budget",
+            )
     storage = storage_map(graph)
     calls = allocating(graph)
     measured = measure_ops(calls, symbols=sizes)

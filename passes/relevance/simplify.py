@@ -19,6 +19,7 @@ from torch import fx
 from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.reference import PythonReferenceAnalysis
 
+from graphopt.ir.aliases import writes
 from graphopt.ir.ops import is_repeatable
 from graphopt.ir.storage import aliased_input
 from graphopt.passes.relevance.convolutions import without_inputs
@@ -31,10 +32,12 @@ def simplify(graph: fx.Graph, parameters: Iterable[fx.Node]) -> None:
     """Simplify a flat graph in place.
 
     Args:
-        graph: Functional, with fake values in ``meta["val"]``.
+        graph: With fake values in ``meta["val"]``; one that isn't functional stays nearly as it is.
         parameters: The placeholders of parameters and buffers.
     """
     _read_sizes_first(graph)
+    if any(writes(node) for node in graph.nodes):
+        return  # the same call before and after a write isn't the same value
     for node in list(graph.nodes):
         source = _same(node)
         if source is not None:

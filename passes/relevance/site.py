@@ -239,8 +239,11 @@ class Site:
         value = self.result if result is None else result
         if mode == "rms":
             rows = self._run.rows(self.op)
-            size = self._sized(value).square().mean(rows, keepdim=True).sqrt()
-            return signed(value, eps * size)
+            sized = self._sized(value)
+            # squares of half precision overflow beyond 256
+            wide = sized.to(torch.promote_types(sized.dtype, torch.float32))
+            size = wide.square().mean(rows, keepdim=True).sqrt()
+            return signed(value, (eps * size).to(value.dtype))
         if mode == "unsigned":
             return value + eps
         if mode == "clip":

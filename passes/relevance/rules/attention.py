@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx
 
+from graphopt.errors import UnsupportedError
 from graphopt.passes.relevance.families import Family
 from graphopt.passes.relevance.flow import times
 from graphopt.passes.relevance.rules.base import Rule
@@ -24,10 +25,19 @@ class Attention:
         mask: True where a key counts, or added to the scores; or None.
         scale: Of the scores.
         repeats: How many heads of queries share one of keys and values.
+
+    Raises:
+        UnsupportedError: It has dropout: which weights were dropped isn't known afterwards.
     """
 
     def __init__(self, site: Site) -> None:
-        q, k, v, mask, _, causal, scale, grouped = (site.argument(i) for i in range(8))
+        q, k, v, mask, rate, causal, scale, grouped = (site.argument(i) for i in range(8))
+        if rate:
+            raise UnsupportedError(
+                "attention drops some of its weights at random, in eval mode too",
+                node=site.op.node,
+                hint="dropout_p=self.dropout if self.training else 0.0",
+            )
         self.query = q
         self.repeats = q.shape[-3] // k.shape[-3] if grouped else 1
         self.key, self.value = self._repeated(k), self._repeated(v)
@@ -145,7 +155,11 @@ def _book_softmax(site: Site, attention: Attention, total: Tensor, scores: Tenso
     added: Tensor | float = 0.0
     if mask is not None and mask.dtype != torch.bool:
         added = times(scores, mask).sum(-1, keepdim=True)
-        site.book(CONSTANTS, added)
+        node: Any = site.op.argument(3)
+        if node in site.op.operands:
+            site.send(node, _as(scores, mask))
+        else:
+            site.book(CONSTANTS, added)
     site.book(SOFTMAX, total - product - added)
 
 

@@ -6,8 +6,9 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor
+from torch import Tensor, fx
 
+from graphopt.errors import UnsupportedError
 from graphopt.passes.relevance.families import Family
 from graphopt.passes.relevance.rules.base import Rule
 from graphopt.passes.relevance.site import Site
@@ -38,8 +39,10 @@ class Identity(Rule):
     def propagate(self, site: Site) -> None:
         """Hand relevance on as it is, or its quotient times ``f(x) / x``."""
         (operand,) = site.op.operands
-        flow = site.flow
-        if not flow.is_quotient:
+        flow, shape = site.flow, site.value(operand).shape
+        if shape != site.result.shape:
+            self._broadcast(site, operand)
+        elif not flow.is_quotient:
             site.send(operand, flow.tensor, "relevance")
         elif _is_piecewise(site):
             site.send_all(site.vjp(flow.tensor), only=(operand,))
@@ -47,6 +50,17 @@ class Identity(Rule):
             site.send(operand, flow.tensor * site.prepared)
         else:
             site.send(operand, site.relevance(), "relevance")
+
+    def _broadcast(self, site: Site, operand: fx.Node) -> None:
+        """Each value takes what arrives at all results that are made from it alone."""
+        if site.op.family is Family.SOFTMAX:
+            raise UnsupportedError(
+                "there is no one value to hand relevance on to: the result has another shape",
+                node=site.op.node,
+                hint="use the rule 'softmax-taylor'",
+            )
+        shape = site.value(operand).shape
+        site.send(operand, site.relevance().sum_to_size(shape), "relevance")
 
 
 def _is_piecewise(site: Site) -> bool:

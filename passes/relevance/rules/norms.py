@@ -100,7 +100,8 @@ def _rms_norm(site: Site) -> Linearised:
     x, weight = site.argument(0), site.argument(2)
     eps = _given(site.argument(3), torch.finfo(x.dtype).eps)
     dims = tuple(range(-len(site.argument(1)), 0))
-    scale = torch.rsqrt(x.square().mean(dims, keepdim=True) + eps)
+    size = _wide(x).square().mean(dims, keepdim=True)
+    scale = torch.rsqrt(size + eps).to(x.dtype)
     return Linearised(lambda c: (c * weight if weight is not None else c) * scale)
 
 
@@ -130,7 +131,8 @@ def _group_norm(site: Site) -> Linearised:
 
 
 def _batch_norm(site: Site) -> Linearised:
-    if site.argument(3) is None or site.argument(4) is None:
+    trains = "legit" not in site.op.name and site.op.name != "instance_norm" and site.argument(5)
+    if trains or site.argument(3) is None or site.argument(4) is None:
         return _of_the_batch(site)
     scale, shift = batch_map(site)
     return Linearised(lambda c: c * _along_channels(scale, c), shift, 1)
@@ -170,7 +172,12 @@ def _of_the_batch(site: Site) -> Linearised:
 
 
 def _reciprocal_deviation(x: Tensor, dims: tuple[int, ...], eps: float) -> Tensor:
-    return torch.rsqrt(x.var(dims, unbiased=False, keepdim=True) + eps)
+    return torch.rsqrt(_wide(x).var(dims, unbiased=False, keepdim=True) + eps).to(x.dtype)
+
+
+def _wide(x: Tensor) -> Tensor:
+    """At least single precision: squares of half precision overflow beyond 256."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _given(value: float | None, default: float) -> float:

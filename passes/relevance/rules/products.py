@@ -49,7 +49,9 @@ class Uniform(Rule):
         """Hand quotients on; relevance itself where a product only scales one value."""
         takers = site.takers((Role.NORMALISER, *self.stop))
         bias = site.op.argument(site.op.spec.bias)
-        total = sum(takers.values())
+        # what is both factors (a Gram matrix) gets the gradient of both
+        places = [site.op.argument(place) for place in site.op.spec.data]
+        total = sum(count * max(1, places.count(node)) for node, count in takers.items())
         if len(takers) == 1 and bias is None and not site.flow.is_quotient:
             (operand,) = takers
             if is_elementwise(site) and site.value(operand).shape == site.result.shape:

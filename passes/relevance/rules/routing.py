@@ -53,7 +53,7 @@ class WinnerTakesAll(Rule):
             (operand,) = site.op.operands
             won = flow.relevance(site.result)
             kept = sent[operand] if not flow.is_quotient else sent[operand] * site.value(operand)
-            site.book_constant(site.op.constants[0], won - _expanded(kept, won))
+            site.book_constant(site.op.constants[0], won - _spread(kept, won))
 
 
 def _fills_nothing(site: Site) -> bool:
@@ -65,8 +65,11 @@ def _fills_nothing(site: Site) -> bool:
     return constant and site.op.argument(value) in (None, 0, 0.0)
 
 
-def _expanded(part: Tensor, like: Tensor) -> Tensor:
-    return part if part.shape == like.shape else torch.broadcast_to(part, like.shape)
+def _spread(part: Tensor, like: Tensor) -> Tensor:
+    """Sums over what a value was broadcast to, in equal parts at the places of the result."""
+    if part.shape == like.shape:
+        return part
+    return torch.broadcast_to(part * (part.numel() / like.numel()), like.shape)
 
 
 def _same_form(site: Site) -> None:

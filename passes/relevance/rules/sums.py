@@ -15,6 +15,8 @@ from graphopt.passes.relevance.rules.base import SUMS, Rule, Stabiliser
 from graphopt.passes.relevance.rules.products import is_elementwise
 from graphopt.passes.relevance.site import Site
 
+_ADDITIONS = frozenset({"add", "sub", "rsub", "subtract"})
+
 
 @dataclass(frozen=True)
 class Proportional(Rule):
@@ -22,7 +24,8 @@ class Proportional(Rule):
 
     Attributes:
         mode: ``signed`` as above, or ``absolute``: ``|a| / (|a| + |b|)`` (arXiv 2512.07010), which
-            also shares among the factors of a product.
+            also shares among the factors of a product.  Differences (``x - mean(x)``) and
+            statistics are always shared as signed.
         eps: Moves the sum away from zero; what that takes is booked as absorbed.
         stabiliser: What ``eps`` is relative to, see `Site.stabilised`.
     """
@@ -41,18 +44,11 @@ class Proportional(Rule):
         if site.op.family is Family.PRODUCT:
             self._factors(site)
             return
-        if self.mode == "absolute" and site.op.family is not Family.STATISTIC:
+        one_sign = not site.op.is_region and site.op.name != "diff"
+        if self.mode == "absolute" and site.op.family is not Family.STATISTIC and one_sign:
             _absolute(site)
             return
-        quotient = stabilised_quotient(site, self.eps, self.stabiliser)
-        degree = site.op.spec.degree if site.op.family is Family.STATISTIC else 1.0
-        sent = site.vjp(quotient)
-        if degree != 1.0:
-            sent = {node: tensor / degree for node, tensor in sent.items()}
-        site.send_all(sent)
-        if site.op.family is Family.ADD:
-            for node, addend in _constants(site):
-                site.book_constant(node, times(quotient, addend))
+        share_signed(site, self.eps, self.stabiliser)
 
     def _factors(self, site: Site) -> None:
         if self.mode != "absolute" or not is_elementwise(site):
@@ -64,11 +60,30 @@ class Proportional(Rule):
         _share(site, {n: _factor(site, n).abs() for n in site.op.operands})
 
 
-def stabilised_quotient(site: Site, eps: float, mode: str) -> Tensor:
-    """``R / (z + eps)``; what the stabiliser takes is booked."""
-    if eps == 0:
-        return site.quotient()
-    return site.over(site.relevance(), site.result, eps, mode)
+def share_signed(site: Site, eps: float, mode: str) -> None:
+    """``R_a = a / (z + eps) R`` for each summand ``a`` of ``z``; the stabiliser's part is booked.
+
+    A homogeneous statistic of degree ``d`` is ``1 / d`` times the sum of its inputs times its
+    derivatives (Euler's theorem).
+    """
+    exact = eps == 0
+    quotient = site.quotient() if exact else site.over(site.relevance(), site.result, eps, mode)
+    sent = site.vjp(quotient)
+    if site.op.family is Family.STATISTIC and site.op.spec.degree != 1.0:
+        sent = {node: tensor / site.op.spec.degree for node, tensor in sent.items()}
+    if site.op.family is Family.POOL:
+        sent = _sampled(site, sent, quotient)
+    site.send_all(sent)
+    for node, addend in _constants(site):
+        site.book_constant(node, times(quotient, addend))
+
+
+def _sampled(site: Site, sent: dict[fx.Node, Tensor], quotient: Tensor) -> dict[fx.Node, Tensor]:
+    """What goes to the values; the places at which they are sampled weigh them."""
+    values: Any = site.op.argument(site.op.spec.data[0])
+    if values not in site.op.operands:
+        site.book_constant(values, times(quotient, site.result))
+    return {n: tensor for n, tensor in sent.items() if n is values or n in site.followed}
 
 
 def _passes_through(site: Site) -> bool:
@@ -83,21 +98,27 @@ def _passes_through(site: Site) -> bool:
 
 def _constants(site: Site) -> list[tuple[fx.Node | None, Tensor]]:
     """What a sum holds besides its data."""
-    if len(site.op.operands) > 1:
+    family, op = site.op.family, site.op
+    # `diff` may be given what comes before and after
+    padded = family is Family.REDUCE and bool(op.constants) and not op.is_region
+    if not padded and (family is not Family.ADD or len(op.operands) > 1):
         return []
-    if site.op.name in ("log_softmax", "_log_softmax"):
-        operand = next(iter(site.op.operands))
-        return [(None, site.result - site.value(operand))]
-    node = site.op.constants[0] if site.op.constants else None
+    node = next(iter(op.constants), None)
     return [(node, site.constant_part())]
 
 
 def _absolute(site: Site) -> None:
     """Shares by size, for sums whose coefficients are one sign each."""
-    if site.op.family is Family.ADD:
+    if site.op.name in _ADDITIONS:
         _share(site, {n: _summand(site, n).abs() for n in site.op.operands})
         return
-    operand = site.op.operands[0]
+    operand, *others = site.op.operands
+    if others or (site.op.family is Family.ADD and site.op.constants):
+        raise UnsupportedError(
+            "shares by size are for sums of values of one shape",
+            node=site.op.node,
+            hint="use the signed rule 'proportional' here",
+        )
     size = site.value(operand).abs()
     leaf = size.detach().requires_grad_()
     with torch.enable_grad():
@@ -109,7 +130,7 @@ def _absolute(site: Site) -> None:
 
 def _share(site: Site, sizes: dict[fx.Node, Tensor]) -> None:
     """Hand on by sizes; constants take theirs."""
-    constants = _constants(site) if site.op.family is Family.ADD else []
+    constants = _constants(site)
     total = torch.zeros_like(site.result)
     for size in (*sizes.values(), *(c.abs() for _, c in constants)):
         total = total + size

@@ -12,7 +12,7 @@ from graphopt.errors import UsageError
 from graphopt.passes.relevance.families import Family
 from graphopt.passes.relevance.rules.affine import Affine, Change, negative, positive
 from graphopt.passes.relevance.rules.base import SUMS, WEIGHTED, Rule, Stabiliser
-from graphopt.passes.relevance.rules.sums import stabilised_quotient
+from graphopt.passes.relevance.rules.sums import share_signed
 from graphopt.passes.relevance.site import EPSILON, Site
 
 
@@ -41,7 +41,7 @@ class Epsilon(Rule):
     def propagate(self, site: Site) -> None:
         """Hand quotients on; bias and stabiliser are booked."""
         if site.op.family not in WEIGHTED:
-            site.send_all(site.vjp(stabilised_quotient(site, self.eps, self.stabiliser)))
+            share_signed(site, self.eps, self.stabiliser)
             return
         affine = Affine(site)
         if self.eps == 0:
@@ -115,7 +115,8 @@ class AlphaBeta(Rule):
         alpha: Weight of the positive ones.
         beta: Weight of the negative ones.
         missing: What becomes of the share of a sign that nothing contributes with: the ``other``
-            one takes all, or it is absorbed (``absorb``, as in zennit).
+            one takes all, or it is absorbed (``absorb``, as in zennit); without beta it always is,
+            as in z-plus.
         eps: Moves either sum away from zero.
         stabiliser: What ``eps`` is relative to.
     """
@@ -160,7 +161,7 @@ class AlphaBeta(Rule):
     def _shares(self, site: Site, above: Tensor, below: Tensor) -> tuple[Tensor, Tensor]:
         relevance = site.relevance()
         plus, minus = self.alpha * relevance, -self.beta * relevance
-        if self.missing == "absorb":
+        if self.missing == "absorb" or self.beta == 0:
             return plus, minus
         no_plus, no_minus = above == 0, below == 0
         plus = torch.where(no_minus, relevance, plus)

@@ -194,3 +194,59 @@ def test_nan_inputs_are_refused() -> None:
     explained: Any = graphopt.explain(Net(), (X,))
     with pytest.raises(graphopt.NonFiniteError):
         explained(torch.full((2, 4), float("nan")))
+
+
+class Written(nn.Module):
+    """Writes through windows, which no rewriting undoes, into what carries no relevance."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = torch.zeros(4), torch.zeros(4)
+        before = first.sum()
+        first.unfold(0, 2, 2)[1] = 1.0
+        return x * (first + 3 * second + before - first.sum())
+
+
+def test_what_a_write_changes_is_not_merged_with_what_it_does_not() -> None:
+    explanation = graphopt.explain(Written(), (X,))(X)
+    assert torch.equal(explanation.output, Written()(X))
+    assert residual(explanation) < 1e-6
+
+
+def test_a_schedule_of_writes_is_refused() -> None:
+    with pytest.raises(UnsupportedError, match="in place"):
+        graphopt.explain(Written(), (X,), memory_budget="90%")
+
+
+def test_the_last_class_counted_from_the_end() -> None:
+    net = Net()
+    last, counted = (graphopt.explain(net, (X,), target=t)(X) for t in (2, -1))
+    assert torch.equal(last.relevance["x"], counted.relevance["x"])
+
+
+def test_a_batch_norm_in_training_takes_the_statistics_of_the_batch() -> None:
+    class Model(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            mean, variance = torch.zeros(4), torch.full((4,), 9.0)
+            return F.batch_norm(x, mean, variance, training=True)
+
+    explainer = graphopt.explain(Model(), (X,), target=1)
+    assert residual(explainer(X)) < 1e-6
+    assert max(entry["residual"] for entry in explainer.conservation(X)) < 1e-6
+
+
+def test_patterns_are_found_behind_regions_and_writes() -> None:
+    """Patterns are of the same graph as explanations, in which these are gone."""
+
+    class Frozen(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.no_grad():
+                hidden = self.one(x).relu_()
+            return self.two(hidden)
+
+    plain, frozen = Net(), Frozen()
+    frozen.load_state_dict(plain.state_dict())
+    found = [
+        graphopt.explain(m, (X,), composite="pattern-attribution", data=[X])(X).relevance["x"]
+        for m in (plain, frozen)
+    ]
+    torch.testing.assert_close(*found)
