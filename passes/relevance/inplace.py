@@ -11,10 +11,11 @@ from torch import Tensor, fx
 
 from graphopt.ir.aliases import affected, is_sure_view, shares
 from graphopt.ir.functionalize import functional_twin
+from graphopt.passes.relevance.marks import MARK
 
 aten = torch.ops.aten
 
-_COPIED = ("stack_trace", "nn_module_stack")
+_COPIED = ("stack_trace", "nn_module_stack", MARK)
 
 
 def functionalize_writes(graph: fx.Graph) -> None:

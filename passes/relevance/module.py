@@ -181,10 +181,10 @@ class ExplainedModule(nn.Module):
     def _index(self, built: _Built, inputs: Sequence[Tensor]) -> Tensor:
         """The class of each sample, ``[samples]`` or ``[targets, samples]``."""
         samples, target = inputs[0].shape[0], self.options.target
+        classes = int(classes_of(built.explainer.output.meta["val"]).shape[-1])
         if not torch.compiler.is_exporting() and not _is_batched(target):
-            value = built.explainer.output.meta["val"]
-            check_range(target, int(classes_of(value).shape[-1]), samples)
-        target = target.to(inputs[0].device)
+            check_range(target, classes, samples)
+        target = target.to(inputs[0].device) % classes
         return target if target.ndim == 2 else target.expand(samples)
 
     def _packed(self, built: _Built, results: Sequence[Any]) -> Explanation:

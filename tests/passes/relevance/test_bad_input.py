@@ -37,6 +37,35 @@ def test_a_class_that_does_not_exist(target: Any) -> None:
         graphopt.explain(Net(), (X,), target=target)(X)
 
 
+def test_an_index_from_the_end() -> None:
+    explained: Any = graphopt.explain(Net(), (X,), target=-1)
+    found = explained(X)
+    torch.testing.assert_close(found.ledger["output"], found.output[:, -1])
+    torch.testing.assert_close(
+        explained.at([[0] * 5, [-2] * 5])(X).ledger["output"][1], found.output[:, 1]
+    )
+
+
+def test_a_target_function_that_fails() -> None:
+    with pytest.raises(UsageError, match=r"target fails on the output: .*logits"):
+        graphopt.explain(Net(), (X,), target=lambda output: output.logits[:, 0])
+
+
+def test_no_target_at_all() -> None:
+    with pytest.raises(UsageError, match=r"a target of shape \(0,\)"):
+        graphopt.explain(Net(), (X,), target=[])
+
+
+def test_a_composite_of_another_type() -> None:
+    with pytest.raises(UsageError, match="composite=None isn't known"):
+        graphopt.explain(Net(), (X,), composite=None)
+
+
+def test_one_attribute_as_text() -> None:
+    explained: Any = graphopt.explain(Net(), (X,), attribute="one.weight")
+    assert explained(X).relevance.keys() == {"x", "one.weight"}
+
+
 def test_a_target_for_another_number_of_samples() -> None:
     with pytest.raises(UsageError, match="2 targets for a batch of 5"):
         graphopt.explain(Net(), (X,), target=[0, 1])(X)
