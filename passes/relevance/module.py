@@ -15,9 +15,10 @@ from torch._C import _functorch  # type: ignore[attr-defined]
 from torch.utils import _pytree as pytree
 
 from graphopt.cost.sizes import Substitution, symbols_of
-from graphopt.errors import NonFiniteError, UnsupportedError
+from graphopt.errors import InputMismatch, NonFiniteError, UnsupportedError
 from graphopt.ir.graphs import lookup
 from graphopt.ir.module import OptimizedModule
+from graphopt.ir.untouched import autocast_off
 from graphopt.passes.relevance.composite import path_of
 from graphopt.passes.relevance.conservation import Entry, conservation
 from graphopt.passes.relevance.explainer import doubled, explainer_of
@@ -51,6 +52,10 @@ class Explanation(NamedTuple):
     output: Any
     relevance: dict[str, Tensor]
     ledger: dict[str, Tensor]
+
+
+# so that `torch.export.save` can write what an exported explanation returns
+pytree._register_namedtuple(Explanation, serialized_type_name="graphopt.Explanation")
 
 
 @dataclass(frozen=True)
@@ -137,7 +142,8 @@ class ExplainedModule(nn.Module):
         if torch.compiler.is_exporting():
             return self._explain(built, flat)
         signature.check(flat)
-        explanation = self._explain(built, flat)
+        with autocast_off():  # the graph computes in the types that it was captured with
+            explanation = self._run(built, flat)
         check_finite(explanation)
         return explanation
 
@@ -177,6 +183,18 @@ class ExplainedModule(nn.Module):
             out_dims: Any = [*[None] * flat.outputs, *[0] * rest]
             mapped = torch.vmap(run, in_dims=(None, None, 0), out_dims=out_dims)
             return self._packed(built, mapped(tensors, inputs, target))
+
+    def _run(self, built: _Built, inputs: list[Tensor]) -> Explanation:
+        try:
+            return self._explain(built, inputs)
+        except RuntimeError as error:
+            for place, (given, example) in enumerate(zip(inputs, self._example, strict=True)):
+                if given.dtype != example.dtype:
+                    raise InputMismatch(
+                        f"input {place} is of {given.dtype}, the model takes {example.dtype}",
+                        hint="convert the input, or the explanation with .to()",
+                    ) from error
+            raise
 
     def _index(self, built: _Built, inputs: Sequence[Tensor]) -> Tensor:
         """The class of each sample, ``[samples]`` or ``[targets, samples]``."""
