@@ -157,5 +157,5 @@ def check_range(index: Tensor, classes: int, samples: int) -> None:
     if wrong.numel():
         raise UsageError(
             f"target {int(wrong[0])} is out of range: the model has {classes} classes",
-            hint=f"an index lies between 0 and {classes - 1}, or counts from the end (-1: the last)",
+            hint=f"an index lies between 0 and {classes - 1}; -1 is the last one",
         )
