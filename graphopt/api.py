@@ -247,7 +247,7 @@ def explain(
         context,
         composite=composite,
         target=target,
-        attribute=tuple(attribute),
+        attribute=attribute,
         memory_budget=memory_budget,
         emitter=emitter,
         data=data,

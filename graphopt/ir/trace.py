@@ -217,12 +217,12 @@ def _export(wrapper: FlatCall, inputs: tuple[Any, ...], shapes: Any) -> Any:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Keep torch's own remarks about a failing export back: the error says it better."""
-    names = ("torch.fx.experimental.symbolic_shapes", "torch.fx.experimental.proxy_tensor")
-    loggers = [logging.getLogger(name) for name in names]
+    names = ("fx.experimental.symbolic_shapes", "fx.experimental.proxy_tensor")
+    loggers = [logging.getLogger(f"torch.{n}") for n in (*names, "_subclasses.fake_tensor")]
     levels = [logger.level for logger in loggers]
     try:
         for logger in loggers:
-            logger.setLevel(logging.ERROR)
+            logger.setLevel(logging.CRITICAL)
         # On failure torch prints the graph so far to stderr; the error says what matters.
         with contextlib.redirect_stderr(io.StringIO()):
             yield

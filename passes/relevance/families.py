@@ -166,6 +166,9 @@ CREATORS = frozenset(
 )
 """Operators of whose results the operands give no more than shape and type."""
 
+SHAPED_AS = frozenset({"expand_as", "view_as", "reshape_as", "type_as"})
+"""Operators of which all operands but the first one give no more than shape and type."""
+
 NORMALISERS = frozenset({"rsqrt", "reciprocal"})
 """Operators whose results scale other values to a fixed size."""
 

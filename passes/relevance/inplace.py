@@ -11,10 +11,11 @@ from torch import Tensor, fx
 
 from graphopt.ir.aliases import affected, is_sure_view, shares
 from graphopt.ir.functionalize import functional_twin
+from graphopt.passes.relevance.marks import MARK
 
 aten = torch.ops.aten
 
-_COPIED = ("stack_trace", "nn_module_stack")
+_COPIED = ("stack_trace", "nn_module_stack", MARK)
 
 
 def functionalize_writes(graph: fx.Graph) -> None:
@@ -37,7 +38,7 @@ def _writes_first(target: torch._ops.OpOverload) -> bool:
 
 def _rewrite(graph: fx.Graph, node: fx.Node) -> None:
     written = node.args[0]
-    copies = node.target is aten.copy_.default
+    copies = node.target in (aten.copy_.default, aten.fill_.Tensor)
     twin = aten.expand_as.default if copies else functional_twin(node.target)  # type: ignore[arg-type]
     chain = _chain(written)
     if twin is None or chain is None or not isinstance(written, fx.Node):

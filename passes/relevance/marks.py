@@ -15,7 +15,10 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot
 
 Phase = Literal["forward", "backward"]
 
-_MARK, _VALUES = "relevance_mark", "relevance_values"
+MARK = "relevance_mark"
+"""Where a node's `Mark` is in its ``meta``."""
+
+_VALUES = "relevance_values"
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,7 @@ class Marker:
         for node in reversed(self._tracer.graph.nodes):
             if node is self._last:
                 break
-            node.meta[_MARK] = Mark(phase, owner)
+            node.meta[MARK] = Mark(phase, owner)
         self._last = self._latest()
 
     def name(self, values: Mapping[fx.Node, Any]) -> None:
@@ -64,7 +67,7 @@ class Marker:
 
 def mark_of(node: fx.Node) -> Mark | None:
     """Where a call comes from; None: an input or a size."""
-    return node.meta.get(_MARK)
+    return node.meta.get(MARK)
 
 
 def values_of(node: fx.Node) -> tuple[str, ...]:

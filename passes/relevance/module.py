@@ -16,9 +16,10 @@ from torch._C import _functorch  # type: ignore[attr-defined]
 from torch.utils import _pytree as pytree
 
 from graphopt.cost.sizes import Substitution, symbols_of
-from graphopt.errors import NonFiniteError, UnsupportedError
+from graphopt.errors import InputMismatch, NonFiniteError, UnsupportedError
 from graphopt.ir.graphs import lookup
 from graphopt.ir.module import OptimizedModule
+from graphopt.ir.untouched import autocast_off
 from graphopt.passes.relevance.composite import path_of
 from graphopt.passes.relevance.conservation import Entry, conservation
 from graphopt.passes.relevance.explainer import doubled, explainer_of
@@ -52,6 +53,10 @@ class Explanation(NamedTuple):
     output: Any
     relevance: dict[str, Tensor]
     ledger: dict[str, Tensor]
+
+
+# so that `torch.export.save` can write what an exported explanation returns
+pytree._register_namedtuple(Explanation, serialized_type_name="graphopt.Explanation")
 
 
 @dataclass(frozen=True)
@@ -138,7 +143,8 @@ class ExplainedModule(nn.Module):
         if torch.compiler.is_exporting():
             return self._explain(built, flat)
         signature.check(flat)
-        explanation = self._explain(built, flat)
+        with autocast_off():  # the graph computes in the types that it was captured with
+            explanation = self._run(built, flat)
         check_finite(explanation)
         return explanation
 
@@ -178,14 +184,33 @@ class ExplainedModule(nn.Module):
             mapped = torch.vmap(run, in_dims=(None, None, 0), out_dims=out_dims)
             return self._packed(built, mapped(tensors, inputs, target))
 
+    def _run(self, built: _Built, inputs: list[Tensor]) -> Explanation:
+        try:
+            return self._explain(built, inputs)
+        except RuntimeError as error:
+            for place, (given, example) in enumerate(zip(inputs, self._example, strict=True)):
+                if given.dtype != example.dtype:
+                    raise InputMismatch(
+                        f"input {place} is of {given.dtype}, the model takes {example.dtype}",
+                        hint="convert the input, or the explanation with .to()",
+                    ) from error
+            raise
+
     def _index(self, built: _Built, inputs: Sequence[Tensor]) -> Tensor:
         """The class of each sample, ``[samples]`` or ``[targets, samples]``."""
-        samples, target = inputs[0].shape[0], self.options.target
+        samples, target = self._samples(built, inputs), self.options.target
         classes = int(classes_of(built.explainer.output.meta["val"]).shape[-1])
         if not torch.compiler.is_exporting() and not _is_batched(target):
             check_range(target, classes, samples)
         target = target.to(inputs[0].device) % classes  # -1 is the last class
         return target if target.ndim == 2 else target.expand(samples)
+
+    def _samples(self, built: _Built, inputs: Sequence[Tensor]) -> int:
+        """Size of the batch, which need not be the first input's dimension 0."""
+        batch = built.explainer.plan.batch
+        names = [n.name for n in built.explainer.plan.graph.find_nodes(op="placeholder")]
+        place = 0 if batch is None else names.index(batch.name)
+        return inputs[place].shape[0]
 
     def _packed(self, built: _Built, results: Sequence[Any]) -> Explanation:
         flat, signature = built.flat, built.explainer.signature

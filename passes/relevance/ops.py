@@ -98,11 +98,18 @@ def is_complex(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and value.is_complex()
 
 
+def values_read(node: fx.Node) -> list[fx.Node]:
+    """What a call reads more of than shape and type."""
+    if node.op == "call_function" and families.op_name(node) in families.SHAPED_AS:
+        return [n for n in node.args[:1] if isinstance(n, fx.Node)]
+    return node.all_input_nodes
+
+
 def carrying(graph: fx.Graph, sources: Iterable[fx.Node]) -> set[fx.Node]:
     """The floating values that depend on one of the sources through floating values."""
     found = set(sources)
     for node in graph.nodes:
-        reached = any(source in found for source in node.all_input_nodes)
+        reached = any(source in found for source in values_read(node))
         value = node.meta.get("val")
         carries = node.op == "call_function" and (is_floating(value) or is_complex(value))
         if reached and carries and families.op_name(node) not in families.CREATORS:
@@ -118,7 +125,7 @@ def wanted(outputs: Iterable[fx.Node], inside: set[fx.Node]) -> set[fx.Node]:
         node = stack.pop()
         if node not in found:
             found.add(node)
-            stack += [source for source in node.all_input_nodes if source in inside]
+            stack += [source for source in values_read(node) if source in inside]
     return found
 
 
@@ -150,7 +157,7 @@ def operations(
     for node in graph.nodes:
         if node.op != "call_function" or node not in inside or node in inner or _is_complex(node):
             continue
-        if not any(source in inside for source in node.all_input_nodes):
+        if not any(source in inside for source in values_read(node)):
             continue  # a source
         yield operation(node, inside, regions.get(node, (node,)))
 
@@ -168,7 +175,7 @@ def operation(node: fx.Node, inside: set[fx.Node], nodes: tuple[fx.Node, ...]) -
         raise unknown(node)
     if families.op_name(node) == "prod":
         spec = dataclasses.replace(spec, degree=_factors(node))
-    read = dict.fromkeys(s for n in nodes for s in n.all_input_nodes if s not in nodes)
+    read = dict.fromkeys(s for n in nodes for s in values_read(n) if s not in nodes)
     operands = tuple(n for n in read if n in inside)
     _refuse_shared_bias(node, spec)
     constants = tuple(n for n in read if n not in inside and is_floating(n.meta.get("val")))

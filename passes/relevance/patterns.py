@@ -72,6 +72,7 @@ def of_program(
     for given in data:
         batch = read_batch(given, None, arguments)
         flat = program.signature.flatten_inputs(batch.args, batch.kwargs)
+        program.signature.check(flat)
         if plan is None:
             plan, tensors = _plan(program, flat)
         _Forward(plan, sums, kind).run(tensors, flat)

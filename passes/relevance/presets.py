@@ -150,6 +150,10 @@ def composite_of(given: Composite | str) -> Composite:
     """
     if isinstance(given, Composite):
         return given
+    if not isinstance(given, str):
+        raise UsageError(
+            f"composite={given!r} isn't known", hint="a name, TOML text, or a Composite"
+        )
     if given in PRESETS:
         return PRESETS[given]()
     if "\n" in given or "[[" in given:

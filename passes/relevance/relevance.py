@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -18,6 +18,8 @@ from graphopt.passes.relevance.options import Options
 from graphopt.passes.relevance.presets import PRESETS, composite_of
 from graphopt.passes.relevance.target import check_target
 from graphopt.pipeline import Pass, PassContext, PassResult, Position, Preserves
+
+EMITTERS = ("auto", "explicit")
 
 
 @dataclass(frozen=True)
@@ -44,17 +46,23 @@ class Relevance(Pass):
         *,
         composite: Any,
         target: Any,
-        attribute: tuple[str, ...],
+        attribute: Sequence[str],
         memory_budget: Any,
         emitter: str = "auto",
         data: Iterable[Any] | None = None,
     ) -> ExplainedModule:
         """A module that explains a program's output (see `graphopt.explain`)."""
+        if emitter not in EMITTERS:
+            raise UsageError(
+                f"there is no emitter {emitter!r}", hint=f"known: {', '.join(EMITTERS)}"
+            )
         rules = composite_of(composite)
         if rules.lacks_patterns:
             rules = rules.with_patterns(_patterns(program, rules.name, data, len(context.args)))
         budget: Any = None if memory_budget is None else read_field("memory", memory_budget)
-        options = Options(rules, check_target(target), attribute, emitter == "explicit", budget)
+        options = Options(
+            rules, check_target(target), _names(attribute), emitter == "explicit", budget
+        )
         flat = program.signature.flatten_inputs(context.args, context.kwargs)
         return ExplainedModule(program.emit(), options, flat)
 
@@ -82,6 +90,17 @@ class Relevance(Pass):
         return Options(composite_of(self.composite), check_target(index), ("inputs",))
 
 
+def _names(attribute: Any) -> tuple[str, ...]:
+    """Names of what gets a relevance; one alone may stand without a tuple."""
+    names = (attribute,) if isinstance(attribute, str) else attribute
+    if not isinstance(names, Sequence) or not all(isinstance(n, str) for n in names):
+        raise UsageError(
+            f"attribute={attribute!r} isn't known",
+            hint="a tuple of names, such as attribute=('inputs', 'parameters')",
+        )
+    return tuple(names)
+
+
 def _patterns(
     program: Program, composite: str, data: Iterable[Any] | None, arguments: int
 ) -> dict[str, Tensor]:
@@ -90,4 +109,6 @@ def _patterns(
             f"the composite {composite!r} needs data to find its patterns in",
             hint="explain(..., data=batches), or a composite.with_patterns(...)",
         )
+    if not isinstance(data, Iterable):
+        raise UsageError(f"data={data!r} isn't known", hint="a list of batches, or a loader")
     return patterns.of_program(program, data, arguments)

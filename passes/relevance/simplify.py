@@ -1,5 +1,7 @@
 """Makes a traced run smaller without changing what it computes.
 
+- Writes in place, as derivatives hold them, are new values: nothing else is right where what is
+  equal is computed once.
 - Sizes are read from the inputs, at the start: no value is kept alive for its size.
 - Detaching is nothing where no gradient is recorded; nor is copying where nobody writes, or
   transposing twice.
@@ -19,10 +21,11 @@ from torch import fx
 from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.reference import PythonReferenceAnalysis
 
-from graphopt.ir.aliases import writes
+from graphopt.ir.aliases import affected, writes
 from graphopt.ir.ops import is_repeatable
 from graphopt.ir.storage import aliased_input
 from graphopt.passes.relevance.convolutions import without_inputs
+from graphopt.passes.relevance.inplace import functionalize_writes
 from graphopt.passes.relevance.marks import is_backward, merge
 
 aten = torch.ops.aten
@@ -32,19 +35,25 @@ def simplify(graph: fx.Graph, parameters: Iterable[fx.Node]) -> None:
     """Simplify a flat graph in place.
 
     Args:
-        graph: With fake values in ``meta["val"]``; one that isn't functional stays nearly as it is.
+        graph: A flat graph with fake values in ``meta["val"]``.
         parameters: The placeholders of parameters and buffers.
     """
+    functionalize_writes(graph)
     _read_sizes_first(graph)
-    if any(writes(node) for node in graph.nodes):
-        return  # the same call before and after a write isn't the same value
+    written = _written(graph)
     for node in list(graph.nodes):
-        source = _same(node)
+        source = None if node in written else _same(node)
         if source is not None:
             _replace(node, source)
     without_inputs(graph)
-    _merge_equal(graph, set(parameters))
+    _merge_equal(graph, set(parameters), written)
     graph.eliminate_dead_code()
+
+
+def _written(graph: fx.Graph) -> set[fx.Node]:
+    """What is still written to, and all that may share its memory."""
+    found = {source for node in graph.nodes for source in writes(node)}
+    return found.union(*(affected(node) for node in found))
 
 
 def _replace(node: fx.Node, by: fx.Node) -> None:
@@ -111,11 +120,11 @@ def _is_size(node: fx.Node) -> bool:
     return node.op == "call_function" and isinstance(node.meta.get("val"), torch.SymInt)
 
 
-def _merge_equal(graph: fx.Graph, parameters: set[fx.Node]) -> None:
+def _merge_equal(graph: fx.Graph, parameters: set[fx.Node], written: set[fx.Node]) -> None:
     constant = set(parameters)  # what depends on parameters alone
     seen: dict[Hashable, fx.Node] = {}
     for node in list(graph.nodes):
-        if node.op != "call_function" or not is_repeatable(node):
+        if node.op != "call_function" or not is_repeatable(node) or node in written:
             continue
         sources = node.all_input_nodes
         if sources and all(n in constant for n in sources):

@@ -39,9 +39,10 @@ def check_target(target: Target) -> Target:
         found = torch.as_tensor(target)
     except (TypeError, ValueError, RuntimeError) as error:
         raise UsageError(f"target={target!r} isn't known: {error}") from error
-    if found.is_floating_point() or found.is_complex() or found.dtype == torch.bool:
+    whole = not (found.is_floating_point() or found.is_complex() or found.dtype == torch.bool)
+    if found.numel() and not whole:
         raise UsageError("class indices are integers", hint="target=scores.argmax(-1)")
-    if found.ndim > 2:
+    if found.ndim > 2 or not found.numel():
         raise UsageError(
             f"a target of shape {tuple(found.shape)}",
             hint="[samples], or [targets, samples] for several targets at once",
@@ -109,15 +110,15 @@ def gradient_of(
     """The gradient of a function of the output with respect to each flat result.
 
     Raises:
-        UsageError: The function doesn't give one value for each sample, or doesn't depend on the
-            output.
+        UsageError: The function fails, doesn't give one value for each sample, or doesn't depend on
+            the output.
     """
     leaves = [
         t.detach().requires_grad_() if isinstance(t, Tensor) and t.is_floating_point() else t
         for t in flat
     ]
     with torch.enable_grad():
-        values = function(signature.unflatten_outputs(leaves))
+        values = _called(function, signature.unflatten_outputs(leaves))
     if not isinstance(values, Tensor) or values.ndim != 1:
         got = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
         raise UsageError(
@@ -129,6 +130,16 @@ def gradient_of(
         raise UsageError("target doesn't depend on the output")
     grads = iter(torch.autograd.grad(values.sum(), wanted, allow_unused=True))
     return [next(grads) if isinstance(t, Tensor) and t.requires_grad else None for t in leaves]
+
+
+def _called(function: Callable[[Any], Tensor], output: Any) -> Any:
+    try:
+        return function(output)
+    except Exception as error:
+        raise UsageError(
+            f"target fails on the output: {type(error).__name__}: {error}",
+            hint=f"it gets what the model returns, here of type {type(output).__name__}",
+        ) from error
 
 
 def check_range(index: Tensor, classes: int, samples: int) -> None:
@@ -146,5 +157,5 @@ def check_range(index: Tensor, classes: int, samples: int) -> None:
     if wrong.numel():
         raise UsageError(
             f"target {int(wrong[0])} is out of range: the model has {classes} classes",
-            hint=f"an index lies between 0 and {classes - 1}",
+            hint=f"an index lies between 0 and {classes - 1}; -1 is the last one",
         )

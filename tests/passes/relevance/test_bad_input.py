@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import graphopt
-from graphopt.errors import GraphoptError, UnsupportedError, UsageError
+from graphopt.errors import GraphoptError, InputMismatch, UnsupportedError, UsageError
 
 
 class Net(nn.Module):
@@ -35,6 +35,87 @@ def residual(explanation: Any) -> float:
 def test_a_class_that_does_not_exist(target: Any) -> None:
     with pytest.raises(UsageError, match="out of range"):
         graphopt.explain(Net(), (X,), target=target)(X)
+
+
+def test_an_index_from_the_end() -> None:
+    explained: Any = graphopt.explain(Net(), (X,), target=-1)
+    found = explained(X)
+    torch.testing.assert_close(found.ledger["output"], found.output[:, -1])
+    torch.testing.assert_close(
+        explained.at([[0] * 5, [-2] * 5])(X).ledger["output"][1], found.output[:, 1]
+    )
+
+
+def test_a_target_function_that_fails() -> None:
+    with pytest.raises(UsageError, match=r"target fails on the output: .*logits"):
+        graphopt.explain(Net(), (X,), target=lambda output: output.logits[:, 0])
+
+
+def test_no_target_at_all() -> None:
+    with pytest.raises(UsageError, match=r"a target of shape \(0,\)"):
+        graphopt.explain(Net(), (X,), target=[])
+
+
+def test_a_composite_of_another_type() -> None:
+    with pytest.raises(UsageError, match="composite=None isn't known"):
+        graphopt.explain(Net(), (X,), composite=None)
+
+
+def test_one_attribute_as_text() -> None:
+    explained: Any = graphopt.explain(Net(), (X,), attribute="one.weight")
+    assert explained(X).relevance.keys() == {"x", "one.weight"}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"attribute": None},
+        {"attribute": (3,)},
+        {"emitter": "fast"},
+        {"composite": "pattern-net", "data": 5},
+    ],
+)
+def test_options_that_there_are_not(options: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match=r"isn't known|there is no emitter"):
+        graphopt.explain(Net(), (X,), **options)
+
+
+def test_data_that_does_not_fit() -> None:
+    with pytest.raises(InputMismatch, match="has to be 4, got 3"):
+        graphopt.explain(Net(), (X,), composite="pattern-net", data=[X[:, :3]])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int64])
+def test_an_input_of_another_type(dtype: torch.dtype) -> None:
+    explained: Any = graphopt.explain(Net(), (X,))
+    with pytest.raises(InputMismatch, match=f"of {dtype}, the model takes torch.float32"):
+        explained(X.to(dtype))
+
+
+def test_autocast_changes_nothing() -> None:
+    explained: Any = graphopt.explain(Net(), (X,))
+    expected = explained(X)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = explained(X)
+    assert torch.equal(found.relevance["x"], expected.relevance["x"])
+
+
+class Filled(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.relu(self.one(x))
+        h[:, 1] = 2.0
+        return self.two(h)
+
+
+def test_values_that_are_overwritten_by_a_constant() -> None:
+    torch.manual_seed(0)
+    model = Filled().double()
+    x = X.double()
+    found: Any = graphopt.explain(model, (x,), target=0)(x)
+    lost = found.ledger["output"] - found.ledger["inputs"] - found.ledger["bias"]
+    expected = torch.full((5,), 2.0, dtype=torch.float64) * model.two.weight[0, 1]
+    torch.testing.assert_close(lost, expected)
+    torch.testing.assert_close(found.ledger["constants"], expected)
 
 
 def test_a_target_for_another_number_of_samples() -> None:

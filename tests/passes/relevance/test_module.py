@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+from typing import Any
 
 import pytest
 import torch
@@ -266,3 +267,15 @@ def test_transformers_are_explained_alike_in_copies_and_exports(name: str) -> No
     exported = torch.export.export(module, args, kwargs)
     _close(exported.module()(*args, **kwargs), wanted, 1e-6)
     _close(copy.deepcopy(module)(*args, **kwargs), wanted)
+
+
+def test_an_exported_explanation_in_a_file() -> None:
+    model, x = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)), torch.randn(2, 4)
+    explained: Any = graphopt.explain(model, (x,))
+    file = io.BytesIO()
+    torch.export.save(torch.export.export(explained, (x,)), file)
+    file.seek(0)
+    found = torch.export.load(file).module()(x)
+    assert isinstance(found, Explanation)
+    (name,) = found.relevance
+    torch.testing.assert_close(found.relevance[name], explained(x).relevance[name])
