@@ -34,6 +34,8 @@ def canonicalize(graph: fx.Graph) -> None:
             _softmax(graph, node)
         elif name in ("rsub", "sub"):
             _other_gate(graph, node)
+        elif name == "add":
+            _linear(graph, node)
 
 
 def _once(graph: fx.Graph) -> None:
@@ -68,6 +70,44 @@ def _other_gate(graph: fx.Graph, node: fx.Node) -> None:
         made.meta |= {k: node.meta[k] for k in (*_COPIED, "val") if k in node.meta}
     node.replace_all_uses_with(new)
     graph.erase_node(node)
+
+
+def _linear(graph: fx.Graph, node: fx.Node) -> None:
+    """``x @ W + b`` with a matrix and a vector that are parameters is a linear layer with bias."""
+    if node.kwargs or len(node.args) != 2:
+        return
+    product: Any = next((a for a in node.args if _calls(a, "matmul") or _calls(a, "mm")), None)
+    bias: Any = next((a for a in node.args if isinstance(a, fx.Node) and a.op == "get_attr"), None)
+    if product is None or bias is None or len(product.users) != 1:
+        return
+    x, weight = product.args
+    matrix = weight.args[0] if _is_transposed(weight) else weight
+    if matrix.op != "get_attr" or x.op == "get_attr":
+        return
+    sizes = [n.meta["val"].shape for n in (weight, bias, node)]
+    if len(sizes[0]) != 2 or len(sizes[1]) != 1 or sizes[1][0] != sizes[2][-1]:
+        return
+    with graph.inserting_before(node):
+        if matrix is weight:
+            matrix = graph.call_function(aten.t.default, (weight,))
+            matrix.meta["val"] = weight.meta["val"].t()
+        new = graph.call_function(aten.linear.default, (x, matrix, bias))
+    new.meta |= {k: node.meta[k] for k in (*_COPIED, "val") if k in node.meta}
+    node.replace_all_uses_with(new)
+    graph.erase_node(node)
+    graph.erase_node(product)
+
+
+def _is_transposed(node: fx.Node) -> bool:
+    """Whether a node is a matrix with its two dimensions exchanged."""
+    names = ("t", "transpose", "numpy_T", "mT", "permute", "adjoint")
+    if not any(_calls(node, name) for name in names):
+        return False
+    dims = node.args[1] if op_name(node) == "permute" else node.args[1:]
+    value = node.args[0].meta.get("val") if isinstance(node.args[0], fx.Node) else None
+    exchanged = not dims or sorted(d % 2 for d in dims) == [0, 1]  # type: ignore[union-attr]
+    kept = op_name(node) == "permute" and [d % 2 for d in dims] == [0, 1]  # type: ignore[union-attr]
+    return isinstance(value, Tensor) and value.ndim == 2 and exchanged and not kept
 
 
 def _trim(graph: fx.Graph, node: fx.Node) -> None:

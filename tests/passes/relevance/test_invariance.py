@@ -136,6 +136,10 @@ PAIRS: dict[str, tuple[Function, Function]] = {
             + F.linear(x[..., 3:], w.first.weight[:, 3:], w.first.bias)
         ),
     ),
+    "linear_by_hand": (
+        lambda w, x: w.first(x),
+        lambda w, x: x @ w.first.weight.T + w.first.bias,
+    ),
     "concatenated_linear": (
         lambda w, x: w.first(x),
         lambda w, x: torch.cat(
@@ -176,8 +180,18 @@ def written_in_place(x: Tensor) -> Tensor:
     return y
 
 
-@pytest.mark.parametrize("composite", ["cp-lrp", "attnlrp"])
-@pytest.mark.parametrize("name", PAIRS)
+SIGNED = [
+    (name, composite)
+    for composite in ("excitation", "epsilon-plus")
+    for name in ("linear_by_hand", "batch_norm", "gelu_of_erf", "layer_norm", "identities")
+]
+"""Rules that look at signs take a bias for what it is, however it is added."""
+
+
+@pytest.mark.parametrize(
+    ("name", "composite"),
+    [*((n, c) for c in ("cp-lrp", "attnlrp") for n in PAIRS), *SIGNED],
+)
 def test_relevance_does_not_depend_on_how_it_is_written(name: str, composite: str) -> None:
     torch.manual_seed(0)
     weights = Weights().double().eval()
