@@ -6,7 +6,6 @@ image's ``(samples, height, width)``, or one value for each unit that is removed
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -82,17 +81,23 @@ def left_out(task: Task) -> Tensor:
     return leave_one_out(task.model, task.inputs, targets=task.targets, removal=removal)
 
 
-def composite(name: str) -> Attribution:
-    """Ours: the relevance of the first argument by a composite of `graphopt.explain`.
+def composite(given: str) -> Attribution:
+    """Ours: the relevance of the first argument under a composite of `graphopt.explain`.
 
-    The model is captured anew for each chunk, for the targets belong to the module.
+    The model is captured once; each chunk has its own targets.
     """
 
     def attribute(task: Task) -> Tensor:
-        module: Any = graphopt.explain(task.model, task.inputs, composite=name, target=task.targets)
-        found = module(*task.inputs).relevance
-        first = next(iter(inspect.signature(task.model.forward).parameters))
-        return found[first].detach()
+        found = []
+        module: Any = None
+        for part in task.parts():
+            if module is None:
+                module = graphopt.explain(
+                    task.model, part.inputs, composite=given, target=part.targets
+                )
+            relevance = module.at(part.targets)(*part.inputs).relevance
+            found.append(next(iter(relevance.values())).detach())
+        return torch.cat(found)
 
     return attribute
 
@@ -112,13 +117,13 @@ BASIC: dict[str, Attribution] = {
 }
 
 COMPOSITES = (
-    "cp-lrp", "attnlrp", "lrp-0", "epsilon", "epsilon-plus", "epsilon-plus-flat",
+    "cp-lrp", "cp-lrp-activated", "attnlrp", "lrp-0", "epsilon", "epsilon-plus", "epsilon-plus-flat",
     "epsilon-gamma-box", "epsilon-alpha2-beta1", "epsilon-alpha2-beta1-flat", "excitation",
-    "mamba-lrp", "dynamic",
+    "mamba-lrp", "dynamic", "gradient-x-input",
 )  # fmt: skip
 
 METHODS: dict[str, Attribution] = {
     **BASIC,
-    **{f"ours: {name}": in_parts(composite(name)) for name in COMPOSITES},
+    **{f"ours: {name}": composite(name) for name in COMPOSITES},
     **{name: in_parts(method) for name, method in PEERS.items()},
 }
