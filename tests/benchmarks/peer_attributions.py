@@ -62,6 +62,7 @@ def _padded(conv: Any) -> list[nn.Module]:
     )  # fmt: skip
     plain.load_state_dict(conv.state_dict())
     padding = conv.static_padding
+    plain.eval()
     return [padding, plain] if isinstance(padding, nn.ZeroPad2d) else [plain]
 
 
@@ -76,7 +77,9 @@ def _efficientnet(model: Any) -> nn.Sequential:
         inner += [*_padded(block._depthwise_conv), block._bn1, act]
         inner += [*_padded(block._project_conv), block._bn2]
         args = block._block_args
-        skips = block.id_skip and args.stride in (1, [1]) and args.input_filters == args.output_filters
+        skips = (
+            block.id_skip and args.stride in (1, [1]) and args.input_filters == args.output_filters
+        )
         row += [_client().Residual(folded(nn.Sequential(*inner)))] if skips else inner
     row += [*_padded(model._conv_head), model._bn1, act]
     row += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), model._fc]
