@@ -11,8 +11,8 @@
 ``epsilon``                     The same with a small epsilon in layers and sums.
 ``epsilon-plus`` ...            Zennit's of that name, for convolutions and dense layers; all else
                                 as in ``cp-lrp``.
-``epsilon-gamma``               ``epsilon-gamma-box`` with gamma in the first layer too, which needs no
-                                bounds of the inputs.
+``epsilon-gamma``               ``epsilon-gamma-box`` without the box: gamma in the first layer as
+                                well, which needs no bounds of the inputs; for images.
 ``excitation``                  z-plus in all layers (Zhang et al. 2016).
 ``dynamic``                     The absolute ratios of DynamicLRP (arXiv 2512.07010).
 ``pattern-attribution``         Kindermans et al. 2018; needs data, as ``pattern-net`` does.

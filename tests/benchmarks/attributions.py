@@ -11,7 +11,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import graphopt
 from graphopt.passes.relevance.judging import leave_one_out
@@ -127,8 +127,8 @@ BASIC: dict[str, Attribution] = {
 }
 
 COMPOSITES = (
-    "cp-lrp", "cp-lrp-activated", "attnlrp", "lrp-0", "epsilon", "epsilon-plus", "epsilon-plus-flat",
-    "epsilon-gamma", "epsilon-gamma-box", "epsilon-alpha2-beta1", "epsilon-alpha2-beta1-flat",
+    "cp-lrp", "cp-lrp-activated", "attnlrp", "lrp-0", "epsilon", "epsilon-plus",
+    "epsilon-plus-flat", "epsilon-gamma", "epsilon-gamma-box", "epsilon-alpha2-beta1", "epsilon-alpha2-beta1-flat",
     "excitation", "mamba-lrp", "dynamic", "gradient-x-input",
 )  # fmt: skip
 

@@ -233,8 +233,8 @@ class Explained:
 
     Tensors: `input_ids` (embedded first), or `inputs_embeds`, or `pixel_values`, and other inputs
     of the model as they are; `target`, integers of shape (batch, dims of the output - 1): the index
-    of the output explained in each sample; or floats of the output's shape: the share of each output
-    in what is explained.
+    of the output explained in each sample; or floats of the output's shape: how much each output
+    counts.
     """
 
     def __init__(self, model: nn.Module, tensors: Tensors, output: str) -> None:

@@ -1,4 +1,4 @@
-"""What the benchmark asks of graphopt and of the peers, on networks small enough for closed forms."""
+"""What the benchmark asks of graphopt and of the peers, on tiny networks."""
 
 from __future__ import annotations
 
