@@ -128,8 +128,8 @@ BASIC: dict[str, Attribution] = {
 
 COMPOSITES = (
     "cp-lrp", "cp-lrp-activated", "attnlrp", "lrp-0", "epsilon", "epsilon-plus",
-    "epsilon-plus-flat", "epsilon-gamma", "epsilon-gamma-box", "epsilon-alpha2-beta1", "epsilon-alpha2-beta1-flat",
-    "excitation", "mamba-lrp", "dynamic", "gradient-x-input",
+    "epsilon-plus-flat", "epsilon-gamma", "epsilon-gamma-box", "epsilon-alpha2-beta1",
+    "epsilon-alpha2-beta1-flat", "excitation", "mamba-lrp", "dynamic", "gradient-x-input",
 )  # fmt: skip
 
 METHODS: dict[str, Attribution] = {
