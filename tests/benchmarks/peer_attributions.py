@@ -91,12 +91,12 @@ def zennit(task: Task, composite: str) -> Tensor:
 
     What is propagated is the target's logit.
     """
+    net = in_a_row(task.model)
     (pixels,) = task.inputs
     box: dict[str, Any] = {}
     if composite == "EpsilonGammaBox":
         shape = (1, pixels.shape[1], 1, 1)
         box = {"low": pixels.min().expand(shape), "high": pixels.max().expand(shape)}
-    net = in_a_row(task.model)
     with torch.no_grad():
         out = net(pixels)
         torch.testing.assert_close(out, task.model(pixels), rtol=1e-3, atol=1e-3)
@@ -106,8 +106,10 @@ def zennit(task: Task, composite: str) -> Tensor:
 
 def captum(task: Task, rule: str | None = None) -> Tensor:
     """Captum's LRP on layers in a row: its epsilon rule, or another one in the convolutions."""
-    (pixels,) = task.inputs
     net = in_a_row(task.model)
+    if any(isinstance(layer, _client().Residual | nn.ZeroPad2d) for layer in net):
+        raise UnsupportedError("captum has no rule for sums of layers and for padding")
+    (pixels,) = task.inputs
     names = [name for name, layer in net.named_children() if isinstance(layer, nn.Conv2d)]
     rules: dict[str, Any] = {name: (rule, {}) for name in names} if rule else {}
     return _client().captum(net, pixels, task.targets, rules)

@@ -122,3 +122,10 @@ def test_the_best_of_ours_is_compared_with_the_best_peer_sample_by_sample() -> N
 def test_networks_that_are_no_row_are_refused() -> None:
     with pytest.raises(UnsupportedError, match="in a row"):
         in_a_row(nn.Bilinear(2, 2, 2))
+
+
+@needs_peers
+@pytest.mark.parametrize("name", ["zennit: EpsilonPlus", "captum: epsilon"])
+def test_text_is_refused_by_the_tools_for_layers_in_a_row(name: str, tokens: Task) -> None:
+    with pytest.raises(UnsupportedError, match="in a row"):
+        METHODS[name](tokens)
