@@ -11,6 +11,8 @@
 ``epsilon``                     The same with a small epsilon in layers and sums.
 ``epsilon-plus`` ...            Zennit's of that name, for convolutions and dense layers; all else
                                 as in ``cp-lrp``.
+``epsilon-gamma``               ``epsilon-gamma-box`` without the box: gamma in the first layer as
+                                well, which needs no bounds of the inputs; for images.
 ``excitation``                  z-plus in all layers (Zhang et al. 2016).
 ``dynamic``                     The absolute ratios of DynamicLRP (arXiv 2512.07010).
 ``pattern-attribution``         Kindermans et al. 2018; needs data, as ``pattern-net`` does.
@@ -126,6 +128,7 @@ PRESETS: dict[str, Callable[[], Composite]] = {
     ),
     "epsilon-plus": lambda: _with("epsilon-plus", _SMALL, ZPlus()),
     "epsilon-plus-flat": lambda: _with("epsilon-plus-flat", _SMALL, ZPlus(), _first(Flat())),
+    "epsilon-gamma": lambda: _with("epsilon-gamma", _SMALL, Gamma(0.25)),
     "epsilon-gamma-box": lambda: _with("epsilon-gamma-box", _SMALL, Gamma(0.25), _boxed(ZBox())),
     "epsilon-alpha2-beta1": lambda: _with("epsilon-alpha2-beta1", _SMALL, AlphaBeta()),
     "epsilon-alpha2-beta1-flat": lambda: _with(

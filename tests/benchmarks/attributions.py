@@ -6,12 +6,12 @@ image's ``(samples, height, width)``, or one value for each unit that is removed
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import graphopt
 from graphopt.passes.relevance.judging import leave_one_out
@@ -82,17 +82,32 @@ def left_out(task: Task) -> Tensor:
     return leave_one_out(task.model, task.inputs, targets=task.targets, removal=removal)
 
 
-def composite(name: str) -> Attribution:
-    """Ours: the relevance of the first argument by a composite of `graphopt.explain`.
+_CAPTURED: WeakKeyDictionary[nn.Module, nn.Module] = WeakKeyDictionary()
 
-    The model is captured anew for each chunk, for the targets belong to the module.
+
+def _captured(model: nn.Module, inputs: tuple[Tensor, ...]) -> nn.Module:
+    """The captured model, which all composites share."""
+    if model not in _CAPTURED:
+        _CAPTURED[model] = graphopt.capture(model, inputs).emit()
+    return _CAPTURED[model]
+
+
+def composite(given: Any) -> Attribution:
+    """Ours: the relevance of the first argument under a composite of `graphopt.explain`.
+
+    The explanation is made once; each chunk has its own targets.
     """
 
     def attribute(task: Task) -> Tensor:
-        module: Any = graphopt.explain(task.model, task.inputs, composite=name, target=task.targets)
-        found = module(*task.inputs).relevance
-        first = next(iter(inspect.signature(task.model.forward).parameters))
-        return found[first].detach()
+        parts = list(task.parts())
+        first = parts[0]
+        model = _captured(task.model, first.inputs)
+        module: Any = graphopt.explain(model, first.inputs, composite=given, target=first.targets)
+        found = []
+        for part in parts:
+            relevance = module.at(part.targets)(*part.inputs).relevance
+            found.append(next(iter(relevance.values())).detach())
+        return torch.cat(found)
 
     return attribute
 
@@ -112,13 +127,13 @@ BASIC: dict[str, Attribution] = {
 }
 
 COMPOSITES = (
-    "cp-lrp", "attnlrp", "lrp-0", "epsilon", "epsilon-plus", "epsilon-plus-flat",
-    "epsilon-gamma-box", "epsilon-alpha2-beta1", "epsilon-alpha2-beta1-flat", "excitation",
-    "mamba-lrp", "dynamic",
+    "cp-lrp", "cp-lrp-activated", "attnlrp", "lrp-0", "epsilon", "epsilon-plus",
+    "epsilon-plus-flat", "epsilon-gamma", "epsilon-gamma-box", "epsilon-alpha2-beta1",
+    "epsilon-alpha2-beta1-flat", "excitation", "mamba-lrp", "dynamic", "gradient-x-input",
 )  # fmt: skip
 
 METHODS: dict[str, Attribution] = {
     **BASIC,
-    **{f"ours: {name}": in_parts(composite(name)) for name in COMPOSITES},
+    **{f"ours: {name}": composite(name) for name in COMPOSITES},
     **{name: in_parts(method) for name, method in PEERS.items()},
 }

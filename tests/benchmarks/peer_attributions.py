@@ -41,31 +41,85 @@ def folded(net: nn.Sequential) -> nn.Sequential:
     return nn.Sequential(*found)
 
 
+def in_a_row(model: nn.Module) -> nn.Sequential:
+    """A network as layers in a row, as far as it can be written so; BatchNorm is folded.
+
+    Raises:
+        UnsupportedError: It can't.
+    """
+    if isinstance(model, nn.Sequential):
+        return folded(model)
+    if type(model).__name__ == "EfficientNet":
+        return _efficientnet(model)
+    raise UnsupportedError("zennit and captum are asked about layers in a row alone")
+
+
+def _padded(conv: Any) -> list[nn.Module]:
+    """A convolution with padding of its own kind as a padding and a plain one."""
+    plain = nn.Conv2d(
+        conv.in_channels, conv.out_channels, conv.kernel_size, tuple(conv.stride),
+        groups=conv.groups, bias=conv.bias is not None,
+    )  # fmt: skip
+    plain.load_state_dict(conv.state_dict())
+    padding = conv.static_padding
+    plain.eval()
+    return [padding, plain] if isinstance(padding, nn.ZeroPad2d) else [plain]
+
+
+def _efficientnet(model: Any) -> nn.Sequential:
+    """An EfficientNet-Lite: no squeeze and excitation, and ReLU6."""
+    act = nn.ReLU6()
+    row = [*_padded(model._conv_stem), model._bn0, act]
+    for block in model._blocks:
+        inner: list[nn.Module] = []
+        if hasattr(block, "_expand_conv"):
+            inner += [*_padded(block._expand_conv), block._bn0, act]
+        inner += [*_padded(block._depthwise_conv), block._bn1, act]
+        inner += [*_padded(block._project_conv), block._bn2]
+        args = block._block_args
+        skips = (
+            block.id_skip and args.stride in (1, [1]) and args.input_filters == args.output_filters
+        )
+        row += [_client().Residual(folded(nn.Sequential(*inner)))] if skips else inner
+    row += [*_padded(model._conv_head), model._bn1, act]
+    row += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), model._fc]
+    return folded(nn.Sequential(*row).eval())
+
+
 def zennit(task: Task, composite: str) -> Tensor:
-    """One of zennit's composites, on layers in a row with BatchNorm folded.
+    """One of zennit's composites, on layers in a row with BatchNorm folded and additions as layers.
 
     What is propagated is the target's logit.
     """
-    if not isinstance(task.model, nn.Sequential):
-        raise UnsupportedError("zennit is asked about layers in a row alone")
+    net = in_a_row(task.model)
     (pixels,) = task.inputs
     box: dict[str, Any] = {}
     if composite == "EpsilonGammaBox":
         shape = (1, pixels.shape[1], 1, 1)
         box = {"low": pixels.min().expand(shape), "high": pixels.max().expand(shape)}
-    net = folded(task.model)
     with torch.no_grad():
         out = net(pixels)
+        torch.testing.assert_close(out, task.model(pixels), rtol=1e-3, atol=1e-3)
     start = torch.zeros_like(out).scatter(1, task.targets[:, None], 1) * out
     return _client().zennit(net, pixels, start, composite=composite, **box)
+
+
+def captum(task: Task, rule: str | None = None) -> Tensor:
+    """Captum's LRP on layers in a row: its epsilon rule, or another one in the convolutions."""
+    net = in_a_row(task.model)
+    if any(isinstance(layer, _client().Residual | nn.ZeroPad2d) for layer in net):
+        raise UnsupportedError("captum has no rule for sums of layers and for padding")
+    (pixels,) = task.inputs
+    names = [name for name, layer in net.named_children() if isinstance(layer, nn.Conv2d)]
+    rules: dict[str, Any] = {name: (rule, {}) for name in names} if rule else {}
+    return _client().captum(net, pixels, task.targets, rules)
 
 
 def lxt(task: Task, rules: str) -> Tensor:
     """LXT on BERT.
 
     The classifier's logit is the mean over the tokens of a linear function of their states, which
-    is `BertForTokenClassification`; relevance is linear in what is propagated, so that it is the
-    mean of those of the tokens' logits.
+    is `BertForTokenClassification`; the mean of the tokens' logits is what is propagated.
     """
     if not isinstance(task.model, TextClassifier):
         raise UnsupportedError("LXT is asked about text classifiers alone")
@@ -83,12 +137,11 @@ def lxt(task: Task, rules: str) -> Tensor:
     asked = client.Lxt(
         "bert", "BertForTokenClassification", config, weights, rules, output="logits"
     )
-    total = torch.zeros(ids.shape)
-    for place in range(int(mask.sum(1).max())):
-        target = torch.stack([torch.full_like(task.targets, place), task.targets], 1)
-        found = asked.explain({"input_ids": ids, "attention_mask": mask}, target)["relevance"]
-        total += found.sum(-1) * mask[:, place, None]
-    return total / mask.sum(1, keepdim=True)
+    shares = mask.to(torch.float32) / mask.sum(1, keepdim=True)
+    chosen = nn.functional.one_hot(task.targets, task.model.head.out_features)
+    target = shares[:, :, None] * chosen[:, None]
+    found = asked.explain({"input_ids": ids, "attention_mask": mask}, target)["relevance"]
+    return found.sum(-1)
 
 
 _COMPOSITES = (
@@ -97,6 +150,8 @@ _COMPOSITES = (
 )  # fmt: skip
 
 PEERS: dict[str, Callable[[Task], Tensor]] = {
+    "captum: epsilon": captum,
+    "captum: gamma": functools.partial(captum, rule="GammaRule"),
     **{f"zennit: {name}": functools.partial(zennit, composite=name) for name in _COMPOSITES},
     "LXT: attnlrp": functools.partial(lxt, rules="attnlrp"),
 }

@@ -128,8 +128,20 @@ def peer() -> Peer:
     return Peer()
 
 
+class Residual(nn.Module):
+    """Layers in a row and what went into them, added."""
+
+    def __init__(self, inner: nn.Sequential) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x + inner(x)``."""
+        return x + self.inner(x)
+
+
 def layers(net: nn.Module) -> list[tuple[str, dict[str, Any]]]:
-    """A layer, or layers in a row, by class names and options."""
+    """A layer, or layers in a row, by class names and options; a `Residual` holds such a row."""
     return [
         (type(layer).__name__, _options(layer))
         for layer in (net if isinstance(net, nn.Sequential) else [net])
@@ -137,6 +149,8 @@ def layers(net: nn.Module) -> list[tuple[str, dict[str, Any]]]:
 
 
 def _options(layer: nn.Module) -> dict[str, Any]:
+    if isinstance(layer, Residual):
+        return {"inner": layers(layer.inner)}
     names = inspect.signature(type(layer).__init__).parameters
     found = {n: getattr(layer, n) for n in names if n not in _PLACES and hasattr(layer, n)}
     if "bias" in found:
@@ -233,7 +247,8 @@ class Lxt:
         Args:
             inputs: Of the model: `input_ids`, `inputs_embeds` or `pixel_values`, masks and so on.
             target: Integers of shape (batch, dims of the output - 1): the output explained in each
-                sample; its value is the relevance that is propagated.
+                sample; its value is the relevance that is propagated.  Or floats of the output's
+                shape: the sum of the outputs weighted by them is.
 
         Returns:
             `relevance` at the embedded or pixel inputs (gradient times input), the `output` and the

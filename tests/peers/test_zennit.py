@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.peers.client import PeerError, captum, needs_peers, zennit
+from tests.peers.client import PeerError, Residual, captum, needs_peers, zennit
 
 EPS = 1e-6  # zennit's own stabiliser, added with the sign of the denominator
 
@@ -209,3 +209,16 @@ def test_captum_takes_rules_by_layer() -> None:
     net, x, target = vgg()
     found = captum(net, x, target, {"0": ("Alpha1_Beta0_Rule", {})})
     assert not torch.allclose(found, captum(net, x, target))
+
+
+@needs_peers
+def test_zennit_shares_at_a_sum_of_layers() -> None:
+    """Both sides of ``x + W x`` take what they contribute, so that nothing is lost or doubled."""
+    torch.manual_seed(0)
+    layer = nn.Linear(4, 4, bias=False).double()
+    net = nn.Sequential(Residual(nn.Sequential(layer)))
+    x = torch.randn(3, 4).double()
+    output = net(x)
+    found = zennit(net, x, output, composite="EpsilonPlus")
+    # with relevance = output and no stabiliser the quotient is one everywhere
+    torch.testing.assert_close(found, x * (1 + layer.weight.sum(0)), rtol=1e-4, atol=1e-5)

@@ -69,6 +69,8 @@ class Net(nn.Module):
         for i, (name, options) in enumerate(layers):
             if name == "Flatten":
                 self.flattening[i] = (options.get("start_dim", 1), options.get("end_dim", -1))
+            elif name == "Residual":
+                self.add_module(str(i), Residual(**options))
             else:
                 self.add_module(str(i), getattr(nn, name)(**options))
         self.length = len(layers)
@@ -78,6 +80,20 @@ class Net(nn.Module):
             flat = self.flattening.get(i)
             x = x.flatten(*flat) if flat else self.get_submodule(str(i))(x)
         return x
+
+
+class Residual(nn.Module):
+    """Layers in a row and what went into them, added by zennit's layer for sums."""
+
+    def __init__(self, inner: list[tuple[str, dict[str, Any]]]) -> None:
+        from zennit.layer import Sum
+
+        super().__init__()
+        self.inner = Net(inner)
+        self.sum = Sum(-1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.sum(torch.stack([x, self.inner(x)], -1))
 
 
 def build(request: Request, tensors: Tensors) -> Net:
@@ -217,7 +233,8 @@ class Explained:
 
     Tensors: `input_ids` (embedded first), or `inputs_embeds`, or `pixel_values`, and other inputs
     of the model as they are; `target`, integers of shape (batch, dims of the output - 1): the index
-    of the output explained in each sample.
+    of the output explained in each sample; or floats of the output's shape: how much each output
+    counts.
     """
 
     def __init__(self, model: nn.Module, tensors: Tensors, output: str) -> None:
@@ -235,9 +252,11 @@ class Explained:
     def run(self) -> tuple[Tensor, Tensor]:
         """The outputs, and the gradient of the chosen ones at the input."""
         output = self.model(**{self.name: self.x}, **self.keywords)[self.output]
-        rows = torch.arange(len(output))
-        chosen = output[(rows, *self.target.T)].sum()
-        (gradient,) = torch.autograd.grad(chosen, self.x)
+        if self.target.is_floating_point():
+            chosen = output * self.target
+        else:
+            chosen = output[(torch.arange(len(output)), *self.target.T)]
+        (gradient,) = torch.autograd.grad(chosen.sum(), self.x)
         return output, gradient
 
     def relevance(self) -> Tensor:
