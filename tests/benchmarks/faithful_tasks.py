@@ -58,6 +58,16 @@ class Task:
     accuracy: float | None = None
     seed: int = 0
 
+    def shortened(self, samples: int | None = None, steps: int | None = None) -> Task:
+        """The same on its first samples, with curves of so many steps."""
+        return dataclasses.replace(
+            self,
+            inputs=tuple(each[:samples] for each in self.inputs),
+            targets=self.targets[:samples],
+            truth=None if self.truth is None else self.truth[:samples],
+            steps=self.steps if steps is None else steps,
+        )
+
     def parts(self) -> Iterator[Task]:
         """The task in chunks."""
         for index, rows in enumerate(torch.arange(len(self.targets)).split(self.chunk)):

@@ -173,6 +173,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sections", nargs="+", default=list(TASKS), choices=list(TASKS))
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--samples", type=int, help="the first of each section (default: all)")
+    parser.add_argument("--steps", type=int, help="of the curves (default: the section's own)")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("-o", "--output", type=Path, help="write all figures as JSON")
     options = parser.parse_args(arguments)
@@ -182,7 +184,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     fair = True
     for section in options.sections:
         start = time.perf_counter()
-        task = TASKS[section]()
+        task = TASKS[section]().shortened(options.samples, options.steps)
         print(f"{section}: ready in {time.perf_counter() - start:.0f} s", file=sys.stderr)
         rows = measure(task, options.methods)
         console.print(table(task, rows))
