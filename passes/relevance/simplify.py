@@ -21,7 +21,7 @@ from torch import fx
 from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.reference import PythonReferenceAnalysis
 
-from graphopt.ir.aliases import affected, writes
+from graphopt.ir.aliases import writes
 from graphopt.ir.ops import is_repeatable
 from graphopt.ir.storage import aliased_input
 from graphopt.passes.relevance.convolutions import without_inputs
@@ -40,20 +40,15 @@ def simplify(graph: fx.Graph, parameters: Iterable[fx.Node]) -> None:
     """
     functionalize_writes(graph)
     _read_sizes_first(graph)
-    written = _written(graph)
+    if any(writes(node) for node in graph.nodes):
+        return  # the same call before and after a write isn't the same value
     for node in list(graph.nodes):
-        source = None if node in written else _same(node)
+        source = _same(node)
         if source is not None:
             _replace(node, source)
     without_inputs(graph)
-    _merge_equal(graph, set(parameters), written)
+    _merge_equal(graph, set(parameters))
     graph.eliminate_dead_code()
-
-
-def _written(graph: fx.Graph) -> set[fx.Node]:
-    """What is still written to, and all that may share its memory."""
-    found = {source for node in graph.nodes for source in writes(node)}
-    return found.union(*(affected(node) for node in found))
 
 
 def _replace(node: fx.Node, by: fx.Node) -> None:
@@ -120,11 +115,11 @@ def _is_size(node: fx.Node) -> bool:
     return node.op == "call_function" and isinstance(node.meta.get("val"), torch.SymInt)
 
 
-def _merge_equal(graph: fx.Graph, parameters: set[fx.Node], written: set[fx.Node]) -> None:
+def _merge_equal(graph: fx.Graph, parameters: set[fx.Node]) -> None:
     constant = set(parameters)  # what depends on parameters alone
     seen: dict[Hashable, fx.Node] = {}
     for node in list(graph.nodes):
-        if node.op != "call_function" or not is_repeatable(node) or node in written:
+        if node.op != "call_function" or not is_repeatable(node):
             continue
         sources = node.all_input_nodes
         if sources and all(n in constant for n in sources):
