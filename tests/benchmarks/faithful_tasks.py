@@ -60,8 +60,12 @@ class Task:
 
     def shortened(self, samples: int | None = None, steps: int | None = None) -> Task:
         """The same on its first samples, with curves of so many steps."""
+        allowed: Any = self.removal.allowed
+        if isinstance(allowed, Tensor) and len(allowed) == len(self.targets):
+            allowed = allowed[:samples]
         return dataclasses.replace(
             self,
+            removal=dataclasses.replace(self.removal, allowed=allowed),
             inputs=tuple(each[:samples] for each in self.inputs),
             targets=self.targets[:samples],
             truth=None if self.truth is None else self.truth[:samples],
