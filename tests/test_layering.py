@@ -12,6 +12,7 @@ ROOT = Path(__file__).parents[1]
 
 GROUND, IR, COST, RUNTIME, CORE, PLANNING, PASSES, DOORS = range(8)
 FLOORS = {
+    "charts": CORE,
     "derived": GROUND,
     "errors": GROUND,
     "files": GROUND,

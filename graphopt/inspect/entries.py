@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
-from graphopt.cost.sizes import UnknownSizeError, output_bytes, tensors_in
 from graphopt.errors import FileFormatError, user_line_of
 from graphopt.inspect.document import Segment, phase_of, scope_of
+from graphopt.inspect.nodes import bytes_of
 from graphopt.inspect.schema import SCHEMA_VERSION
-from graphopt.inspect.text import is_getitem, one_line, short_target, short_type, tensor_type
+from graphopt.inspect.text import one_line, short_target, short_type, tensor_type
 from graphopt.ir.graphs import lookup
 
 if TYPE_CHECKING:
@@ -275,7 +275,7 @@ class _Lister:
             operands,
             state,
             self.symbols(short_type(node.meta.get("val"))),
-            _bytes(node),
+            bytes_of(node),
             path,
             cls,
             phase_of(segment, node),
@@ -355,14 +355,3 @@ def _text(module: fx.GraphModule, symbols: _Symbols) -> str:
         nested = _text(value, symbols) if isinstance(value, fx.GraphModule) else ""
         lines.append(f"{node.format_node() or f'return {node.args}'}{nested}")
     return symbols(_plain("; ".join(lines)))
-
-
-def _bytes(node: fx.Node) -> int | None:
-    if is_getitem(node) or next(tensors_in(node.meta.get("val")), None) is None:
-        return 0
-    if isinstance(node.target, torch._ops.HigherOrderOperator):
-        return 0  # its sub-graph's nodes say what they allocate
-    try:
-        return sum(output_bytes(node))
-    except UnknownSizeError:
-        return None

@@ -232,7 +232,7 @@ class _Collector:
             tuple(state[source] for source in node.all_input_nodes if source in state),
             _literals(node),
             short_type(node.meta.get("val")),
-            _bytes(node),
+            bytes_of(node),
             0 if inner else flops(node),
             path,
             cls,
@@ -277,7 +277,8 @@ def _literals(node: fx.Node) -> dict[str, str]:
     return found
 
 
-def _bytes(node: fx.Node) -> int | None:
+def bytes_of(node: fx.Node) -> int | None:
+    """Bytes that a call allocates for its results; None where that depends on the data."""
     if is_getitem(node) or next(tensors_in(node.meta.get("val")), None) is None:
         return 0
     if isinstance(node.target, torch._ops.HigherOrderOperator):

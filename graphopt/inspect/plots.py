@@ -12,16 +12,14 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from graphopt.budget import Quantity, read_field
-from graphopt.errors import UnsupportedError, UsageError
+from graphopt.charts import COLOURS, MARKERS, new_figure
+from graphopt.errors import UsageError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Better = Literal["higher", "lower"]
 
-# Told apart by those who see fewer colours (Okabe and Ito 2008), and by shape in print.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
-_MARKERS = "osD^vPX"
 _UNITS = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1.0, "B"))
 
 
@@ -57,13 +55,13 @@ def plot_frontier(
     bounds = [100 * point[2] for point in found]
     axes.fill_between(peaks, 0, bounds, color="0.5", alpha=0.15, linewidth=0)
     axes.plot(peaks, bounds, "--", color="0.45", linewidth=1, label="proven lower bound")
-    axes.plot(peaks, overheads, "o-", color=_COLOURS[0], label="planned")
+    axes.plot(peaks, overheads, "o-", color=COLOURS[0], label="planned")
     if measured is not None:
         ((peak, overhead),) = _numbers([measured], 2)
-        axes.plot([peak / scale], [100 * overhead], "D", color=_COLOURS[1], label="measured")
+        axes.plot([peak / scale], [100 * overhead], "D", color=COLOURS[1], label="measured")
     if budget is not None:
         limit = _bytes(budget, found[-1][0]) / scale
-        axes.axvline(limit, color=_COLOURS[1], linewidth=1, linestyle=":", label="budget")
+        axes.axvline(limit, color=COLOURS[1], linewidth=1, linestyle=":", label="budget")
     axes.set_xlabel(f"peak memory, {unit}")
     axes.set_ylabel("overhead, % of a step")
     axes.set_ylim(bottom=0)
@@ -99,7 +97,7 @@ def plot_pareto(
         raise UsageError("nothing to draw", hint="give at least one series of points")
     found = {name: _numbers(points, 2) for name, points in series.items()}
     figure, axes = _figure(title)
-    styles = zip(itertools.cycle(_COLOURS), itertools.cycle(_MARKERS))
+    styles = zip(itertools.cycle(COLOURS), itertools.cycle(MARKERS))
     for (name, points), (colour, marker) in zip(found.items(), styles, strict=False):
         best = pareto(points, better)
         beaten = [point for point in points if point not in best]
@@ -151,15 +149,7 @@ def _curve(points: Sequence[tuple[float, ...]]) -> list[tuple[float, float, floa
 
 
 def _figure(title: str) -> tuple[Any, Any]:
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise UnsupportedError(
-            "a plot needs matplotlib, which isn't installed", hint="pip install matplotlib"
-        ) from error
-    figure = Figure(figsize=(5.6, 3.8), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(5.6, 3.8, layout="constrained")
     axes = figure.subplots()
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25)

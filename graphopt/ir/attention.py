@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import fx
 
+from graphopt.ir.graphs import copy_place
 from graphopt.ir.mode import ModeSwitch
 
 aten = torch.ops.aten
 
-_COPIED = ("stack_trace", "nn_module_stack")
 Call = Callable[..., fx.Node]
 
 
@@ -102,7 +102,7 @@ def caller(graph: fx.Graph, node: fx.Node) -> Call:
 
     def add(target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         made = graph.call_function(target, args, kwargs)
-        made.meta.update({k: v for k, v in node.meta.items() if k in _COPIED})
+        copy_place(made, node)
         return made
 
     return add

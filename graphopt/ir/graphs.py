@@ -244,6 +244,20 @@ def copy_graph(module: fx.GraphModule) -> fx.GraphModule:
     return fx.GraphModule(root, graph)
 
 
+_PLACE = ("stack_trace", "nn_module_stack")
+
+
+def copy_place(made: fx.Node, node: fx.Node, *more: str) -> None:
+    """Note that a call that was made stands for another: its module and the user's line.
+
+    Args:
+        made: The new call.
+        node: What it stands for.
+        *more: Further entries of the metadata that hold of it as well.
+    """
+    made.meta.update({k: node.meta[k] for k in (*_PLACE, *more) if k in node.meta})
+
+
 def set_argument(node: fx.Node, place: str, value: Any) -> None:
     """Set the argument at a place such as ``args.2`` or ``kwargs.size.0``."""
     kind, key, *rest = place.split(".")

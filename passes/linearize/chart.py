@@ -6,16 +6,13 @@ import itertools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from graphopt.errors import UnsupportedError
+from graphopt.charts import COLOURS, MARKERS, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from graphopt.passes.linearize.points import Point, Sweep
 
-# Told apart by those who see fewer colours (Okabe and Ito 2008), and by shape in print.
-_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
-_MARKERS = "osD^vPX"
 _LABELS = {
     "evaluated": "accuracy, %",
     "agreement": "agreement with the source, %",
@@ -35,19 +32,11 @@ def draw(sweep: Sweep) -> Figure:
     Raises:
         UnsupportedError: matplotlib isn't installed.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise UnsupportedError(
-            "a plot needs matplotlib, which isn't installed", hint="pip install matplotlib"
-        ) from error
     panels = [("seconds", name) for name in sweep.protocols] + [("relus", sweep.protocols[0])]
     styles = _styles(sweep)
     lines = -(-(len(styles) + 3) // (2 * len(panels)))
     height = _HEIGHT + _LEGEND * lines
-    figure = Figure(figsize=(_PER_PANEL * len(panels), height))
-    FigureCanvasAgg(figure)
+    figure = new_figure(_PER_PANEL * len(panels), height)
     axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     figure.subplots_adjust(
         left=0.75 / (_PER_PANEL * len(panels)), right=0.98, wspace=0.08,
@@ -66,9 +55,7 @@ def draw(sweep: Sweep) -> Figure:
 def _styles(sweep: Sweep) -> dict[str, tuple[str, str]]:
     """Colour and marker of each option."""
     options = dict.fromkeys(p.option for p in sweep.points if not p.is_source)
-    return dict(
-        zip(options, zip(itertools.cycle(_COLORS), itertools.cycle(_MARKERS)), strict=False)
-    )
+    return dict(zip(options, zip(itertools.cycle(COLOURS), itertools.cycle(MARKERS)), strict=False))
 
 
 def _panel(

@@ -7,10 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from graphopt.ir.graphs import assign
+from graphopt.ir.graphs import assign, copy_place
 from graphopt.ir.skeleton import ADDED, Container
-
-_COPIED = ("stack_trace", "nn_module_stack")
 
 
 def added_container(root: Container) -> Container:
@@ -53,7 +51,7 @@ class Writing:
     def call(self, target: Any, *args: Any) -> fx.Node:
         """Add a call."""
         node = self.graph.call_function(target, args)
-        node.meta.update({k: v for k, v in self.node.meta.items() if k in _COPIED})
+        copy_place(node, self.node)
         return node
 
     def parameter(self, name: str, value: Tensor) -> fx.Node:

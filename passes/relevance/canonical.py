@@ -9,11 +9,11 @@ from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from graphopt.ir.aliases import writes
+from graphopt.ir.graphs import copy_place
 from graphopt.passes.relevance.families import op_name
 
 aten = torch.ops.aten
 
-_COPIED = ("stack_trace", "nn_module_stack")
 _LARGEST = frozenset({"amax", "max"})
 
 
@@ -67,7 +67,7 @@ def _other_gate(graph: fx.Graph, node: fx.Node) -> None:
         negative = graph.call_function(aten.neg.default, gate.args)
         new = graph.call_function(aten.sigmoid.default, (negative,))
     for made in (negative, new):
-        made.meta |= {k: node.meta[k] for k in (*_COPIED, "val") if k in node.meta}
+        copy_place(made, node, "val")
     node.replace_all_uses_with(new)
     graph.erase_node(node)
 
@@ -92,7 +92,7 @@ def _linear(graph: fx.Graph, node: fx.Node) -> None:
             matrix = graph.call_function(aten.t.default, (weight,))
             matrix.meta["val"] = weight.meta["val"].t()
         new = graph.call_function(aten.linear.default, (x, matrix, bias))
-    new.meta |= {k: node.meta[k] for k in (*_COPIED, "val") if k in node.meta}
+    copy_place(new, node, "val")
     node.replace_all_uses_with(new)
     graph.erase_node(node)
     graph.erase_node(product)
@@ -123,7 +123,7 @@ def _trim(graph: fx.Graph, node: fx.Node) -> None:
             length = graph.call_function(aten.sym_size.int, (index, dim))
             length.meta["val"] = read
             cut = graph.call_function(aten.slice.Tensor, (source, dim, 0, length))
-        cut.meta |= {k: node.meta[k] for k in _COPIED if k in node.meta}
+        copy_place(cut, node)
         cut.meta["val"] = source.meta["val"].narrow(dim, 0, read)
         node.update_arg(3, cut)
         source = cut
@@ -145,7 +145,7 @@ def _softmax(graph: fx.Graph, node: fx.Node) -> None:
         x = x.args[0]
     with graph.inserting_before(node):
         new = graph.call_function(aten.softmax.int, (x, dims[0]))
-    new.meta |= {k: node.meta[k] for k in (*_COPIED, "val") if k in node.meta}
+    copy_place(new, node, "val")
     node.replace_all_uses_with(new)
     graph.erase_node(node)
 

@@ -48,7 +48,6 @@ class Run:
         inputs: Values of its placeholders.
         explicit: Hand relevance itself on instead of quotients, wherever it is defined.
         audit: Keep what arrives at and leaves each operation.
-        keeps_graphs: Allow several backward passes.
 
     Attributes:
         plan: As given.
@@ -66,12 +65,10 @@ class Run:
         *,
         explicit: bool = False,
         audit: bool = False,
-        keeps_graphs: bool = False,
     ) -> None:
         self.plan = plan
         needed = any(rule.needs_quotients for rule in plan.rules.values())
         self.explicit = explicit and not needed
-        self.keeps_graphs = keeps_graphs
         self.accounts: dict[Op, Account] | None = {} if audit else None
         self.values: dict[fx.Node, Any] = {}
         self.ledger = Ledger(plan.layouts, None)
@@ -152,7 +149,7 @@ class Run:
             source, index = node.args
             self._accumulate(source, index, flows[0])  # type: ignore[arg-type]
             return
-        site = self._sites.pop(node) if not self.keeps_graphs else self._sites[node]
+        site = self._sites.pop(node)
         site.flows = flows
         if self.accounts is not None:
             parts = [f.relevance(site.results[i]).double() for i, f in flows.items()]

@@ -17,7 +17,6 @@ from graphopt.passes.relevance.rules import DetachedNorm, Folded, Rule
 
 _BATCH_NORMS = {
     "batch_norm": 5,
-    "cudnn_batch_norm": 5,
     "native_batch_norm": 5,
     "_native_batch_norm_legit_no_training": None,
 }

@@ -14,14 +14,13 @@ import torch
 from torch import Tensor, fx
 
 from graphopt.ir.aliases import subgraph
-from graphopt.ir.graphs import lookup
+from graphopt.ir.graphs import copy_place, lookup
 
 aten = torch.ops.aten
 
 Body = Callable[[fx.Node, fx.GraphModule, list[Any]], list[Any]]
 
 _CASTS = frozenset({"to", "_to_copy", "type_as", "float", "double", "half"})
-_COPIED = ("stack_trace", "nn_module_stack")
 
 
 def inline_regions(module: fx.GraphModule) -> None:
@@ -76,7 +75,7 @@ def _cond(module: fx.GraphModule, node: fx.Node) -> list[Any] | None:
     results = []
     for left, right in zip(*branches, strict=True):
         new = module.graph.call_function(aten.where.self, (chosen, left, right))
-        new.meta |= {k: node.meta[k] for k in _COPIED if k in node.meta}
+        copy_place(new, node)
         new.meta["val"] = left.meta["val"]
         results.append(new)
     return results
@@ -144,6 +143,6 @@ def _cast(graph: fx.Graph, node: fx.Node) -> None:
         if given.dtype != value.dtype:
             with graph.inserting_before(node):
                 new = graph.call_function(aten.to.dtype, (operand, value.dtype))
-            new.meta |= {k: node.meta[k] for k in _COPIED if k in node.meta}
+            copy_place(new, node)
             new.meta["val"] = given.to(value.dtype)
             node.replace_input_with(operand, new)

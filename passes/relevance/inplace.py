@@ -11,11 +11,10 @@ from torch import Tensor, fx
 
 from graphopt.ir.aliases import affected, is_sure_view, shares
 from graphopt.ir.functionalize import functional_twin
+from graphopt.ir.graphs import copy_place
 from graphopt.passes.relevance.marks import MARK
 
 aten = torch.ops.aten
-
-_COPIED = ("stack_trace", "nn_module_stack", MARK)
 
 
 def functionalize_writes(graph: fx.Graph) -> None:
@@ -108,7 +107,7 @@ def _renew(graph: fx.Graph, view: fx.Node, renewed: dict[fx.Node, fx.Node]) -> f
 
 
 def _described(new: fx.Node, like: fx.Node, node: fx.Node) -> fx.Node:
-    new.meta |= {k: node.meta[k] for k in _COPIED if k in node.meta}
+    copy_place(new, node, MARK)
     new.meta["val"] = like.meta["val"].clone()
     return new
 

@@ -13,14 +13,13 @@ from torch.utils import _pytree as pytree
 
 from graphopt.errors import UnsupportedError
 from graphopt.ir.aliases import affected, writes
+from graphopt.ir.graphs import copy_place
 from graphopt.passes.relevance import families
 from graphopt.passes.relevance.canonical import canonicalize
 from graphopt.passes.relevance.inlining import inline_regions
 from graphopt.passes.relevance.inplace import functionalize_writes
 from graphopt.passes.relevance.ops import carrying, is_complex, is_getitem, unknown, wanted
 from graphopt.passes.relevance.written_out import written_out
-
-_COPIED = ("stack_trace", "nn_module_stack")
 
 
 def prepared(module: fx.GraphModule) -> fx.Graph:
@@ -123,7 +122,7 @@ def _splice(graph: fx.Graph, node: fx.Node, traced: fx.GraphModule, given: list[
                 raise unknown(node)
             if inner.op == "call_function":
                 new = graph.node_copy(inner, env.__getitem__)
-                new.meta |= {k: node.meta[k] for k in _COPIED if k in node.meta}
+                copy_place(new, node)
                 env[inner] = new
     (result,) = traced.graph.output_node().args
     if isinstance(result, fx.Node):

@@ -179,7 +179,6 @@ class Site:
             [self._leaves[n] for n in nodes],
             [c for _, c in pairs],
             allow_unused=True,
-            retain_graph=self._run.keeps_graphs,
         )
         return {n: g for n, g in zip(nodes, grads, strict=True) if g is not None}
 

@@ -10,7 +10,6 @@ import pytest
 from graphopt.inspect.page import render
 from tests.inspect.browser import (
     PHONE,
-    browser,
     chromium,
     document,
     layers,
@@ -24,12 +23,6 @@ pytest.importorskip("playwright")
 from playwright.sync_api import expect
 
 pytestmark = pytest.mark.skipif(chromium() is None, reason="needs Chromium")
-
-
-@pytest.fixture(scope="module")
-def chrome():
-    with browser() as made:
-        yield made
 
 
 @pytest.fixture(scope="module")
@@ -48,21 +41,6 @@ def main(chrome, main_page):
     yield opened
     opened.clean()
     opened.page.context.close()
-
-
-@pytest.fixture
-def show(chrome, tmp_path):
-    """Opens documents made by hand; their pages are checked and closed afterwards."""
-    made = []
-
-    def shown(data, **options):
-        made.append(open_page(chrome, written(tmp_path, data), **options))
-        return made[-1]
-
-    yield shown
-    for opened in made:
-        opened.clean()
-        opened.page.context.close()
 
 
 def boxes(page, side="after"):

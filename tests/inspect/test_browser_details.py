@@ -6,32 +6,11 @@ import re
 
 import pytest
 
-from tests.inspect.browser import browser, chromium, document, node, open_page, written
+from tests.inspect.browser import chromium, document, node
 
 pytest.importorskip("playwright")
 
 pytestmark = pytest.mark.skipif(chromium() is None, reason="needs Chromium")
-
-
-@pytest.fixture(scope="module")
-def chrome():
-    with browser() as made:
-        yield made
-
-
-@pytest.fixture
-def show(chrome, tmp_path):
-    """Opens documents made by hand; their pages are checked and closed afterwards."""
-    made = []
-
-    def shown(data, **options):
-        made.append(open_page(chrome, written(tmp_path, data), **options))
-        return made[-1]
-
-    yield shown
-    for opened in made:
-        opened.clean()
-        opened.page.context.close()
 
 
 def states(*snapshots):

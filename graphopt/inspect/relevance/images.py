@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from graphopt.errors import UnsupportedError, UsageError
+from graphopt.charts import new_figure
+from graphopt.errors import UsageError
 from graphopt.inspect.relevance.colours import Image, as_array, colours, normalised, scale_of
 
 if TYPE_CHECKING:
@@ -181,12 +182,11 @@ def image_figure(
         UnsupportedError: matplotlib isn't installed.
         UsageError: Shapes that don't fit.
     """
-    figure_class = matplotlib_figure()
     found = as_array(relevance)
     several = found if found.ndim == 4 else found[None]
     given = _several_photos(photos, len(several), found.ndim == 4)
     wide = 1 if given is None else 2
-    figure = figure_class(figsize=(3.2 * wide + 0.8, 3.2 * len(several)), layout="constrained")
+    figure = new_figure(3.2 * wide + 0.8, 3.2 * len(several), layout="constrained")
     axes = figure.subplots(len(several), wide, squeeze=False)
     for index, (sample, row) in enumerate(zip(several, axes, strict=True)):
         photo = None if given is None else as_photo(given[index])
@@ -217,18 +217,3 @@ def bar(figure: Figure, axes: Any, scale: float) -> None:
     listed = ListedColormap((colours(np.linspace(-1, 1, 255)) / 255).tolist())
     shown = ScalarMappable(Normalize(-scale, scale), listed)
     figure.colorbar(shown, ax=axes, shrink=0.8, label="relevance")
-
-
-def matplotlib_figure() -> type[Figure]:
-    """The class of figures; no window is opened and no global state is touched.
-
-    Raises:
-        UnsupportedError: matplotlib isn't installed.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise UnsupportedError(
-            "figures need matplotlib, which isn't installed", hint="pip install matplotlib"
-        ) from error
-    return Figure

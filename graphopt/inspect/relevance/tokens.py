@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from html import escape
 from typing import TYPE_CHECKING, Any
 
+from graphopt.charts import new_figure
 from graphopt.errors import UsageError
 from graphopt.inspect.relevance.colours import (
     as_array,
@@ -14,7 +15,7 @@ from graphopt.inspect.relevance.colours import (
     readable_on,
     scale_of,
 )
-from graphopt.inspect.relevance.images import bar, matplotlib_figure
+from graphopt.inspect.relevance.images import bar
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -90,10 +91,9 @@ def token_figure(
     Raises:
         UnsupportedError: matplotlib isn't installed.
     """
-    figure_class = matplotlib_figure()
     shares = _shares(tokens, relevance, scale)
     values = as_array(relevance)
-    figure = figure_class(figsize=(max(4.0, 0.42 * len(tokens) + 1.5), 3.2), layout="constrained")
+    figure = new_figure(max(4.0, 0.42 * len(tokens) + 1.5), 3.2, layout="constrained")
     axes = figure.subplots()
     places = range(len(tokens))
     filled = [hexadecimal(share) for share in shares]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from graphopt.errors import UnsupportedError
+from graphopt.charts import new_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -30,15 +30,7 @@ def draw(shares: Sequence[float], morf: Tensor, lerf: Tensor, label: str, title:
     Raises:
         UnsupportedError: matplotlib isn't installed.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise UnsupportedError(
-            "a plot needs matplotlib, which isn't installed", hint="pip install matplotlib"
-        ) from error
-    figure = Figure(figsize=(4.8, 3.6), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(4.8, 3.6, layout="constrained")
     axis = figure.subplots()
     percent = [100 * share for share in shares]
     means = {}

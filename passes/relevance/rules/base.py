@@ -97,3 +97,17 @@ def _check(rule: str, name: str, value: Any, kind: Any) -> None:
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if not number or value != value or (name in ("eps", "gamma") and value < 0):
             raise wrong
+
+
+class ByWeights(Rule):
+    """A rule for layers with weights that looks at them, or at their signs, one by one.
+
+    A batch norm behind the layer changes the weights that act, and is folded into them.
+    """
+
+    families: ClassVar[tuple[Family, ...]] = WEIGHTED
+
+    @property
+    def folds(self) -> bool:
+        """It sees the weights that act."""
+        return True

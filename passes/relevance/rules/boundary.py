@@ -11,14 +11,14 @@ from torch import Tensor
 from graphopt.errors import UsageError
 from graphopt.passes.relevance.families import Family
 from graphopt.passes.relevance.rules.affine import Affine, channel, negative, positive, same
-from graphopt.passes.relevance.rules.base import WEIGHTED, Rule, Stabiliser
+from graphopt.passes.relevance.rules.base import ByWeights, Stabiliser
 from graphopt.passes.relevance.site import Site
 
 Bound = float | tuple[float, ...]
 
 
 @dataclass(frozen=True)
-class WSquare(Rule):
+class WSquare(ByWeights):
     """By squared weights, whatever the input (Montavon et al. 2017, equation 12).
 
     Attributes:
@@ -28,16 +28,10 @@ class WSquare(Rule):
     """
 
     name: ClassVar[str] = "w-square"
-    families: ClassVar[tuple[Family, ...]] = WEIGHTED
 
     bias: bool = False
     eps: float = 0.0
     stabiliser: Stabiliser = "rms"
-
-    @property
-    def folds(self) -> bool:
-        """Its weights are those that act."""
-        return True
 
     def propagate(self, site: Site) -> None:
         """Hand relevance on."""
@@ -52,7 +46,7 @@ class WSquare(Rule):
 
 
 @dataclass(frozen=True)
-class Flat(Rule):
+class Flat(ByWeights):
     """The same to each input that a result reads (Bach et al. 2016).
 
     Attributes:
@@ -61,15 +55,9 @@ class Flat(Rule):
     """
 
     name: ClassVar[str] = "flat"
-    families: ClassVar[tuple[Family, ...]] = WEIGHTED
 
     eps: float = 0.0
     stabiliser: Stabiliser = "rms"
-
-    @property
-    def folds(self) -> bool:
-        """What a batch norm adds takes nothing."""
-        return True
 
     def propagate(self, site: Site) -> None:
         """Hand relevance on."""
@@ -80,7 +68,7 @@ class Flat(Rule):
 
 
 @dataclass(frozen=True)
-class ZBox(Rule):
+class ZBox(ByWeights):
     """For inputs between bounds, such as pixels (Montavon et al. 2017, equation 17).
 
     Attributes:
@@ -91,7 +79,6 @@ class ZBox(Rule):
     """
 
     name: ClassVar[str] = "z-box"
-    families: ClassVar[tuple[Family, ...]] = WEIGHTED
 
     low: Bound = -3.0
     high: Bound = 3.0
@@ -110,11 +97,6 @@ class ZBox(Rule):
                 f"z-box from {self.low} to {self.high}",
                 hint="a number for low and high, low <= high, or one for each channel",
             )
-
-    @property
-    def folds(self) -> bool:
-        """Signs are those of the weights that act."""
-        return True
 
     def propagate(self, site: Site) -> None:
         """Hand relevance on; the bias takes nothing."""

@@ -197,7 +197,6 @@ NORMS: dict[str, Callable[[Site], Any]] = {
     "native_group_norm": _group_norm,
     "instance_norm": _group_norm,
     "batch_norm": _batch_norm,
-    "cudnn_batch_norm": _batch_norm,
     "native_batch_norm": _batch_norm,
     "_native_batch_norm_legit_no_training": _batch_norm,
 }

@@ -9,28 +9,21 @@ import torch
 from torch import Tensor
 
 from graphopt.errors import UnsupportedError
-from graphopt.passes.relevance.families import Family
 from graphopt.passes.relevance.rules.affine import Affine
-from graphopt.passes.relevance.rules.base import WEIGHTED, Rule
+from graphopt.passes.relevance.rules.base import ByWeights
 from graphopt.passes.relevance.site import CONSTANTS, Site
 
 SINK = "pattern"
 
 
 @dataclass(frozen=True)
-class PatternAttribution(Rule):
+class PatternAttribution(ByWeights):
     """``R_i = sum_j w_ij a_ij R_j`` for the pattern ``a`` of each neuron (Kindermans et al. 2018).
 
     A pattern has ``sum_i w_ij a_ij = 1``, so that only what falls on padding is lost.
     """
 
     name: ClassVar[str] = "pattern-attribution"
-    families: ClassVar[tuple[Family, ...]] = WEIGHTED
-
-    @property
-    def folds(self) -> bool:
-        """The signal of a neuron is that behind its batch norm."""
-        return True
 
     def propagate(self, site: Site) -> None:
         """Hand relevance on; the bias takes nothing."""
@@ -39,19 +32,13 @@ class PatternAttribution(Rule):
 
 
 @dataclass(frozen=True)
-class PatternNet(Rule):
+class PatternNet(ByWeights):
     """``S_i = sum_j a_ij S_j``: the estimated signal itself (Kindermans et al. 2018).
 
     It isn't conserved; the ledger books the difference as ``pattern``.
     """
 
     name: ClassVar[str] = "pattern-net"
-    families: ClassVar[tuple[Family, ...]] = WEIGHTED
-
-    @property
-    def folds(self) -> bool:
-        """The signal of a neuron is that behind its batch norm."""
-        return True
 
     def propagate(self, site: Site) -> None:
         """Hand the signal on."""

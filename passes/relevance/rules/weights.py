@@ -11,7 +11,7 @@ from torch import Tensor
 from graphopt.errors import UsageError
 from graphopt.passes.relevance.families import Family
 from graphopt.passes.relevance.rules.affine import Affine, Change, negative, positive
-from graphopt.passes.relevance.rules.base import SUMS, WEIGHTED, Rule, Stabiliser
+from graphopt.passes.relevance.rules.base import SUMS, WEIGHTED, ByWeights, Rule, Stabiliser
 from graphopt.passes.relevance.rules.sums import share_signed
 from graphopt.passes.relevance.site import EPSILON, Site
 
@@ -55,7 +55,7 @@ class Epsilon(Rule):
 
 
 @dataclass(frozen=True)
-class Gamma(Rule):
+class Gamma(ByWeights):
     """Positive contributions count more: weights ``w + gamma max(w, 0)``.
 
     Montavon et al. 2019, with the four terms for inputs and results of either sign (Andéol et al.
@@ -69,16 +69,10 @@ class Gamma(Rule):
     """
 
     name: ClassVar[str] = "gamma"
-    families: ClassVar[tuple[Family, ...]] = WEIGHTED
 
     gamma: float = 0.25
     eps: float = 0.0
     stabiliser: Stabiliser = "rms"
-
-    @property
-    def folds(self) -> bool:
-        """Signs are those of the weights that act."""
-        return True
 
     def propagate(self, site: Site) -> None:
         """Hand quotients on, one for each sign of the input.
@@ -108,7 +102,7 @@ class Gamma(Rule):
 
 
 @dataclass(frozen=True)
-class AlphaBeta(Rule):
+class AlphaBeta(ByWeights):
     """Positive and negative contributions apart: ``alpha - beta = 1`` (Bach et al. 2015, eq. 60).
 
     Attributes:
@@ -122,7 +116,6 @@ class AlphaBeta(Rule):
     """
 
     name: ClassVar[str] = "alpha-beta"
-    families: ClassVar[tuple[Family, ...]] = WEIGHTED
 
     alpha: float = 2.0
     beta: float = 1.0
@@ -134,11 +127,6 @@ class AlphaBeta(Rule):
         super().__post_init__()
         if self.alpha < 0 or self.beta < 0 or abs(self.alpha - self.beta - 1) > 1e-9:
             raise UsageError("alpha-beta needs alpha - beta = 1, neither of them negative")
-
-    @property
-    def folds(self) -> bool:
-        """Signs are those of the weights that act."""
-        return True
 
     def propagate(self, site: Site) -> None:
         """Hand quotients on, one for each sign of the input."""
@@ -172,7 +160,7 @@ class AlphaBeta(Rule):
 
 
 @dataclass(frozen=True)
-class ZPlus(Rule):
+class ZPlus(ByWeights):
     """Positive contributions alone: alpha-beta with 1 and 0 (Montavon et al. 2017, equation 15).
 
     Attributes:
@@ -181,15 +169,9 @@ class ZPlus(Rule):
     """
 
     name: ClassVar[str] = "z-plus"
-    families: ClassVar[tuple[Family, ...]] = WEIGHTED
 
     eps: float = 0.0
     stabiliser: Stabiliser = "rms"
-
-    @property
-    def folds(self) -> bool:
-        """Signs are those of the weights that act."""
-        return True
 
     def propagate(self, site: Site) -> None:
         """Hand quotients on, one for each sign of the input."""
