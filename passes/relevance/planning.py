@@ -129,7 +129,7 @@ def make_plan(
         op: composite.rule(op, path_of(op.node), ends.get(op, frozenset())) for op in ops.values()
     }
     folds, rules = folded(ops, rules, {*named.values(), *results})
-    values = values_of(graph, tensors, inputs)
+    values = values_of(graph, tensors, inputs, known=given)  # decomposed calls have new values
     laid_out = [*results, *(s for s in sources if s in inside)]
     laid_out += [n for n, op in ops.items() if n in inside and op.family is not Family.ROUTE]
     batch, layout = _layouts(
@@ -252,7 +252,10 @@ def _is_tensor(node: fx.Node) -> bool:
 
 @torch.no_grad()
 def values_of(
-    graph: fx.Graph, tensors: Mapping[str, Any], inputs: Sequence[Tensor]
+    graph: fx.Graph,
+    tensors: Mapping[str, Any],
+    inputs: Sequence[Tensor],
+    known: Mapping[fx.Node, Any] | None = None,
 ) -> dict[fx.Node, Any]:
     """The value of each node in one run of a forward graph.
 
@@ -260,14 +263,18 @@ def values_of(
         graph: The graph.
         tensors: What its ``get_attr`` nodes hold, by target.
         inputs: Values of its placeholders.
+        known: Values that an earlier run of these inputs gave.
     """
     given = iter(inputs)
+    known = known or {}
     values: dict[fx.Node, Any] = {}
     for node in graph.nodes:
         if node.op == "placeholder":
             values[node] = next(given)
         elif node.op == "get_attr":
             values[node] = tensors[str(node.target)]
+        elif node.op == "call_function" and node in known:
+            values[node] = known[node]
         elif node.op == "call_function":
             args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
             values[node] = node.target(*args, **kwargs)

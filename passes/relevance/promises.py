@@ -8,9 +8,9 @@ when the graph is compiled): made by an operation, about a value, resolved at th
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import fx
@@ -144,12 +144,3 @@ def _cancelled(ops: Iterable[Op], needed: set[tuple[str, str]]) -> Iterator[Prom
 def kept_bytes(found: Sequence[Promise]) -> int:
     """Bytes that are held between forward and backward."""
     return sum(promise.bytes for promise in found)
-
-
-def as_table(found: Sequence[Promise]) -> Mapping[str, Any]:
-    """Counts and bytes by policy."""
-    table: dict[str, Any] = {}
-    for promise in found:
-        count, size = table.get(promise.policy, (0, 0))
-        table[promise.policy] = (count + 1, size + promise.bytes)
-    return table
