@@ -10,6 +10,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from graphopt.ir.aliases import writes
 from graphopt.ir.graphs import copy_place
+from graphopt.passes.relevance.exponentials import meant_by
 from graphopt.passes.relevance.families import op_name
 
 aten = torch.ops.aten
@@ -28,6 +29,8 @@ def canonicalize(graph: fx.Graph) -> None:
             # what a value is made of doesn't depend on where gradients go
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
+        elif (meant := meant_by(node)) is not None:
+            _replace(graph, node, *meant)
         elif name in ("scatter", "scatter_add", "scatter_reduce"):
             _trim(graph, node)
         elif name == "div":
@@ -63,10 +66,15 @@ def _other_gate(graph: fx.Graph, node: fx.Node) -> None:
     one = second if op_name(node) == "rsub" else first
     if one != 1 or node.kwargs or len(node.args) > 2 or not _calls(gate, "sigmoid"):
         return
+    _replace(graph, node, aten.sigmoid.default, ((aten.neg.default, gate.args),))
+
+
+def _replace(graph: fx.Graph, node: fx.Node, target: Any, args: tuple[Any, ...]) -> None:
+    """Call another operator in place of a node; arguments that are pairs are calls themselves."""
     with graph.inserting_before(node):
-        negative = graph.call_function(aten.neg.default, gate.args)
-        new = graph.call_function(aten.sigmoid.default, (negative,))
-    for made in (negative, new):
+        inner = [graph.call_function(*a) if isinstance(a, tuple) else a for a in args]
+        new = graph.call_function(target, tuple(inner))
+    for made in (*(i for i, a in zip(inner, args, strict=True) if i is not a), new):
         copy_place(made, node, "val")
     node.replace_all_uses_with(new)
     graph.erase_node(node)

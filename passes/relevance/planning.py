@@ -16,7 +16,8 @@ from graphopt.passes.relevance import regions
 from graphopt.passes.relevance.composite import Composite, depths, path_of
 from graphopt.passes.relevance.families import Family
 from graphopt.passes.relevance.folding import folded
-from graphopt.passes.relevance.ops import Op, carrying, is_floating, is_getitem, operations, wanted
+from graphopt.passes.relevance.ops import Op, carrying, is_floating, operations, wanted
+from graphopt.passes.relevance.origins import Origin, origins
 from graphopt.passes.relevance.prepare import lowered
 from graphopt.passes.relevance.roles import Roles
 from graphopt.passes.relevance.rules import Rule
@@ -41,7 +42,7 @@ class Plan:
         named: What was asked for besides the inputs: name in the result -> value.
         layouts: Where the samples of a batch lie in each value.
         batch: The placeholder whose dimension 0 is the batch; None: all is one sample.
-        slopes: Derivatives at zero of the activations that give zero for zero.
+        origins: What activations are at zero, where that is a number.
         roles: Roles of operands.
         folds: Batch norms that are a part of the layer in front of them, by that layer.
         patterns: Patterns by the name of the weight, where a rule needs them.
@@ -59,7 +60,7 @@ class Plan:
     named: Mapping[str, fx.Node]
     layouts: Mapping[fx.Node, Layout]
     batch: fx.Node | None
-    slopes: Mapping[Op, float]
+    origins: Mapping[Op, Origin]
     roles: Roles
     folds: Mapping[Op, Op]
     patterns: Mapping[str, Tensor] | None = None
@@ -148,7 +149,7 @@ def make_plan(
         named=named,
         layouts=layout,
         batch=batch,
-        slopes=_slopes(ops.values(), values),
+        origins=origins(ops.values(), values),
         roles=Roles(ops),
         folds=folds,
         patterns=composite.patterns,
@@ -317,27 +318,3 @@ class _Whole(dict[fx.Node, Layout]):
 
     def __missing__(self, node: fx.Node) -> Layout:
         return WHOLE
-
-
-def _slopes(ops: Any, values: Mapping[fx.Node, Any]) -> dict[Op, float]:
-    """Derivatives at zero of the activations that give zero for zero."""
-    found: dict[Op, float] = {}
-    for op in ops:
-        if op.family is Family.ACTIVATION and not is_getitem(op.node) and len(op.operands) == 1:
-            slope = _slope(op, values)
-            if slope is not None:
-                found[op] = slope
-    return found
-
-
-def _slope(op: Op, values: Mapping[fx.Node, Any]) -> float | None:
-    (operand,) = op.operands
-    leaf = torch.zeros_like(values[operand]).requires_grad_()
-    with torch.enable_grad():
-        result = op.run(lambda n: leaf if n is operand else values[n])
-    if not isinstance(result, Tensor) or bool(result.any()) or not result.requires_grad:
-        return 0.0 if isinstance(result, Tensor) and not bool(result.any()) else None
-    (grad,) = torch.autograd.grad(result.sum(), leaf)
-    slope = grad.flatten()[0]
-    same = bool((grad == slope).all()) and bool(slope.isfinite())
-    return float(slope) if same else None

@@ -43,6 +43,7 @@ from graphopt.passes.relevance.rules import (
     Proportional,
     Route,
     Rule,
+    Secant,
     SoftmaxTaylor,
     Uniform,
     WinnerTakesAll,
@@ -62,7 +63,7 @@ def _conservative(name: str) -> Composite:
             matches([Family.ROUTE], Route()),
             matches([Family.MAX], WinnerTakesAll()),
             matches(SUMS, Proportional()),
-            matches([Family.ACTIVATION], Identity()),
+            matches([Family.ACTIVATION], Secant()),
             matches([Family.NORM], DetachedNorm()),
             matches([Family.PRODUCT], Uniform(_WEIGHING)),
             matches([Family.ATTENTION], CPAttention()),
@@ -103,7 +104,7 @@ def _dynamic() -> Composite:
         matches([Family.ADD, Family.REDUCE], Proportional("absolute")),
         matches([Family.PRODUCT], Proportional("absolute"), op=("mul", "multiply")),
         matches([Family.POOL], AsGradient(), op=("*adaptive_avg_pool*",)),
-        matches([Family.NORM], Identity()),
+        matches([Family.ACTIVATION, Family.NORM], Identity()),
     )
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, fx
 from graphopt.passes.relevance.families import Family
 from graphopt.passes.relevance.flow import Flow, signed, times
 from graphopt.passes.relevance.ops import Op, weight_name
+from graphopt.passes.relevance.origins import Origin
 from graphopt.passes.relevance.roles import Role
 
 EPSILON, BIAS, CONSTANTS, PARAMETERS, SOFTMAX = (
@@ -257,9 +258,9 @@ class Site:
         return value
 
     @property
-    def slope(self) -> float | None:
-        """The derivative at zero of an activation that gives zero for zero, else None."""
-        return self._run.plan.slopes.get(self.op)
+    def origin(self) -> Origin | None:
+        """What an activation is at zero, where that is a number."""
+        return self._run.plan.origins.get(self.op)
 
 
 def _detached(value: Any) -> Any:

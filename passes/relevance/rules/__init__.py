@@ -3,7 +3,7 @@
 from graphopt.passes.relevance.rules.attention import AttnLRP, CPAttention
 from graphopt.passes.relevance.rules.base import RULES, Rule
 from graphopt.passes.relevance.rules.boundary import Flat, WSquare, ZBox
-from graphopt.passes.relevance.rules.elementwise import Identity
+from graphopt.passes.relevance.rules.elementwise import Identity, Secant
 from graphopt.passes.relevance.rules.gradient import AsGradient, Gradient, StopGradient
 from graphopt.passes.relevance.rules.norms import DetachedNorm, Folded
 from graphopt.passes.relevance.rules.patterns import PatternAttribution, PatternNet
@@ -31,6 +31,7 @@ __all__ = [
     "Proportional",
     "Route",
     "Rule",
+    "Secant",
     "SoftmaxTaylor",
     "StopGradient",
     "Uniform",

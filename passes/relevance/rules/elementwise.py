@@ -6,12 +6,14 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor, fx
 
 from graphopt.errors import UnsupportedError
 from graphopt.passes.relevance.families import Family
+from graphopt.passes.relevance.origins import Origin
 from graphopt.passes.relevance.rules.base import Rule
-from graphopt.passes.relevance.site import Site
+from graphopt.passes.relevance.site import CONSTANTS, Site
 
 _PIECEWISE = frozenset({"relu", "leaky_relu", "prelu", "_prelu_kernel", "abs", "positive"})
 """Functions with ``f(x) = f'(x) x``: their derivative is the quotient."""
@@ -31,10 +33,10 @@ class Identity(Rule):
 
     def prepare(self, site: Site) -> Tensor | None:
         """``f(x) / x`` where it will be needed: one value is kept instead of two."""
-        if site.slope is None or _is_piecewise(site):
+        origin = site.origin
+        if origin is None or origin.value or _is_piecewise(site):
             return None
-        (operand,) = site.op.operands
-        return slope_through_zero(site.value(operand), site.computed, site.slope)
+        return _secant(site, origin)
 
     def propagate(self, site: Site) -> None:
         """Hand relevance on as it is, or its quotient times ``f(x) / x``."""
@@ -46,7 +48,7 @@ class Identity(Rule):
             site.send(operand, flow.tensor, "relevance")
         elif _is_piecewise(site):
             site.send_all(site.vjp(flow.tensor), only=(operand,))
-        elif site.slope is not None:
+        elif site.prepared is not None:
             site.send(operand, flow.tensor * site.prepared)
         else:
             site.send(operand, site.relevance(), "relevance")
@@ -63,11 +65,52 @@ class Identity(Rule):
         site.send(operand, site.relevance().sum_to_size(shape), "relevance")
 
 
+@dataclass(frozen=True)
+class Secant(Identity):
+    """What a function is at zero is a constant; the rest goes through it.
+
+    ``R_in = R_out (f(x) - f(0)) / f(x)``, and ``R_out f(0) / f(x)`` stays as a constant's, as a
+    bias's would.  For ReLU, GELU, tanh and all else with ``f(0) = 0`` that is the identity; for a
+    sigmoid, softplus or exponential the identity would hand on ``R / x``, which explodes where
+    ``x`` is near zero, and turns signs around where ``x`` is negative and ``f(x)`` is not.  Where
+    ``f(0)`` isn't a number (logarithm, reciprocal) all goes through.
+    """
+
+    name: ClassVar[str] = "secant"
+    families: ClassVar[tuple[Family, ...]] = (Family.ACTIVATION,)
+
+    def prepare(self, site: Site) -> Tensor | None:
+        """``(f(x) - f(0)) / x`` where it will be needed."""
+        return _secant(site, site.origin) if _is_lifted(site) else super().prepare(site)
+
+    def propagate(self, site: Site) -> None:
+        """Hand on the secant's part, and book the constant's."""
+        if not _is_lifted(site):
+            super().propagate(site)
+            return
+        quotient = site.quotient()
+        (operand,) = site.op.operands
+        site.send(operand, quotient * site.prepared)
+        site.book(CONSTANTS, quotient * site.origin.value)
+
+
+def _is_lifted(site: Site) -> bool:
+    """Whether ``f(0)`` is a number other than zero."""
+    return site.origin is not None and site.origin.value != 0
+
+
 def _is_piecewise(site: Site) -> bool:
     return site.op.name in _PIECEWISE and not site.op.is_region
 
 
-def slope_through_zero(value: Tensor, result: Tensor, slope: float) -> Tensor:
-    """``f(x) / x``, and its limit where ``x`` is zero."""
-    # 0 / 0 is the only way to NaN here, but for NaN and infinity themselves
-    return (result / value).nan_to_num(slope, math.inf, -math.inf)
+def _secant(site: Site, origin: Origin) -> Tensor:
+    """``(f(x) - f(0)) / x``, and its limit ``f'(0)`` where ``x`` is zero."""
+    (operand,) = site.op.operands
+    value, result = site.value(operand), site.computed
+    if not origin.value:
+        # 0 / 0 is the only way to NaN here, but for NaN and infinity themselves
+        return (result / value).nan_to_num(origin.slope, math.inf, -math.inf)
+    # nearer than this f(x) - f(0) is rounding, and the limit as good as the secant
+    near = value.abs() < torch.finfo(value.dtype).eps ** 0.5
+    risen = (result - origin.value) / torch.where(near, 1, value)
+    return torch.where(near, origin.slope, risen)

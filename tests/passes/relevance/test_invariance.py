@@ -169,6 +169,22 @@ PAIRS: dict[str, tuple[Function, Function]] = {
         lambda w, x: torch.sigmoid(-w.first(x)) * w.second(x),
         lambda w, x: (1 - torch.sigmoid(w.first(x))) * w.second(x),
     ),
+    "gate_of_exponentials": (
+        lambda w, x: torch.sigmoid(w.first(x)) * w.second(x),
+        lambda w, x: 1 / (1 + torch.exp(-w.first(x))) * w.second(x),
+    ),
+    "gate_as_a_ratio": (
+        lambda w, x: torch.sigmoid(w.first(x)) * w.second(x),
+        lambda w, x: (e := torch.exp(w.first(x))) / (e + 1) * w.second(x),
+    ),
+    "softplus": (
+        lambda w, x: F.softplus(w.first(x)),
+        lambda w, x: torch.log(1 + torch.exp(w.first(x))),
+    ),
+    "softplus_of_log1p": (
+        lambda w, x: F.softplus(w.first(x)),
+        lambda w, x: w.first(x).exp().log1p(),
+    ),
 }  # fmt: skip
 
 

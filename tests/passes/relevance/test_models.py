@@ -27,10 +27,6 @@ SLOW = [
     "batchless_input", "conv1d_3d", "einsum", "fft",
 ]  # fmt: skip
 
-# Sums that cancel to next to nothing: what is left of them in single precision can't be shared out
-# to a millionth.  They are checked in double precision only.
-CANCELLING = frozenset({"lstm", "gru", "gru_both_ways"})
-
 
 def checked(entry: ZooModel, composite: str, dtype: torch.dtype) -> None:
     """Explain a model and check its ledger, as a whole and at each operation."""
@@ -77,10 +73,16 @@ def test_more_of_them(name: str, composite: str) -> None:
     checked(ALL[name], composite, torch.float64)
 
 
+@pytest.mark.parametrize("name", ["lstm_projected", "rnn_relu", "gru"])
+def test_recurrent_layers_in_single_precision(name: str) -> None:
+    checked(ALL[name], "attnlrp", torch.float32)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [n for n in QUICK + SLOW if n not in CANCELLING])
-def test_in_single_precision(name: str) -> None:
-    checked(ALL[name], "cp-lrp", torch.float32)
+@pytest.mark.parametrize("composite", ["cp-lrp", "attnlrp"])
+@pytest.mark.parametrize("name", QUICK + SLOW)
+def test_in_single_precision(name: str, composite: str) -> None:
+    checked(ALL[name], composite, torch.float32)
 
 
 def test_shifted_ids_get_the_relevance_of_what_they_were_shifted_from() -> None:

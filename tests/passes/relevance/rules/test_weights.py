@@ -9,16 +9,21 @@ import pytest
 import torch
 from torch import nn
 
+from graphopt.passes.relevance.composite import matches
+from graphopt.passes.relevance.families import Family
+from graphopt.passes.relevance.presets import composite_of
 from graphopt.passes.relevance.rules import (
     AlphaBeta,
     Epsilon,
     Flat,
     Gamma,
+    Identity,
     Rule,
     WSquare,
     ZBox,
     ZPlus,
 )
+from graphopt.passes.relevance.rules.base import WEIGHTED
 from tests.passes.relevance.rules.layers import LAYERS, drawn
 from tests.passes.relevance.rules.naive import Calls, Naive, handed_back
 
@@ -105,11 +110,14 @@ def test_results_of_zero_absorb() -> None:
     """Where nothing contributes there is nothing to share: the ledger says so."""
     layer = nn.Linear(3, 2).double()
     nn.init.zeros_(layer.bias)
-    rules: list[Rule] = [ZPlus(), AlphaBeta(), AlphaBeta(missing="absorb"), Gamma(), Epsilon(1e-6)]
-    for rule in rules:
-        model = nn.Sequential(layer, nn.Sigmoid())  # sigmoid(0) = 1/2 has relevance to hand on
+    some: list[Rule] = [ZPlus(), AlphaBeta(), AlphaBeta(missing="absorb"), Gamma(), Epsilon(1e-6)]
+    for rule in some:
+        model = nn.Sequential(layer, nn.Sigmoid())
+        # sigmoid(0) = 1/2, and the identity hands all of it on
+        rules = composite_of("cp-lrp").before(matches([Family.ACTIVATION], Identity()))
+        rules = rules.before(matches(WEIGHTED, rule))
         x = torch.tensor([[0.0, 0.0, 0.0], [1.0, -2.0, 3.0]]).double()
-        found = handed_back(model, x, rule, torch.ones(2, 2).double())
+        found = handed_back(model, x, rules, torch.ones(2, 2).double())
         assert bool(torch.isfinite(found.relevance[0]).all())
         found.check(1e-12)
         assert float(found.ledger["epsilon"][0]) == pytest.approx(1.0)
