@@ -5,7 +5,7 @@ A sigmoid is a gate, and an exponential isn't, so what was meant decides where r
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import fx
@@ -67,5 +67,5 @@ def _is_one(value: Any) -> bool:
     return isinstance(value, int | float) and value == 1
 
 
-def _calls(node: Any, name: str) -> bool:
+def _calls(node: Any, name: str) -> TypeGuard[fx.Node]:
     return isinstance(node, fx.Node) and node.op == "call_function" and op_name(node) == name

@@ -81,22 +81,25 @@ class Secant(Identity):
 
     def prepare(self, site: Site) -> Tensor | None:
         """``(f(x) - f(0)) / x`` where it will be needed."""
-        return _secant(site, site.origin) if _is_lifted(site) else super().prepare(site)
+        origin = _lifted(site)
+        return super().prepare(site) if origin is None else _secant(site, origin)
 
     def propagate(self, site: Site) -> None:
         """Hand on the secant's part, and book the constant's."""
-        if not _is_lifted(site):
+        origin = _lifted(site)
+        if origin is None:
             super().propagate(site)
             return
         quotient = site.quotient()
         (operand,) = site.op.operands
         site.send(operand, quotient * site.prepared)
-        site.book(CONSTANTS, quotient * site.origin.value)
+        site.book(CONSTANTS, quotient * origin.value)
 
 
-def _is_lifted(site: Site) -> bool:
-    """Whether ``f(0)`` is a number other than zero."""
-    return site.origin is not None and site.origin.value != 0
+def _lifted(site: Site) -> Origin | None:
+    """The origin of a function for which ``f(0)`` is a number other than zero."""
+    origin = site.origin
+    return origin if origin is not None and origin.value else None
 
 
 def _is_piecewise(site: Site) -> bool:
