@@ -18,7 +18,8 @@ from tests.zoo.registry import ZooModel
 ALL = {**ZOO, **MODELS}
 QUICK = [
     "vgg", "mobilenet_v3", "wavenet", "graph_attention", "hypernet", "spectral", "tables",
-    "lstm_projected", "rnn_relu", "moe_dense", "moe_sparse", "cond", "no_grad_region", "inplace_chain",
+    "lstm_projected", "rnn_relu", "moe_dense", "moe_sparse", "cond", "no_grad_region",
+    "inplace_chain",
 ]  # fmt: skip
 SLOW = [
     *(name for name in MODELS if name not in QUICK),
