@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx
 
 from graphopt.errors import UnsupportedError, UsageError, suggest
+from graphopt.ir.interpret import fill, held_in, placed
 from graphopt.passes.relevance import regions
 from graphopt.passes.relevance.composite import Composite, depths, path_of
 from graphopt.passes.relevance.families import Family
@@ -266,19 +267,9 @@ def values_of(
         inputs: Values of its placeholders.
         known: Values that an earlier run of these inputs gave.
     """
-    given = iter(inputs)
-    known = known or {}
-    values: dict[fx.Node, Any] = {}
-    for node in graph.nodes:
-        if node.op == "placeholder":
-            values[node] = next(given)
-        elif node.op == "get_attr":
-            values[node] = tensors[str(node.target)]
-        elif node.op == "call_function" and node in known:
-            values[node] = known[node]
-        elif node.op == "call_function":
-            args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
-            values[node] = node.target(*args, **kwargs)
+    values = placed(graph, inputs)
+    values.update((node, known[node]) for node in graph.nodes if known and node in known)
+    fill(values, graph.nodes, held_in(tensors))
     return values
 
 
