@@ -101,18 +101,19 @@ def fill(
         RunError: An operator fails on its values.
         UnsupportedError: A node that calls no function.
     """
-    done = done or {}
+    value = values.__getitem__
     for node in nodes:
-        if node in values or node.op == "output":
+        if node in values:
             pass
         elif node.op == "call_function":
-            values[node] = hook(node, values.__getitem__)
+            values[node] = hook(node, value)
         elif node.op == "get_attr":
             values[node] = attribute(node)
-        else:
+        elif node.op != "output":
             raise UnsupportedError(f"a {node.op} without a value can't be run", node=node)
-        for each in done.get(node, ()):
-            del values[each]
+        if done is not None:
+            for each in done[node]:
+                del values[each]
 
 
 def placed(graph: fx.Graph, inputs: Iterable[Any]) -> dict[fx.Node, Any]:
@@ -129,12 +130,10 @@ def placed(graph: fx.Graph, inputs: Iterable[Any]) -> dict[fx.Node, Any]:
 
 def _last_uses(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
     """For each node the nodes whose values nobody reads after it; results are read at the end."""
-    last: dict[fx.Node, fx.Node] = {}
-    for node in graph.nodes:
-        last[node] = node
-        last.update(dict.fromkeys(node.all_input_nodes, node))
+    later = set(graph.output_node().all_input_nodes)
     found: dict[fx.Node, list[fx.Node]] = {}
-    for node, user in last.items():
-        if user.op != "output":
-            found.setdefault(user, []).append(node)
+    for node in reversed(graph.nodes):
+        found[node] = [n for n in (node, *node.all_input_nodes) if n not in later]
+        later.update(found[node])
+    found[graph.output_node()] = []  # has no value
     return found
