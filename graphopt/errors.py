@@ -163,6 +163,10 @@ class MissingMethodError(UnsupportedError, AttributeError):
     """A method of the source that was not captured; `hasattr` sees that it isn't there."""
 
 
+class RunError(GraphoptError, RuntimeError):
+    """A call of a graph failed on the values that it was given; the cause is what it raised."""
+
+
 class InputMismatch(GraphoptError):  # noqa: N818
     """Inputs don't fit the model or the program (number, structure, shape, dtype, device)."""
 

@@ -22,6 +22,7 @@ from graphopt import errors
         (errors.BudgetInfeasible, 4),
         (errors.VerificationError, 5),
         (errors.UnsupportedError, 1),
+        (errors.RunError, 1),
         (errors.InputMismatch, 1),
         (errors.NonFiniteError, 1),
         (errors.NothingToTrainError, 1),

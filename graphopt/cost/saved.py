@@ -12,6 +12,7 @@ import operator
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -20,8 +21,11 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake
 
 from graphopt.cost.calls import TensorSpec
 from graphopt.cost.sizes import Substitution, concrete, tensors_in
-from graphopt.errors import UnsupportedError
+from graphopt.errors import RunError, UnsupportedError, first_line
+from graphopt.ir.graphs import lookup
+from graphopt.ir.interpret import Value, call, interpret, placed
 from graphopt.ir.randomness import kept_random_state
+from graphopt.ir.regions import region
 
 if TYPE_CHECKING:
     from graphopt.ir.program import Program
@@ -154,10 +158,11 @@ def saved_by_graph(module: fx.GraphModule, inputs: Sequence[Any]) -> SavedTable:
                 with mode:
                     outputs = run.graph(module, inputs)
     except (RuntimeError, TypeError, NotImplementedError) as error:
-        if isinstance(error, torch._subclasses.fake_tensor.DynamicOutputShapeException):
-            raise _data_dependent(run.current, error) from error
+        cause = error.__cause__ if isinstance(error, RunError) else error
+        if isinstance(cause, torch._subclasses.fake_tensor.DynamicOutputShapeException):
+            raise _data_dependent(run.current) from error
         raise UnsupportedError(
-            f"the graph can't be run on fake tensors: {str(error).splitlines()[0]}",
+            f"the graph can't be run on fake tensors: {first_line(cause)}",
             node=run.current,
             hint="give real inputs",
         ) from error
@@ -166,7 +171,7 @@ def saved_by_graph(module: fx.GraphModule, inputs: Sequence[Any]) -> SavedTable:
     return table
 
 
-def _data_dependent(node: Any, error: Exception) -> UnsupportedError:
+def _data_dependent(node: Any) -> UnsupportedError:
     return UnsupportedError(
         "the sizes inside the model depend on the data", node=node, hint="give real inputs"
     )
@@ -245,23 +250,11 @@ class _Run:
         return identity
 
     def graph(self, module: fx.GraphModule, inputs: Iterable[Any]) -> Any:
-        env: dict[fx.Node, Any] = {}
-        given = iter(inputs)
-        for node in module.graph.nodes:
-            self.current = node
-            if node.op == "output":
-                return fx.map_arg(node.args[0], env.__getitem__)
-            if node.op == "placeholder":
-                env[node] = next(given)
-                self._note_value(node, env[node], "input")
-            elif node.op == "get_attr":
-                env[node] = self._attribute(module, node)
-            else:
-                self.path.append(node.name)
-                env[node] = self._call(node, env)
-                self._note_value(node, env[node], "activation")
-                self.path.pop()
-        return None
+        given = placed(module.graph, inputs)
+        for node, value in given.items():
+            self._note_value(node, value, "input")
+        attribute = partial(self._attribute, module)
+        return interpret(module.graph, given.values(), attribute, self._call, copied=False)
 
     def _note_value(self, node: fx.Node, value: Any, kind: Kind) -> None:
         name = "/".join(self.path) if self.path else node.name
@@ -278,9 +271,8 @@ class _Run:
             self.aliases[own] = owner.name
 
     def _attribute(self, module: fx.GraphModule, node: fx.Node) -> Any:
-        value: Any = module
-        for part in str(node.target).split("."):
-            value = getattr(value, part)
+        self.current = node
+        value = lookup(module, str(node.target))
         if not isinstance(value, torch.Tensor):
             return value
         if id(value) not in self.attributes:
@@ -296,16 +288,18 @@ class _Run:
             return self.mode.from_tensor(value)
         return value if isinstance(value, torch.nn.Parameter) else value.clone()  # may be updated
 
-    def _call(self, node: fx.Node, env: dict[fx.Node, Any]) -> Any:
-        args = fx.map_arg(node.args, env.__getitem__)
-        kwargs = fx.map_arg(node.kwargs, env.__getitem__)
-        target: Any = node.target
-        if isinstance(target, torch._ops.HigherOrderOperator):
-            return self._higher_order(target, args, kwargs)
+    def _call(self, node: fx.Node, value: Value) -> Any:
+        self.current = node
+        self.path.append(node.name)
         start = len(self.packed)
-        result = target(*args, **kwargs)
-        if self.mode is not None and target in _OPAQUE:
-            self._real_sizes(target, args, kwargs, start)
+        if isinstance(node.target, torch._ops.HigherOrderOperator):
+            result = self._higher_order(node, value)
+        else:
+            result = call(node, value)
+        if self.mode is not None and node.target in _OPAQUE:
+            self._real_sizes(node.target, *fx.map_arg((node.args, node.kwargs), value), start)
+        self._note_value(node, result, "activation")
+        self.path.pop()
         return result
 
     def _real_sizes(self, target: Any, args: Any, kwargs: Any, start: int) -> None:
@@ -317,18 +311,15 @@ class _Run:
             for storage, size in zip(mine, real, strict=True):
                 self.owners[storage].bytes = size
 
-    def _higher_order(self, target: Any, args: Any, kwargs: Any) -> Any:
-        name = target.name() if callable(getattr(target, "name", None)) else str(target)
-        if name == "wrap_with_set_grad_enabled":
-            with torch.set_grad_enabled(args[0]):
-                return self.graph(args[1], args[2:])
-        if name == "wrap_with_autocast":
-            device, dtype, enabled, cache, inner, *rest = args
-            with torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=cache):
-                return self.graph(inner, rest)
-        if name == "cond":
-            return self._branches(*args)
-        return target(*args, **kwargs)
+    def _higher_order(self, node: fx.Node, value: Value) -> Any:
+        target: Any = node.target
+        args = fx.map_arg(node.args, value)
+        inner = region(target, args)
+        if inner is not None:
+            mode, module, inputs = inner
+            with mode():
+                return self.graph(module, inputs)
+        return self._branches(*args) if target.name() == "cond" else call(node, value)
 
     def _branches(self, predicate: Any, first: Any, second: Any, operands: Any = ()) -> Any:
         """Run both branches; the one that saves more counts, as either may be taken."""

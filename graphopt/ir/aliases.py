@@ -59,6 +59,11 @@ def writes(node: fx.Node) -> list[fx.Node]:
     return []
 
 
+def writes_to_values(graph: fx.Graph) -> bool:
+    """Whether a call writes to what another one computed, or to an input."""
+    return any(written.op != "get_attr" for node in graph.nodes for written in writes(node))
+
+
 def shares(node: fx.Node) -> list[fx.Node]:
     """Inputs with which the result of ``node`` may share memory."""
     target = node.target

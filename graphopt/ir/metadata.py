@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -15,8 +15,10 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
 from graphopt.ir.graphs import bind_graph, lookup
 from graphopt.ir.guards import compile_expression
+from graphopt.ir.interpret import Value, call, interpret, placed
 from graphopt.ir.literals import retie
 from graphopt.ir.program import Program
+from graphopt.ir.regions import region
 from graphopt.ir.signature import Leaf, Signature
 from graphopt.ir.untouched import autocast_off
 
@@ -129,44 +131,47 @@ def _symbol(env: ShapeEnv, name: str, hint: int) -> Any:
 def propagate(module: fx.GraphModule, inputs: Sequence[Any], mode: FakeTensorMode) -> None:
     """Run a graph on fake tensors and note what comes out in ``meta["val"]``."""
     with autocast_off(), mode, torch.enable_grad(), enable_python_dispatcher():
-        _Propagator(module, mode).run(*inputs)
+        _propagate(module, inputs, mode)
 
 
-class _Propagator(fx.Interpreter):
-    def __init__(self, module: fx.GraphModule, mode: FakeTensorMode) -> None:
-        super().__init__(module, garbage_collect_values=True)
-        self.mode = mode
-        self.parameters: dict[int, torch.Tensor] = {}
+def _propagate(module: fx.GraphModule, inputs: Iterable[Any], mode: FakeTensorMode) -> Any:
+    def attribute(node: fx.Node) -> Any:
+        value = lookup(module, str(node.target))
+        if isinstance(value, torch.Tensor):
+            value = mode.from_tensor(value, static_shapes=True)
+        return _note(node, value)
 
-    def run_node(self, n: fx.Node) -> Any:
-        result = super().run_node(n)
-        if n.op != "output" and not isinstance(result, fx.GraphModule):
-            n.meta["val"] = fx.node.map_aggregate(result, _noted)
-        return result
+    def hook(node: fx.Node, value: Value) -> Any:
+        return _note(node, _called(node, value, mode))
 
-    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
-        value = lookup(self.module, str(target))
-        return (
-            self.mode.from_tensor(value, static_shapes=True)
-            if isinstance(value, torch.Tensor)
-            else value
-        )
+    given = placed(module.graph, inputs)
+    for node, value in given.items():
+        _note(node, value)
+    return interpret(module.graph, given.values(), attribute, hook, copied=False)
 
-    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        name = getattr(target, "_name", "")
-        if name == "wrap_with_set_grad_enabled":
-            with torch.set_grad_enabled(args[0]):
-                return _Propagator(args[1], self.mode).run(*args[2:])
-        if name == "wrap_with_autocast":
-            device, dtype, enabled, _ = args[:4]
-            with torch.autocast(device, dtype=dtype, enabled=enabled):
-                return _Propagator(args[4], self.mode).run(*args[5:])
-        if name == "cond":
-            results = [_Propagator(branch, self.mode).run(*args[3]) for branch in args[1:3]]
-            return results[0]
-        if isinstance(target, torch._ops.OpOverload) and "_assert_" in target._schema.name:
-            return None
-        return super().call_function(target, args, kwargs)
+
+def _called(node: fx.Node, value: Value, mode: FakeTensorMode) -> Any:
+    target: Any = node.target
+    if isinstance(target, torch._ops.OpOverload) and "_assert_" in target._schema.name:
+        return None
+    if not isinstance(target, torch._ops.HigherOrderOperator):
+        return call(node, value)
+    args: Any = fx.map_arg(node.args, value)
+    inner = region(target, args)
+    if inner is not None:
+        context, module, inputs = inner
+        with context():
+            return _propagate(module, inputs, mode)
+    if target.name() == "cond":
+        results = [_propagate(branch, args[3], mode) for branch in args[1:3]]
+        return results[0]
+    return call(node, value)
+
+
+def _note(node: fx.Node, value: Any) -> Any:
+    if not isinstance(value, fx.GraphModule):
+        node.meta["val"] = fx.node.map_aggregate(value, _noted)
+    return value
 
 
 def _noted(value: Any) -> Any:

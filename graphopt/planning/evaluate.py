@@ -9,6 +9,7 @@ import torch
 from torch import fx, nn
 
 from graphopt.ir.graphs import lookup
+from graphopt.ir.interpret import fill, held_by
 from graphopt.ir.randomness import kept_random_state, seed_torch
 from graphopt.planning.situation import Situation
 
@@ -47,14 +48,6 @@ def forward_values(
             values[joint_input.node] = lookup(module, joint_input.name).detach()
     with kept_random_state(), torch.no_grad():
         seed_torch(seed)
-        for node in situation.view.graph.nodes:
-            if node in needed and node not in values:
-                values[node] = _run(situation, node, values)
+        nodes = [node for node in situation.view.graph.nodes if node in needed]
+        fill(values, nodes, held_by(situation.view.module))
     return {node: values[node] for node in wanted}
-
-
-def _run(situation: Situation, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
-    if node.op == "get_attr":
-        return lookup(situation.view.module, str(node.target))
-    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: values[n])
-    return node.target(*args, **kwargs)  # type: ignore[operator]

@@ -24,6 +24,7 @@ from torch import Tensor, fx, nn
 
 from graphopt.errors import UnsupportedError, UsageError
 from graphopt.ir.capture import capture
+from graphopt.ir.interpret import Hook, Value, call, held_by, interpret
 from graphopt.ir.module import OptimizedModule
 from graphopt.ir.program import Program
 from graphopt.ir.untouched import buffers_kept
@@ -116,17 +117,28 @@ class CircaSimulation(nn.Module):
             UnsupportedError: A value doesn't fit the ring, or is NaN; names the node.
         """
         flat = self.signature.flatten_inputs(args, kwargs)
-        return self._run(_Faulty(self), flat)
+        return self._run(flat, self._faulty)
 
     def exactly(self, *args: Any, **kwargs: Any) -> Any:
         """The model's outputs without faults."""
         flat = self.signature.flatten_inputs(args, kwargs)
-        return self._run(fx.Interpreter(self.graph), flat)
+        return self._run(flat, call)
 
-    def _run(self, interpreter: fx.Interpreter, flat: Sequence[Any]) -> Any:
-        """What an interpreter gives; the model's buffers are shared, and stay as they are."""
+    def _run(self, flat: Sequence[Any], hook: Hook) -> Any:
+        """The outputs; the model's buffers are shared, and stay as they are."""
         with buffers_kept(self.graph):
-            return self.signature.unflatten_outputs(interpreter.run(*flat))
+            results = interpret(self.graph.graph, flat, held_by(self.graph), hook)
+            return self.signature.unflatten_outputs(results)
+
+    def _faulty(self, node: fx.Node, value: Value) -> Any:
+        reduced = REDUCED.get(functional(_packet(node)))
+        if reduced is None:
+            return call(node, value)
+        args, kwargs = fx.map_arg((node.args, node.kwargs), value)
+        if not any(isinstance(a, Tensor) and a.is_floating_point() for a in args):
+            return call(node, value)
+        relu: Relu = lambda x: self.relu(x, node)  # noqa: E731
+        return reduced(relu, *args, **kwargs)
 
     def relu(self, x: Tensor, node: fx.Node) -> Tensor:
         """One ReLU of Circa's."""
@@ -143,22 +155,6 @@ class CircaSimulation(nn.Module):
         drawn = torch.rand(x.shape, dtype=torch.float64, generator=self.generator).to(x.device)
         passes = (fixed >= 0) ^ (drawn < likely)
         return x * passes
-
-
-class _Faulty(fx.Interpreter):
-    def __init__(self, simulation: CircaSimulation) -> None:
-        super().__init__(simulation.graph)
-        self.simulation = simulation
-
-    def run_node(self, n: fx.Node) -> Any:
-        reduced = REDUCED.get(functional(_packet(n)))
-        if reduced is None:
-            return super().run_node(n)
-        args, kwargs = self.fetch_args_kwargs_from_env(n)
-        if not any(isinstance(a, Tensor) and a.is_floating_point() for a in args):
-            return super().run_node(n)
-        relu: Relu = lambda x: self.simulation.relu(x, n)  # noqa: E731
-        return reduced(relu, *args, **kwargs)
 
 
 def _packet(node: fx.Node) -> Any:

@@ -8,6 +8,7 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
+from graphopt.ir.interpret import Value, call, held_by, interpret
 from graphopt.ir.untouched import buffers_kept
 from graphopt.private.lower import Model, graph_of
 
@@ -48,39 +49,31 @@ def comparisons(model: Model, *inputs: Any, **kwargs: Any) -> dict[str, float]:
     """
     graph, flat = graph_of(model, inputs, kwargs)
     batch = next((x.shape[0] for x in flat if isinstance(x, torch.Tensor) and x.dim()), 1)
-    counter = _Counter(graph)
-    with torch.no_grad(), buffers_kept(graph):
-        counter.run(*flat)
-    return {name: count / batch for name, count in counter.counts.items()}
+    counts: dict[str, int] = {}
+    dependent = set(graph.graph.find_nodes(op="placeholder"))
 
-
-class _Counter(fx.Interpreter):
-    def __init__(self, module: fx.GraphModule) -> None:
-        super().__init__(module)
-        self.counts: dict[str, int] = {}
-        self.dependent: set[fx.Node] = set()
-
-    def run_node(self, n: fx.Node) -> Any:
-        if n.op == "placeholder" or any(i in self.dependent for i in n.all_input_nodes):
-            self.dependent.add(n)
-        result = super().run_node(n)
-        packet = getattr(n.target, "overloadpacket", None)
-        if n in self.dependent and functional(packet) in COMPARING:
-            count = self._elements(n, packet)
-            if count:
-                self.counts[n.name] = count
+    def counted(node: fx.Node, value: Value) -> Any:
+        result = call(node, value)
+        if dependent.intersection(node.all_input_nodes):
+            dependent.add(node)
+            counts[node.name] = _elements(node, dependent, value)
         return result
 
-    def _elements(self, node: fx.Node, packet: Any) -> int:
-        choosing = {aten.where: 0, aten.masked_fill: 1}.get(functional(packet))
-        given = node.args if choosing is None else (node.args[choosing],)
-        values = [
-            self.env[x]
-            for x in pytree.tree_leaves(given)
-            if isinstance(x, fx.Node) and x in self.dependent and x in self.env
-        ]
-        sizes = [v.shape for v in values if isinstance(v, torch.Tensor)]
-        return torch.Size(torch.broadcast_shapes(*sizes)).numel() if sizes else 0
+    with torch.no_grad(), buffers_kept(graph):
+        interpret(graph.graph, flat, held_by(graph), counted)
+    return {name: count / batch for name, count in counts.items() if count}
+
+
+def _elements(node: fx.Node, dependent: set[fx.Node], value: Value) -> int:
+    """Elements that a node compares."""
+    packet = functional(getattr(node.target, "overloadpacket", None))
+    if packet not in COMPARING:
+        return 0
+    choosing = {aten.where: 0, aten.masked_fill: 1}.get(packet)
+    given = node.args if choosing is None else (node.args[choosing],)
+    read = [x for x in pytree.tree_leaves(given) if isinstance(x, fx.Node) and x in dependent]
+    sizes = [v.shape for v in map(value, read) if isinstance(v, torch.Tensor)]
+    return torch.Size(torch.broadcast_shapes(*sizes)).numel() if sizes else 0
 
 
 def functional(packet: Any) -> Any:

@@ -12,9 +12,10 @@ from torch import Tensor, fx
 
 from graphopt.batches import MOST, read_batch
 from graphopt.errors import InputMismatch, NonFiniteError, UnsupportedError
+from graphopt.ir.aliases import writes
 from graphopt.ir.graphs import lookup
+from graphopt.ir.interpret import Value, call, interpret
 from graphopt.ir.program import Program
-from graphopt.passes.linearize.interpret import Value, call, interpret, writes
 from graphopt.pipeline import PassContext
 
 aten = torch.ops.aten
@@ -55,7 +56,7 @@ class Reference:
         if path in self.statistics:
             return self.statistics[path]
         value = lookup(self.module, path)
-        written = any(writes(user) for user in node.users)
+        written = any(node in writes(user) for user in node.users)
         if not isinstance(value, Tensor):
             return value
         return value.detach().clone() if written else value.detach()

@@ -14,9 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
+from graphopt.ir.aliases import writes_to_values
+from graphopt.ir.interpret import Value, interpret
 from graphopt.passes.linearize.calibration import Reference, samples_at_once
 from graphopt.passes.linearize.distillation import floating, logits_of
-from graphopt.passes.linearize.interpret import Value, interpret, writes_to_values
 from graphopt.passes.linearize.replacements import Kind, Replacement, approximated
 from graphopt.passes.linearize.sites import Site, read_by
 

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import fx
 
+from graphopt.ir.aliases import writes_to_values
+from graphopt.ir.interpret import Value, call, interpret
 from graphopt.passes.linearize.calibration import Reference
-from graphopt.passes.linearize.interpret import Value, call, interpret, writes_to_values
 
 Values = list[Any]  # of one node, one for each batch; a single one where it is the same for all
 Known = Callable[[fx.Node], Values]

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, fx
 
 from graphopt.ir.graphs import lookup
+from graphopt.ir.interpret import call
 from graphopt.passes.linearize.calibration import BatchNorm, Reference, batch_norms, moments
-from graphopt.passes.linearize.interpret import call
 from graphopt.passes.linearize.lockstep import Known, Values, lockstep
 from graphopt.passes.linearize.normalisers import Left, Normaliser, Softmaxes
 from graphopt.passes.linearize.replacements import Kind, Replacement, fitted

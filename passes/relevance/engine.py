@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from graphopt.ir.interpret import Value, call, fill, held_in, placed
 from graphopt.passes.relevance.flow import Flow, merged
 from graphopt.passes.relevance.ledger import Ledger
 from graphopt.passes.relevance.marks import Marker
@@ -99,27 +100,24 @@ class Run:
 
     @torch.no_grad()
     def _forward(self, tensors: Mapping[str, Any], inputs: Sequence[Tensor]) -> None:
-        given = iter(inputs)
-        for node in self.plan.graph.nodes:
-            if node.op == "placeholder":
-                self.values[node] = next(given)
-            elif node.op == "get_attr":
-                self.values[node] = tensors[str(node.target)]
-            elif node.op == "call_function":
-                self._call(node)
-                self.marker.note("forward", node.name)
+        plan = self.plan
+        nodes = [n for n in plan.graph.nodes if n not in plan.interior or n in plan.ops]
+        self.values.update(placed(plan.graph, inputs))
+        fill(self.values, nodes, held_in(tensors), self._marked)
         self.marker.name(self.values)
         self.ledger.samples = self.values[self.plan.batch].shape[0] if self.plan.batch else 1
 
-    def _call(self, node: fx.Node) -> None:
+    def _marked(self, node: fx.Node, value: Value) -> Any:
+        found = self._called(node, value)
+        self.marker.note("forward", node.name)
+        return found
+
+    def _called(self, node: fx.Node, value: Value) -> Any:
         op = self.plan.ops.get(node)
-        if op is not None and not is_getitem(node):
-            site = Site(self, op)
-            self.values[node] = site.forward()
-            self._sites[node] = site
-        elif node not in self.plan.interior:
-            args, kwargs = fx.map_arg((node.args, node.kwargs), self.values.__getitem__)
-            self.values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+        if op is None or is_getitem(node):
+            return call(node, value)
+        site = self._sites[node] = Site(self, op)
+        return site.forward()
 
     def backward(self, seeds: Mapping[fx.Node, Tensor]) -> None:
         """Hand relevance back from the outputs.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import operator
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,10 +17,9 @@ import torch
 from torch import fx
 
 from graphopt.errors import UnsupportedError
+from graphopt.ir.interpret import Value, call
 from graphopt.passes.relevance import families
 from graphopt.passes.relevance.families import Family, Spec
-
-Lookup = Callable[[fx.Node], Any]
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,14 +55,11 @@ class Op:
         """Whether several calls mean one operator."""
         return len(self.nodes) > 1
 
-    def run(self, lookup: Lookup) -> Any:
+    def run(self, lookup: Value) -> Any:
         """The result, given what the operation reads."""
         inner: dict[fx.Node, Any] = {}
         for node in self.nodes:
-            args, kwargs = fx.map_arg(
-                (node.args, node.kwargs), lambda n: inner[n] if n in inner else lookup(n)
-            )
-            inner[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+            inner[node] = call(node, lambda n: inner[n] if n in inner else lookup(n))
         return inner[self.node]
 
     def argument(self, place: int | None) -> Any:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx
 
 from graphopt.errors import UnsupportedError, UsageError, suggest
+from graphopt.ir.interpret import fill, held_in, placed
 from graphopt.passes.relevance import regions
 from graphopt.passes.relevance.composite import Composite, depths, path_of
 from graphopt.passes.relevance.families import Family
@@ -104,48 +105,29 @@ def make_plan(
     looked_up = lookups(graph)
     sources = _sources(graph, looked_up, attribute)
     given = values_of(graph, tensors, inputs)
-    explained = choose([given[n] if isinstance(n, fx.Node) else n for n in _results(graph)])
-    lowered(graph, [_results(graph)[i] for i in explained], sources)
-    inside = carrying(graph, sources)
-    results = [n for n in dict.fromkeys(_results(graph)[i] for i in explained) if n in inside]
-    if not results:
-        raise _independent(graph, sources)
-    inside = wanted(results, inside)
+    results, inside = _way(graph, sources, given, choose)
     named, parameters = _named(graph, attribute, sources, inside)
-    parametric = _closure(graph, _parameters(graph, tensors), inside)
     followed = _closure(graph, parameters, inside)
-    merged = regions.centred(graph, inside) | regions.activations(graph, inside)
-    merged |= regions.complex_maps(graph, inside)
-    inner = regions.interior(graph, merged)
+    ops, inner = _operations(graph, inside, followed)
     named = _outer(named, inner, attribute)
-    # a followed constant stays a constant to what reads it: it gets a relevance on the side
-    found_ops = [
-        *operations(graph, inside, merged, inner),
-        *operations(graph, followed, {}, frozenset()),
-    ]
-    by_node = {op.node: op for op in found_ops}
-    ops = {node: by_node[node] for node in graph.nodes if node in by_node}
-    ends = depths(list(ops.values()))
-    rules = {
-        op: composite.rule(op, path_of(op.node), ends.get(op, frozenset())) for op in ops.values()
-    }
-    folds, rules = folded(ops, rules, {*named.values(), *results})
+    folds, rules = folded(ops, _rules(ops, composite), {*named.values(), *results})
     values = values_of(graph, tensors, inputs, known=given)  # decomposed calls have new values
-    laid_out = [*results, *(s for s in sources if s in inside)]
-    laid_out += [n for n, op in ops.items() if n in inside and op.family is not Family.ROUTE]
+    sources = {n: name for n, name in sources.items() if n in inside}
+    looked_up = {n: found for n, found in looked_up.items() if n in sources}
+    laid_out = [n for n, op in ops.items() if n in inside and op.family is not Family.ROUTE]
     batch, layout = _layouts(
-        graph, values, {s: looked_up.get(s) for s in inside & {*sources}}, laid_out
+        graph, values, {s: looked_up.get(s) for s in sources}, [*results, *sources, *laid_out]
     )
     return Plan(
         graph=graph,
-        outputs=tuple(results),
+        outputs=results,
         ops=ops,
         interior=inner,
         rules=rules,
-        sources={n: name for n, name in sources.items() if n in inside},
-        lookups={n: found for n, found in looked_up.items() if n in sources and n in inside},
+        sources=sources,
+        lookups=looked_up,
         followed=frozenset(followed),
-        parametric=frozenset(parametric),
+        parametric=frozenset(_closure(graph, _parameters(graph, tensors), inside)),
         named=named,
         layouts=layout,
         batch=batch,
@@ -154,6 +136,45 @@ def make_plan(
         folds=folds,
         patterns=composite.patterns,
     )
+
+
+def _way(
+    graph: fx.Graph,
+    sources: Mapping[fx.Node, str],
+    values: Mapping[fx.Node, Any],
+    choose: Callable[[Sequence[Any]], Sequence[int]],
+) -> tuple[tuple[fx.Node, ...], set[fx.Node]]:
+    """The results that are explained, and the values between them and the sources.
+
+    What lies there and has no rule is decomposed.
+    """
+    explained = choose([values[n] if isinstance(n, fx.Node) else n for n in _results(graph)])
+    lowered(graph, [_results(graph)[i] for i in explained], sources)
+    inside = carrying(graph, sources)
+    results = [n for n in dict.fromkeys(_results(graph)[i] for i in explained) if n in inside]
+    if not results:
+        raise _independent(graph, sources)
+    return tuple(results), wanted(results, inside)
+
+
+def _operations(
+    graph: fx.Graph, inside: set[fx.Node], followed: set[fx.Node]
+) -> tuple[dict[fx.Node, Op], frozenset[fx.Node]]:
+    """Operations by the call that gives the result, and the calls that are run inside of them."""
+    merged = regions.centred(graph, inside) | regions.activations(graph, inside)
+    merged |= regions.complex_maps(graph, inside)
+    inner = regions.interior(graph, merged)
+    found = {op.node: op for op in operations(graph, inside, merged, inner)}
+    # a followed constant stays a constant to what reads it: it gets a relevance on the side
+    found |= {op.node: op for op in operations(graph, followed, {}, frozenset())}
+    return {node: found[node] for node in graph.nodes if node in found}, inner
+
+
+def _rules(ops: Mapping[fx.Node, Op], composite: Composite) -> dict[Op, Rule]:
+    ends = depths(list(ops.values()))
+    return {
+        op: composite.rule(op, path_of(op.node), ends.get(op, frozenset())) for op in ops.values()
+    }
 
 
 def _results(graph: fx.Graph) -> list[Any]:
@@ -266,19 +287,9 @@ def values_of(
         inputs: Values of its placeholders.
         known: Values that an earlier run of these inputs gave.
     """
-    given = iter(inputs)
-    known = known or {}
-    values: dict[fx.Node, Any] = {}
-    for node in graph.nodes:
-        if node.op == "placeholder":
-            values[node] = next(given)
-        elif node.op == "get_attr":
-            values[node] = tensors[str(node.target)]
-        elif node.op == "call_function" and node in known:
-            values[node] = known[node]
-        elif node.op == "call_function":
-            args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
-            values[node] = node.target(*args, **kwargs)
+    values = placed(graph, inputs)
+    values.update((node, known[node]) for node in graph.nodes if known and node in known)
+    fill(values, graph.nodes, held_in(tensors))
     return values
 
 

@@ -8,13 +8,15 @@ one sample spreads to exactly the places that depend on it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
+from graphopt.errors import RunError
+from graphopt.ir.interpret import Value, call, fill
 from graphopt.passes.relevance.ops import is_getitem
 
 
@@ -115,17 +117,31 @@ def spread(
         values: Its values.
         sources: Values where relevance ends, NaN in that sample.
     """
-    changed: dict[fx.Node, Any] = dict(sources)
-    lost: set[fx.Node] = set()
+    reached = _dependents(graph, sources)
+    changed = {n: v for n, v in values.items() if n not in reached} | dict(sources)
+    fill(changed, reached, changed.__getitem__, _if_it_runs)
+    found = {n: changed[n] for n in (*sources, *reached) if changed[n] is not _LOST}
+    return {n: v for n, v in found.items() if not is_getitem(n) or isinstance(v, Tensor)}
+
+
+_LOST = object()
+"""Stands for the value of a call that can't run on NaN."""
+
+
+def _if_it_runs(node: fx.Node, value: Value) -> Any:
+    if any(value(each) is _LOST for each in node.all_input_nodes):
+        return _LOST
+    try:
+        return call(node, value)
+    except RunError:
+        return _LOST
+
+
+def _dependents(graph: fx.Graph, sources: Collection[fx.Node]) -> dict[fx.Node, None]:
+    """Calls that read sources or what depends on them, in order."""
+    found: dict[fx.Node, None] = {}
     for node in graph.nodes:
-        if node in changed or node.op != "call_function":
-            continue
-        if any(a in lost for a in node.all_input_nodes):
-            lost.add(node)
-        elif any(a in changed for a in node.all_input_nodes):
-            args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: changed.get(n, values[n]))
-            try:
-                changed[node] = node.target(*args, **kwargs)
-            except (RuntimeError, IndexError, ValueError):
-                lost.add(node)
-    return {n: v for n, v in changed.items() if not is_getitem(n) or isinstance(v, Tensor)}
+        reads = any(each in found or each in sources for each in node.all_input_nodes)
+        if reads and node not in sources and node.op == "call_function":
+            found[node] = None
+    return found

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from graphopt.ir.interpret import call
 from graphopt.passes.relevance import families
 from graphopt.passes.relevance.families import Family
 from graphopt.passes.relevance.ops import is_floating
@@ -182,10 +183,7 @@ def _moved(
         ]
         total: Any = sum(made or moved)
         return torch.broadcast_to(total / max(len(made), 1), values[node].shape)
-    args, kwargs = fx.map_arg(
-        (node.args, node.kwargs), lambda n: of(n) if n in parts else values[n]
-    )
-    return node.target(*args, **kwargs)  # type: ignore[operator]
+    return call(node, lambda n: of(n) if n in parts else values[n])
 
 
 def returned(

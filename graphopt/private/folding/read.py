@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from graphopt.ir.graphs import lookup
+from graphopt.ir.interpret import call
 from graphopt.ir.ops import is_effectful, is_random
 from graphopt.private.folding.affine import Affine, joined, made, number
 from graphopt.private.folding.linear import Linear
@@ -73,9 +74,8 @@ def _evaluate(sheet: Sheet, node: fx.Node) -> bool:
     if not isinstance(node.target, torch._ops.OpOverload) or is_effectful(node) or is_random(node):
         return False
     values = [sheet.known[n] for n in given]
-    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: sheet.known[n].value)
     with torch.no_grad():
-        result = node.target(*args, **kwargs)
+        result = call(node, lambda n: sheet.known[n].value)
     parts = result if isinstance(result, (list, tuple)) else [result]
     most = _GROWTH * sum(v.value.numel() for v in values)
     if not all(isinstance(p, Tensor) and p.numel() <= most for p in parts):

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, fx, nn
 
 from graphopt.errors import NonFiniteError
+from graphopt.ir.aliases import writes, writes_to_values
 from graphopt.ir.graphs import lookup
+from graphopt.ir.interpret import Value, call, interpret
 from graphopt.passes.linearize.calibration import Reference, samples_at_once
 from graphopt.passes.linearize.distillation import distance, floating
-from graphopt.passes.linearize.interpret import Value, call, interpret, writes, writes_to_values
 from graphopt.passes.linearize.methods.groups import Groups
 from graphopt.passes.linearize.replacements import approximated
 from graphopt.passes.linearize.sites import Site, read_by
@@ -124,7 +125,7 @@ class Weights:
             path = str(node.target)
             value = lookup(reference.module, path)
             trainable = isinstance(value, nn.Parameter) and value.is_floating_point()
-            if trainable and not any(writes(user) for user in node.users):
+            if trainable and not any(node in writes(user) for user in node.users):
                 self.by_path[path] = self._copy(value), value.dtype
 
     def _copy(self, value: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from graphopt.ir import interpret
 from graphopt.ir.ops import is_random
 from graphopt.passes.prune.rule import Call, Result, Value, known, rule
 
@@ -123,9 +124,8 @@ def _of_zeros(call: Call) -> float | None:
             fake = node.meta["val"]
             return torch.zeros((1,) * rank, dtype=fake.dtype)
 
-        args, kwargs = fx.map_arg((call.node.args, call.node.kwargs), zeros)
         with torch.no_grad():
-            return float(call.node.target(*args, **kwargs).abs().max())  # type: ignore[operator]
+            return float(interpret.call(call.node, zeros).abs().max())
     except Exception:  # an argument that is no tensor, or no kernel for these: nothing is known
         return None
 
