@@ -196,9 +196,9 @@ class _Session:
         is because some calls are recorded otherwise on the meta device, there is one more trace.
         """
         needs = literals.needed(train.graph)
-        if not any(needs):
-            return None
         self.fixed = bool(stand_ins(train.graph))
+        if not any(needs) and not self.fixed:
+            return None  # a trace of the model itself takes no longer
         other = self.moved(train, meta=True, training=False, fixed=self.fixed)
         if isinstance(other, str):
             return None

@@ -2,8 +2,8 @@
 
 What is found out by comparing a trace with one of a moved copy of the model doesn't depend on the
 sizes, and a trace without free ones takes less than half the time.  The numbers are other ones
-than the example's and occur nowhere in the graph: a size that is written into the model's code
-can't be taken for one that follows the inputs.
+than the example's and occur nowhere in the graph, so that a size that is written into the model's
+code isn't taken for one that follows the inputs.
 """
 
 from __future__ import annotations
@@ -19,24 +19,27 @@ from graphopt.ir.graphs import arguments
 
 StandIns = Mapping[sympy.Symbol, int]
 
+_BEFORE = 96
+"""The stand-ins are primes beyond this, which code hardly holds; inputs of such sizes are small."""
+
 
 def stand_ins(module: fx.GraphModule) -> StandIns:
     """A number for each free size of a graph's inputs; nothing where one has none that would do."""
     found: dict[sympy.Symbol, int] = {}
     taken = {v for n in module.graph.nodes for _, v in arguments(n) if isinstance(v, int)}
     for size in _sizes(_fakes(module)):
-        for symbol in sorted(size.node.expr.free_symbols, key=str):
-            if symbol in found:
-                continue
-            env = size.node.shape_env
-            bounds, hint = env.var_to_range[symbol], env.backed_var_to_val[symbol]
-            number = int(hint) + 1
-            while number in taken:
-                number += 1
+        env = size.node.shape_env
+        hints = getattr(env, "backed_var_to_val", None)
+        hints = env.var_to_val if hints is None else hints
+        for symbol in sorted(size.node.expr.free_symbols - found.keys(), key=str):
+            number = sympy.nextprime(_BEFORE)
+            while number in taken or number == hints[symbol]:
+                number = sympy.nextprime(number)
+            bounds = env.var_to_range[symbol]
             if not bounds.lower <= number <= bounds.upper:
                 return {}
-            found[symbol] = number
-            taken.add(number)
+            found[symbol] = int(number)
+            taken.add(int(number))
     return found
 
 
