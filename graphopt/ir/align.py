@@ -260,8 +260,8 @@ def _is_whole(node: fx.Node) -> bool:
     name = name_of(node)
     if name == "aten::slice":
         given = dict(zip(("input", "dim", "start", "end", "step"), node.args, strict=False))
-        whole = given.get("end") == sys.maxsize and given.get("start") == 0
-        return whole and given.get("step", 1) == 1 and not node.kwargs
+        cut = (given.get("start"), given.get("end"), given.get("step", 1))
+        return cut == (0, sys.maxsize, 1) and not node.kwargs
     return name == "aten::alias"
 
 

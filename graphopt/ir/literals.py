@@ -218,9 +218,9 @@ def tie_devices(
                 continue
             reads = _constants(node)
             places = {p: v for p, v in arguments(node) if isinstance(v, torch.device)}
-            sizes = [lookup(inner, str(n.target)).ndim for n in reads]
+            ranks = [lookup(inner, str(n.target)).ndim for n in reads]
             other = partners.get(node)
-            if other is None and (places or any(sizes)):
+            if other is None and (places or any(ranks)):
                 return f"node {node.name} ({node.target}) makes a tensor on a fixed device"
             if other is None:
                 continue

@@ -11,7 +11,7 @@ import argparse
 import contextlib
 import statistics
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 from unittest import mock
@@ -37,7 +37,7 @@ class Stages:
     """
 
     def __init__(self) -> None:
-        self.seconds: Counter[str] = Counter()
+        self.seconds: defaultdict[str, float] = defaultdict(float)
         self.traces = [0, 0]
 
     def timed(self, stage: str, function: Callable[..., Any]) -> Callable[..., Any]:
