@@ -8,6 +8,7 @@ nothing is an alias of its input, so that the tracer may wire its users to eithe
 from __future__ import annotations
 
 import difflib
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 from torch import fx
 
 from graphopt.ir.graphs import lookup
+from graphopt.ir.stand_ins import StandIns, is_size, number_of
 
 Values = dict[str, tuple[Any, Any]]
 
@@ -46,19 +48,28 @@ class Comparison:
     branching: list[fx.Node] = field(default_factory=list)
 
 
-def compare(first: fx.GraphModule, second: fx.GraphModule) -> Comparison:
+def compare(
+    first: fx.GraphModule, second: fx.GraphModule, sizes: StandIns | None = None
+) -> Comparison:
     """Compare two traces.
 
     The first graph is completed where that changes nothing: it gets the layout copies that only
     the second one recorded, and where it took an alias of a value, it takes the value that the
     second one does.
+
+    Args:
+        first: The first trace.
+        second: The second one.
+        sizes: What stands for the first one's free sizes in the second, if that has none: sizes
+            are then no literals, and traces that differ in one differ in more than literals.
     """
-    return _Comparer(first, second).result
+    return _Comparer(first, second, sizes or {}).result
 
 
 class _Comparer:
-    def __init__(self, first: fx.GraphModule, second: fx.GraphModule) -> None:
+    def __init__(self, first: fx.GraphModule, second: fx.GraphModule, sizes: StandIns) -> None:
         self.result = Comparison()
+        self.sizes = sizes
         self.partner: dict[fx.Node, fx.Node] = {}  # of the second graph -> of the first
         self.paired: set[fx.Node] = set()
         self.mine: list[fx.Node] = []
@@ -73,7 +84,7 @@ class _Comparer:
             self._compare(one, two)
 
     def _align(self, first: fx.GraphModule, second: fx.GraphModule) -> None:
-        mine, theirs = _computing(first), _computing(second)
+        mine, theirs = self._computing(first), self._computing(second)
         my_keys = [_key(first, node) for node in mine]
         their_keys = [_key(second, node) for node in theirs]
         pairs: list[tuple[fx.Node, fx.Node]] = []
@@ -93,6 +104,17 @@ class _Comparer:
             self.paired.add(one)
             for a, b in zip(_inner(first, one), _inner(second, two), strict=False):
                 self._align(a, b)
+
+    def _computing(self, module: fx.GraphModule) -> list[fx.Node]:
+        """All nodes but those that are compared where they are used.
+
+        Those are reads of parameters and sub-graphs, and where sizes have stand-ins, sizes, and
+        indexing with ``[:]``, which is recorded only where sizes are free.
+        """
+        nodes = [node for node in module.graph.nodes if node.op != "get_attr"]
+        if not self.sizes:
+            return nodes
+        return [node for node in nodes if not is_size(node) and not _is_whole(node)]
 
     def _adopt(self, node: fx.Node) -> None:
         """Copy an op that does nothing in the first trace, and is only in the second, into it."""
@@ -149,6 +171,9 @@ class _Comparer:
     def _arguments(
         self, place: str, a: Any, b: Any, found: Values, rewired: dict[fx.Node, fx.Node]
     ) -> bool:
+        sizes = [number_of(x, self.sizes) for x in (a, b)] if self.sizes else [None]
+        if None not in sizes:
+            return sizes[0] == sizes[1]
         if isinstance(a, fx.Node) or isinstance(b, fx.Node):
             nodes = isinstance(a, fx.Node) and isinstance(b, fx.Node)
             return nodes and self._same(a, b, rewired)
@@ -177,7 +202,7 @@ class _Comparer:
         if partner is one:
             return True
         mine, chain = self._root(one)
-        theirs, _ = _plain_root(two)
+        theirs = self._plain_root(two)
         if theirs.op == "get_attr" or mine.op == "get_attr":
             if not (theirs.op == mine.op and _same_read(mine, theirs)):
                 return False
@@ -192,13 +217,21 @@ class _Comparer:
     def _root(self, node: fx.Node) -> tuple[fx.Node, list[fx.Node]]:
         """Follow a value through ops that change nothing; also the ops that were passed."""
         chain = []
-        while node not in self.paired or _is_alias(node):
+        while node not in self.paired or self._is_alias(node):
             alone = node not in self.paired and name_of(node) in _DROPOUTS
-            if not (alone or _is_alias(node)) or not isinstance(node.args[0], fx.Node):
+            if not (alone or self._is_alias(node)) or not isinstance(node.args[0], fx.Node):
                 break
             chain.append(node)
             node = node.args[0]
         return node, chain
+
+    def _plain_root(self, node: fx.Node) -> fx.Node:
+        while self._is_alias(node) and isinstance(node.args[0], fx.Node):
+            node = node.args[0]
+        return node
+
+    def _is_alias(self, node: fx.Node) -> bool:
+        return _is_alias(node) or (bool(self.sizes) and _is_whole(node))
 
 
 def _follows(mine: fx.Node, source: Any, node: fx.Node) -> bool:
@@ -207,14 +240,6 @@ def _follows(mine: fx.Node, source: Any, node: fx.Node) -> bool:
     if a is None or b is None or c is None or not isinstance(c, torch.Tensor):
         return False
     return c.dtype not in (a.dtype, b.dtype) or (c.dtype == b.dtype and c.device != a.device)
-
-
-def _plain_root(node: fx.Node) -> tuple[fx.Node, list[fx.Node]]:
-    chain = []
-    while _is_alias(node) and isinstance(node.args[0], fx.Node):
-        chain.append(node)
-        node = node.args[0]
-    return node, chain
 
 
 def _is_alias(node: fx.Node) -> bool:
@@ -228,6 +253,16 @@ def _is_alias(node: fx.Node) -> bool:
     if not (isinstance(before, torch.Tensor) and isinstance(after, torch.Tensor)):
         return False
     return before.dtype == after.dtype and before.device == after.device
+
+
+def _is_whole(node: fx.Node) -> bool:
+    """Whether a node is all of its input, whatever the size."""
+    name = name_of(node)
+    if name == "aten::slice":
+        given = dict(zip(("input", "dim", "start", "end", "step"), node.args, strict=False))
+        cut = (given.get("start"), given.get("end"), given.get("step", 1))
+        return cut == (0, sys.maxsize, 1) and not node.kwargs
+    return name == "aten::alias"
 
 
 def name_of(node: fx.Node) -> str:
@@ -261,11 +296,6 @@ def _spell_out(one: fx.Node, two: fx.Node) -> None:
         keep = [name for name in names if all(name != a.name for a in filled)]
         node.args = tuple(args)
         node.kwargs = {name: kwargs.get(name, defaults[name]) for name in keep}
-
-
-def _computing(module: fx.GraphModule) -> list[fx.Node]:
-    """All nodes but reads of parameters and sub-graphs, which are compared where they are used."""
-    return [node for node in module.graph.nodes if node.op != "get_attr"]
 
 
 def _key(module: fx.GraphModule, node: fx.Node) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from graphopt.ir.graphs import bind_graph
 from graphopt.ir.program import Program
 from graphopt.ir.signature import Signature
 from graphopt.ir.skeleton import Skeleton, build
+from graphopt.ir.stand_ins import resized, stand_ins
 from graphopt.ir.trace import Trace, trace
 from graphopt.ir.trees import same_tree
 from graphopt.ir.untouched import ordinary, untouched
@@ -93,15 +95,17 @@ def _capture(
     skeleton = build(model, flags)
     train, dynamic = _first_trace(model, signature, flat, dynamic)
     session = _Session(model, flat, dynamic, skeleton)
-    if session.find_all(train):
+    found = session.find_all(train)
+    if found is not None:
         module = bind_graph(train.graph, skeleton.root)
-        return Program(module, None, train.signature, skeleton, literals=literals.Literals())
+        return Program(module, None, train.signature, skeleton, literals=found)
     evaluated = trace(model, signature, flat, dynamic, training=False)
     branches = mode.find_switches(train.graph, evaluated.graph)
     if not branches and not _same_outputs(train, evaluated):
         branches = ("",)
     module = bind_graph(train.graph, skeleton.root)
     if not branches:
+        session.fixed = False  # it wasn't the mode for which a trace without free sizes failed
         found = session.tie(train, training=True)
         return Program(module, None, train.signature, skeleton, literals=found)
     found = session.tie(train, training=True).also(session.tie(evaluated, training=False))
@@ -136,7 +140,11 @@ def _same_outputs(one: Trace, other: Trace) -> bool:
 
 
 class _Session:
-    """Finds out which literals follow the model, by tracing moved copies of it."""
+    """Finds out which literals follow the model, by tracing moved copies of it.
+
+    Such traces have no free sizes at first (see `graphopt.ir.stand_ins`), and have the model's
+    where that leads to nothing.
+    """
 
     def __init__(
         self, model: nn.Module, flat: list[torch.Tensor], dynamic: Any, skeleton: Skeleton
@@ -145,71 +153,117 @@ class _Session:
         self.flat = flat
         self.dynamic = dynamic
         self.root = skeleton.root
-        self.on_meta: dict[bool, Trace | str] = {}
+        self.fixed = True  # whether traces without free sizes may lead to something
+        self.on_meta: dict[tuple[bool, bool], Trace | str] = {}
 
-    def moved(self, known: Trace, *, meta: bool, training: bool) -> Trace | str:
-        """The trace of a copy in another dtype (and on the meta device), or why there is none."""
-        if meta and training in self.on_meta:
-            return self.on_meta[training]
+    def moved(self, known: Trace, *, meta: bool, training: bool, fixed: bool) -> Trace | str:
+        """The trace of a copy in another dtype (and on the meta device), or why there is none.
+
+        Args:
+            known: The trace that it is compared with.
+            meta: Whether the copy is on the meta device.
+            training: The copy's mode.
+            fixed: Whether the trace has no free sizes.
+        """
+        key = (training, fixed)
+        if meta and key in self.on_meta:
+            return self.on_meta[key]
         result: Trace | str
         try:
-            copied = literals.variant(self.model, self.flat, meta=meta)
-            with untouched(copied.model):
-                result = trace(
-                    copied.model, known.signature, copied.inputs, self.dynamic, training=training
-                )
+            result = self._trace(known, meta, training, fixed)
         except CaptureError as error:
             result = error.message
         except Exception as error:  # a model whose deepcopy fails
             result = f"the model can't be copied to find out ({error})"
         if meta:
-            self.on_meta[training] = result
+            self.on_meta[key] = result
         return result
 
-    def find_all(self, train: Trace) -> bool:
+    def _trace(self, known: Trace, meta: bool, training: bool, fixed: bool) -> Trace:
+        flat, dynamic, sizes = self.flat, self.dynamic, None
+        if fixed:
+            sizes = stand_ins(known.graph)
+            flat, dynamic = resized(flat, known.graph, sizes), None
+        copied = literals.variant(self.model, flat, meta=meta)
+        with untouched(copied.model):
+            found = trace(copied.model, known.signature, copied.inputs, dynamic, training=training)
+        return replace(found, sizes=sizes)
+
+    def find_all(self, train: Trace) -> literals.Literals | None:
         """Find switches and ties with one more trace, in eval mode, another dtype and device.
 
-        That succeeds where the traces differ in literals only; else nothing is noted.
+        That succeeds where the traces differ in literals only; else nothing is noted.  Where that
+        is because some calls are recorded otherwise on the meta device, there is one more trace.
         """
-        if not any(literals.needed(train.graph)):
-            return False
-        other = self.moved(train, meta=True, training=False)
-        if isinstance(other, str) or not _same_outputs(train, other):
-            return False
-        found = literals.tie(train.graph, other.graph, self.root, meta=True, modes=True)
-        if found == literals.Literals():
-            return True
+        needs = literals.needed(train.graph)
+        self.fixed = bool(stand_ins(train.graph))
+        if not any(needs) and not self.fixed:
+            return None  # a trace of the model itself takes no longer
+        other = self.moved(train, meta=True, training=False, fixed=self.fixed)
+        if isinstance(other, str):
+            return None
+        if self._ties(train, other, meta=True, modes=True) == literals.Literals():
+            return literals.Literals()
         _forget(train.graph)
-        return False
+        if not literals.recorded_otherwise(train.graph, other.graph):
+            return None
+        here = self.moved(train, meta=False, training=False, fixed=self.fixed)
+        if isinstance(here, str) or self._ties(train, here, meta=False, modes=True).dtype:
+            _forget(train.graph)
+            return None
+        if needs[1] and literals.tie_devices(train.graph, other.graph, self.root, other.sizes):
+            _forget(train.graph)
+            return None
+        return literals.Literals()
+
+    def _ties(
+        self, known: Trace, other: Trace, *, meta: bool, modes: bool = False
+    ) -> literals.Literals:
+        if modes and not _same_outputs(known, other):
+            return literals.Literals("other outputs", "other outputs")
+        return literals.tie(
+            known.graph, other.graph, self.root, meta=meta, modes=modes, sizes=other.sizes
+        )
 
     def tie(self, known: Trace, *, training: bool) -> literals.Literals:
         """Tie the literals of a trace in one mode."""
         needs = literals.needed(known.graph)
         if not any(needs):
             return literals.Literals()
-        on_meta = self.moved(known, meta=True, training=training) if needs[1] else "not needed"
+        found = literals.Literals()
+        for fixed in (True, False) if self.fixed else (False,):
+            _forget(known.graph, "ties")
+            found = self._tie(known, needs[1], training, fixed)
+            if found == literals.Literals():
+                break
+        return found
+
+    def _tie(self, known: Trace, devices: bool, training: bool, fixed: bool) -> literals.Literals:
+        on_meta: Trace | str = "not needed"
+        if devices or (training, fixed) in self.on_meta:
+            on_meta = self.moved(known, meta=True, training=training, fixed=fixed)
         if isinstance(on_meta, Trace):
-            found = literals.tie(known.graph, on_meta.graph, self.root, meta=True)
+            found = self._ties(known, on_meta, meta=True)
             if found == literals.Literals():
                 return found
-        moved = self.moved(known, meta=False, training=training)
+        moved = self.moved(known, meta=False, training=training, fixed=fixed)
         if isinstance(moved, str):
             return literals.Literals(moved, moved)
-        found = literals.tie(known.graph, moved.graph, self.root, meta=False)
+        found = self._ties(known, moved, meta=False)
         device: str | None = None
-        if isinstance(on_meta, Trace):
-            device = literals.tie_devices(known.graph, on_meta.graph, self.root)
-        elif needs[1]:
-            device = on_meta
+        if devices and isinstance(on_meta, Trace):
+            device = literals.tie_devices(known.graph, on_meta.graph, self.root, on_meta.sizes)
+        elif devices:
+            device = str(on_meta)
         return literals.Literals(found.dtype, device)
 
 
-def _forget(module: fx.GraphModule) -> None:
+def _forget(module: fx.GraphModule, *notes: str) -> None:
     """Drop what an attempt to find switches and ties has noted."""
     for inner in all_graphs(module):
         for node in inner.graph.nodes:
-            node.meta.pop("mode", None)
-            node.meta.pop("ties", None)
+            for note in notes or ("mode", "ties"):
+                node.meta.pop(note, None)
 
 
 def overridden_flags(model: nn.Module, training: bool) -> dict[str, bool]:

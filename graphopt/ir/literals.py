@@ -19,6 +19,7 @@ from graphopt.errors import UnsupportedError
 from graphopt.ir import mode
 from graphopt.ir.align import Comparison, all_graphs, compare, is_constant, name_of
 from graphopt.ir.graphs import arguments, copy_graph, get_argument, lookup, set_argument
+from graphopt.ir.stand_ins import StandIns
 
 _FINFO = ("min", "max", "eps", "tiny", "smallest_normal", "resolution")
 
@@ -152,6 +153,7 @@ def tie(
     *,
     meta: bool,
     modes: bool = False,
+    sizes: StandIns | None = None,
 ) -> Literals:
     """Tie the literals of a graph that differ from those of its moved variant.
 
@@ -164,11 +166,12 @@ def tie(
         meta: Whether the variant lay on the meta device.
         modes: Whether the variant also was in eval mode; other literals that differ are then
             mode switches.
+        sizes: What stands for the graph's free sizes in the variant's, if that has none.
 
     Returns:
         What follows, and why the rest doesn't.
     """
-    found = compare(module, moved)
+    found = compare(module, moved, sizes)
     alone = mode.switch_alone(found.alone) if modes else found.alone
     for node in (*found.branching, *alone):
         return _refused(node)
@@ -189,16 +192,24 @@ def tie(
     return Literals(None, None if meta else "devices were not compared")
 
 
-def tie_devices(module: fx.GraphModule, moved: fx.GraphModule, root: nn.Module) -> str | None:
+def tie_devices(
+    module: fx.GraphModule, moved: fx.GraphModule, root: nn.Module, sizes: StandIns | None = None
+) -> str | None:
     """Tie the device literals of a graph whose variant on the meta device has other ops.
 
     Some operations are recorded differently on that device.  That is no matter as long as the nodes
     concerned hold no device.
 
+    Args:
+        module: The graph.
+        moved: The graph of its `variant` on the meta device, in training or in eval mode.
+        root: The tree that holds the parameters.
+        sizes: What stands for the graph's free sizes in the variant's, if that has none.
+
     Returns:
         Why devices can't follow, or None where they do.
     """
-    found = compare(module, moved)
+    found = compare(module, moved, sizes)
     partners = dict(found.pairs)
     sources = _Sources(module, root)
     for inner in all_graphs(module):
@@ -207,9 +218,9 @@ def tie_devices(module: fx.GraphModule, moved: fx.GraphModule, root: nn.Module) 
                 continue
             reads = _constants(node)
             places = {p: v for p, v in arguments(node) if isinstance(v, torch.device)}
-            sizes = [lookup(inner, str(n.target)).ndim for n in reads]
+            ranks = [lookup(inner, str(n.target)).ndim for n in reads]
             other = partners.get(node)
-            if other is None and (places or any(sizes)):
+            if other is None and (places or any(ranks)):
                 return f"node {node.name} ({node.target}) makes a tensor on a fixed device"
             if other is None:
                 continue
@@ -222,6 +233,16 @@ def tie_devices(module: fx.GraphModule, moved: fx.GraphModule, root: nn.Module) 
                 node.meta.setdefault("ties", {})[place] = made
     _tie_constants(module, found, sources)
     return None
+
+
+def recorded_otherwise(module: fx.GraphModule, moved: fx.GraphModule) -> bool:
+    """Whether a trace on the meta device holds calls that make tensors there, and that are new."""
+    known = {name_of(node) for node in module.graph.nodes}
+    meta = torch.device("meta")
+    return any(
+        name_of(node) not in known and any(value == meta for _, value in arguments(node))
+        for node in moved.graph.nodes
+    )
 
 
 def _tie_constants(module: fx.GraphModule, found: Comparison, sources: _Sources) -> None:

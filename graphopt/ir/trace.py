@@ -8,6 +8,7 @@ import logging
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from graphopt.errors import CaptureError, GraphoptError, UsageError, innermost_u
 from graphopt.ir.graphs import clean_graph, free_sizes, mark_assignments
 from graphopt.ir.randomness import python_draws
 from graphopt.ir.signature import Signature
+from graphopt.ir.stand_ins import StandIns
 from graphopt.ir.trees import LEAF, Tree, flatten
 
 _HINTS = (
@@ -101,12 +103,19 @@ class FlatCall(nn.Module):
         return assigned
 
 
+@dataclass(frozen=True)
 class Trace:
-    """One exported graph in flat form, its signature, and its tensors by name."""
+    """One exported graph in flat form.
 
-    def __init__(self, graph: fx.GraphModule, signature: Signature) -> None:
-        self.graph = graph
-        self.signature = signature
+    Attributes:
+        graph: The graph.
+        signature: Its signature.
+        sizes: What stands for another trace's free sizes, if this one has none.
+    """
+
+    graph: fx.GraphModule
+    signature: Signature
+    sizes: StandIns | None = None
 
 
 def trace(
