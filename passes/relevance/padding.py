@@ -85,7 +85,7 @@ class Padding:
                 found = RULES[node.target](self, node) if node.target in RULES else None
                 if isinstance(found, fx.Node):
                     node.replace_all_uses_with(found)
-                elif found is not None and self._is_writable(found):
+                elif found is not None and self._is_writable(found, node.meta["val"].shape):
                     self.parts[node] = found
                 else:
                     for value in padded:
@@ -104,14 +104,15 @@ class Padding:
             stop = END if index == -1 else index + 1
             dim = dim % len(shape)  # type: ignore[operator]
             found = Part(gradient, shape, dim, index, stop)  # type: ignore[arg-type]
-            if self._is_writable(found) and not same_size(shape[dim], 1):
+            if self._is_writable(found, shape) and not same_size(shape[dim], 1):
                 core = self.emit(node, aten.unsqueeze.default, gradient, dim)
                 self.parts[node], self._wholes[node] = replace(found, core=core), node
         elif node.target is aten.slice_backward.default:
             gradient, _, dim, start, stop, step = node.args
             shape = tuple(node.meta["val"].shape)
             found = Part(gradient, shape, dim % len(shape), start, stop)  # type: ignore
-            if step == 1 and isinstance(start, int) and isinstance(stop, int) and _is_small(found):
+            known = isinstance(start, int) and isinstance(stop, int) and step == 1
+            if known and _is_small(found) and self._is_writable(found, shape):
                 self.parts[node], self._wholes[node] = found, node
 
     # --- what rules use -----------------------------------------------------------------------
@@ -165,17 +166,20 @@ class Padding:
             made = self.emit(at, aten.slice_backward.default, *args)
             shape = node.meta["val"].shape
             if not same_shape(part.shape, shape):
+                copy_place(made, node, MARK)
                 made = self.viewed(at, made, [self._size(s) for s in shape])
+            copy_place(made, node, MARK)
             self._wholes[node] = made
         return self._wholes[node]
 
     def _size(self, size: Any) -> Any:
-        return self._sizes[size.node.expr] if isinstance(size, torch.SymInt) else size
+        """A size as an argument; -1, which a view finds out, where the graph doesn't know it."""
+        return self._sizes.get(size.node.expr, -1) if isinstance(size, torch.SymInt) else size
 
-    def _is_writable(self, part: Part) -> bool:
-        """Whether all its sizes are known to the graph."""
-        symbols = [s.node.expr for s in part.shape if isinstance(s, torch.SymInt)]
-        return all(s in self._sizes for s in symbols)
+    def _is_writable(self, part: Part, shape: Sequence[Any]) -> bool:
+        """Whether the whole value, of some shape, can be made of a part."""
+        own, viewed = ([self._size(s) for s in sizes] for sizes in (part.shape, shape))
+        return -1 not in own and viewed.count(-1) < 2
 
 
 def same_size(first: Any, second: Any) -> bool:
