@@ -83,7 +83,8 @@ def _is_as_long(shape: Sequence[Any], part: Part) -> bool:
 
 def _is_zero(value: Any) -> bool:
     if isinstance(value, fx.Node):
-        return value.target is aten.scalar_tensor.default and value.args[0] == 0
+        given: Any = value.args
+        return value.target is aten.scalar_tensor.default and given[0] == 0
     return isinstance(value, int | float) and value == 0
 
 
@@ -116,8 +117,8 @@ def _transpose(padding: Padding, node: fx.Node) -> Found:
     if node.target is aten.permute.default:
         order = [d % len(order) for d in node.args[1]]  # type: ignore[union-attr,operator]
     elif len(order) > 1:
-        first, second = node.args[1:] if len(node.args) > 1 else (0, 1)
-        first, second = first % len(order), second % len(order)  # type: ignore[operator]
+        dims: Any = node.args[1:] or (0, 1)
+        first, second = (d % len(order) for d in dims)
         order[first], order[second] = order[second], order[first]
     core = padding.emit(node, node.target, part.core, *node.args[1:])
     shape = tuple(part.shape[d] for d in order)
@@ -130,7 +131,8 @@ def _squeeze(padding: Padding, node: fx.Node) -> Found:
     if part is None:
         return None
     shape = tuple(node.meta["val"].shape)
-    at = node.args[1] % max(len(shape), len(part.shape))  # type: ignore[operator]
+    given: Any = node.args[1]
+    at = given % max(len(shape), len(part.shape))
     if node.target is aten.squeeze.dim and (at == part.dim or len(shape) == len(part.shape)):
         return None
     moved = len(shape) - len(part.shape) if at < part.dim + (len(shape) > len(part.shape)) else 0

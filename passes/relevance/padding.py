@@ -96,21 +96,22 @@ class Padding:
 
     def _begin(self, node: fx.Node) -> None:
         """Take note of a value that is made by putting zeros around another one."""
+        arguments: Any = node.args
         if node.target is aten.select_backward.default:
-            gradient, _, dim, index = node.args
+            gradient, _, dim, index = arguments
             if not isinstance(index, int):
                 return
             shape = tuple(node.meta["val"].shape)
             stop = END if index == -1 else index + 1
-            dim = dim % len(shape)  # type: ignore[operator]
-            found = Part(gradient, shape, dim, index, stop)  # type: ignore[arg-type]
+            dim = dim % len(shape)
+            found = Part(gradient, shape, dim, index, stop)
             if self._is_writable(found, shape) and not same_size(shape[dim], 1):
                 core = self.emit(node, aten.unsqueeze.default, gradient, dim)
                 self.parts[node], self._wholes[node] = replace(found, core=core), node
         elif node.target is aten.slice_backward.default:
-            gradient, _, dim, start, stop, step = node.args
+            gradient, _, dim, start, stop, step = arguments
             shape = tuple(node.meta["val"].shape)
-            found = Part(gradient, shape, dim % len(shape), start, stop)  # type: ignore
+            found = Part(gradient, shape, dim % len(shape), start, stop)
             known = isinstance(start, int) and isinstance(stop, int) and step == 1
             if known and _is_small(found) and self._is_writable(found, shape):
                 self.parts[node], self._wholes[node] = found, node

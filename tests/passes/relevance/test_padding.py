@@ -89,7 +89,7 @@ def _sliced(call: Call) -> Call:
     return run
 
 
-def _cropped(call: Call, mode: str = "fake") -> torch.fx.GraphModule:
+def _cropped(call: Call, mode: Any = "fake") -> torch.fx.GraphModule:
     """The graph without zeros; its results are those of the call."""
     torch.manual_seed(0)
     shapes = ((BATCH, WIDTH), (BATCH, PLACES, WIDTH), (WIDTH, 5), (1, 1, PLACES, PLACES))
