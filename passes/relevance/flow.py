@@ -48,7 +48,10 @@ def merged(first: Flow | None, second: Flow, value: Tensor) -> Flow:
 
 def times(quotient: Tensor, value: Tensor) -> Tensor:
     """``c * x``; zero where ``c`` is, also for an infinite ``x`` (a masked score)."""
-    return torch.where(quotient == 0, 0, quotient * value)
+    if quotient.is_complex() or value.is_complex():
+        return torch.where(quotient == 0, 0, quotient * value)
+    # relu's derivative masks without a tensor of truth values, several times faster on a CPU
+    return quotient * torch.ops.aten.threshold_backward(value, quotient.abs(), 0)
 
 
 def signed(value: Tensor, eps: Tensor | float) -> Tensor:

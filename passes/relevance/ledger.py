@@ -30,9 +30,20 @@ class Ledger:
         self.totals: dict[str, Tensor] = {}
         self.entries: dict[Op, dict[str, Tensor]] = {}
 
-    def book(self, op: Op, sink: str, relevance: Tensor, at: fx.Node | None = None) -> None:
-        """Book relevance whose batch dimension is that of a value (default: the result)."""
-        self._add(op, sink, self.per_sample(op.node if at is None else at, relevance))
+    def book(
+        self, op: Op, sink: str, relevance: Tensor, at: fx.Node | None = None, share: float = 1
+    ) -> None:
+        """Book a multiple of relevance.
+
+        Args:
+            op: Where it stays.
+            sink: What takes it.
+            relevance: Its batch dimension is that of a value.
+            at: The value; None: the operation's result.
+            share: The multiple; the sums are multiplied, which are few.
+        """
+        found = self.per_sample(op.node if at is None else at, relevance)
+        self._add(op, sink, found if share == 1 else found * share)
 
     def book_channels(
         self, op: Op, sink: str, quotient: Tensor, values: Tensor, channel: int

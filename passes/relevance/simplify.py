@@ -5,7 +5,10 @@
 - Sizes are read from the inputs, at the start: no value is kept alive for its size.
 - Detaching is nothing where no gradient is recorded; nor is copying where nobody writes, or
   transposing twice.
+- A view of a view is one of the value, and the quotient of a product by its factor the other one.
+- Two values that fill up each other's zeros are joined, not added.
 - The input gradient of a convolution doesn't read the input.
+- Where relevance is zero but for some places, it is handed on at these alone (`padding`).
 - What is computed twice within one phase is computed once.  Across the phases only views, sizes
   and what depends on parameters alone are: a value would have to be kept for it.
 """
@@ -24,6 +27,7 @@ from torch.utils._sympy.reference import PythonReferenceAnalysis
 from graphopt.ir.aliases import writes
 from graphopt.ir.ops import is_repeatable
 from graphopt.ir.storage import aliased_input
+from graphopt.passes.relevance import algebra, cropping
 from graphopt.passes.relevance.convolutions import without_inputs
 from graphopt.passes.relevance.inplace import functionalize_writes
 from graphopt.passes.relevance.marks import is_backward, merge
@@ -42,13 +46,24 @@ def simplify(graph: fx.Graph, parameters: Iterable[fx.Node]) -> None:
     _read_sizes_first(graph)
     if any(writes(node) for node in graph.nodes):
         return  # the same call before and after a write isn't the same value
+    _drop_copies(graph)
+    without_inputs(graph)
+    for node in list(graph.nodes):
+        algebra.join(node)
+        algebra.divide(node)
+    cropping.crop(graph)
+    _drop_copies(graph)
+    for node in list(graph.nodes):
+        algebra.view_once(node)
+    _merge_equal(graph, set(parameters))
+    graph.eliminate_dead_code()
+
+
+def _drop_copies(graph: fx.Graph) -> None:
     for node in list(graph.nodes):
         source = _same(node)
         if source is not None:
             _replace(node, source)
-    without_inputs(graph)
-    _merge_equal(graph, set(parameters))
-    graph.eliminate_dead_code()
 
 
 def _replace(node: fx.Node, by: fx.Node) -> None:
@@ -62,7 +77,7 @@ def _same(node: fx.Node) -> fx.Node | None:
     source = node.args[0] if node.args else None
     if not isinstance(source, fx.Node):
         return None
-    if node.target is aten.detach.default:
+    if node.target is aten.detach.default or algebra.is_all(node, source):
         return source
     if node.target is aten.clone.default and source.op != "placeholder":
         return source if _same_layout(node, source) else None

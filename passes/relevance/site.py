@@ -199,17 +199,15 @@ class Site:
             sent = self.vjp(quotient)
             self.send_all({n: sent[n] for n in self.followed if n in sent})
 
-    def book(self, sink: str, relevance: Tensor) -> None:
-        """Book relevance that stays here; of the shape of the first result."""
-        if self._is_constant:
-            return
-        self._run.ledger.book(self.op, sink, relevance)
+    def book(self, sink: str, relevance: Tensor, share: float = 1) -> None:
+        """Book relevance that stays here, or a multiple of it; of the shape of the first result."""
+        self.book_at(self.op.node, sink, relevance, share)
 
-    def book_at(self, operand: fx.Node, sink: str, relevance: Tensor) -> None:
-        """Book relevance that stays here; of the shape of an operand."""
+    def book_at(self, node: fx.Node, sink: str, relevance: Tensor, share: float = 1) -> None:
+        """Book relevance that stays here, or a multiple; of the shape of a result or operand."""
         if self._is_constant:
             return
-        self._run.ledger.book(self.op, sink, relevance, operand)
+        self._run.ledger.book(self.op, sink, relevance, node, share)
 
     def book_constant(self, node: fx.Node | None, relevance: Tensor) -> None:
         """Book relevance of a constant: a parameter's where it comes from one."""

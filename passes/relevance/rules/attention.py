@@ -124,14 +124,20 @@ class AttnLRP(Rule):
 
 
 def _as_gradient(site: Site, quotient: Tensor, nodes: list[fx.Node]) -> None:
-    """The fused operator's own gradient, shared: a half to values, a quarter to the others."""
-    sent = site.vjp(quotient)
-    absorbed = times(quotient, site.result)
-    site.book(SOFTMAX, absorbed / 2)
-    for node, share in zip(nodes, (0.25, 0.25, 0.5), strict=True):
-        site.send(node, sent[node] * share)
-        if share != 0.5:  # what arrives there isn't absorbed; values get their half exactly
-            site.book_at(node, SOFTMAX, -share * times(sent[node], site.value(node)))
+    """The fused operator's own gradient, shared: a half to values, a quarter to the others.
+
+    The softmax absorbs the half that values don't take, less what queries and keys do.  Scores are
+    linear in either, so that a sample's queries and keys take the same, the sum of score times
+    gradient: one of the sums is enough.
+    """
+    query, key, value = nodes
+    quarter = quotient * 0.25
+    sent = site.vjp(quarter)
+    site.book(SOFTMAX, times(quarter, site.result), share=2)
+    site.book_at(query, SOFTMAX, times(sent[query], site.value(query)), share=-2)
+    site.send(query, sent[query])
+    site.send(key, sent[key])
+    site.send(value, 2 * sent[value])
 
 
 def _to_scores(

@@ -58,9 +58,13 @@ class Uniform(Rule):
                 site.send(operand, site.flow.tensor, "relevance")
                 return
         quotient = site.quotient()
-        for node, tensor in site.vjp(quotient).items():
+        shares = {node: count / total for node, count in takers.items()}
+        first = 1.0
+        if len({*shares.values()}) == 1 and bias is None and is_elementwise(site):
+            first = next(iter(shares.values()))  # one multiplication instead of one for each
+        for node, tensor in site.vjp(quotient if first == 1 else quotient * first).items():
             if node in takers:
-                share = takers[node] / total
+                share = shares[node] / first
                 site.send(node, tensor if share == 1 else tensor * share)
             elif node is bias:  # added to the product, as in baddbmm
                 site.send(node, tensor)
