@@ -2,7 +2,7 @@
 
     python -m tests.benchmarks.faithfulness [--sections glyphs tokens minilm efficientnet]
         [--methods random "gradient x input" ...] [--samples N] [--steps K]
-        [--without leave-one-out untrained] [-o FILE.json]
+        [--without leave-one-out untrained] [--with FILE.json ...] [-o FILE.json]
 
 ABPC is the area between the perturbation curves of the target's logit, least minus most relevant
 first, with its standard error over the samples; all methods see the same samples, units and
@@ -15,16 +15,19 @@ zero.
 
 Bars: our best composite's ABPC is at least the best peer's and finds as much of the known truth,
 within a standard error of the difference; an order by chance has an ABPC of zero within two.
+
+A section may be measured a few methods at a time: what `--with` names was measured on the same
+samples by other calls, and isn't measured again.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
+import functools
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,7 +41,6 @@ from graphopt.errors import UnsupportedError, first_line
 from graphopt.passes.relevance.judging import (
     Estimate,
     Localisation,
-    PerturbationCurves,
     estimate,
     leave_one_out,
     localisation,
@@ -49,47 +51,11 @@ from graphopt.passes.relevance.judging import (
 from graphopt.passes.relevance.judging.units import units_of
 from tests.benchmarks.attributions import METHODS, Attribution
 from tests.benchmarks.faithful_bars import against_peers, missed, reference
+from tests.benchmarks.faithful_rows import Row, read, write
 from tests.benchmarks.faithful_tasks import TASKS, Task
 from tests.benchmarks.remembered import Remembered
 
 LEFT_OUT, UNTRAINED = "leave-one-out", "untrained"
-
-
-@dataclass(frozen=True, eq=False)
-class Row:
-    """What was found about a method.
-
-    Attributes:
-        curves: Its perturbation curves.
-        seconds: That the attribution took for all samples.
-        located: Against the known truth, or None.
-        hits: The hit rate of each sample, or None.
-        left_out: Rank correlation with leave-one-out of each sample, or None.
-        untrained: The same with the relevance of random parameters, or None.
-    """
-
-    curves: PerturbationCurves
-    seconds: float
-    located: Localisation | None = None
-    hits: Tensor | None = None
-    left_out: Tensor | None = None
-    untrained: Tensor | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-able form: means, and what methods are compared by, sample by sample."""
-        each = {"abpc": self.curves.areas, "hits": self.hits, LEFT_OUT: self.left_out}
-        return {
-            "curves": self.curves.to_dict(),
-            "localisation": self.located and self.located.to_dict(),
-            "leave_one_out": _mean(self.left_out),
-            "untrained": _mean(self.untrained),
-            "seconds": self.seconds,
-            "samples": {name: v.tolist() for name, v in each.items() if v is not None},
-        }
-
-
-def _mean(values: Tensor | None) -> dict[str, Any] | None:
-    return None if values is None else estimate(values).to_dict()
 
 
 @dataclass(frozen=True, eq=False)
@@ -221,8 +187,22 @@ def _with_error(value: Estimate, sign: str = "") -> str:
     return f"{value.mean:{sign}.3f} ± {value.standard_error:.3f}"
 
 
-def measure(task: Task, methods: Sequence[str], without: Sequence[str] = ()) -> dict[str, Row]:
-    """All methods on one task; those that don't support its model are named and left out."""
+def measure(
+    task: Task,
+    methods: Sequence[str],
+    without: Sequence[str] = (),
+    done: Callable[[str, Row], None] = lambda name, row: None,
+) -> dict[str, Row]:
+    """All methods on one task; those that don't support its model are named and left out.
+
+    Args:
+        task: What they are judged on.
+        methods: Their names.
+        without: Columns that are left out.
+        done: Called after each method.
+    """
+    if not methods:
+        return {}
     beside = yardsticks(task, without)
     rows: dict[str, Row] = {}
     for name in methods:
@@ -232,12 +212,12 @@ def measure(task: Task, methods: Sequence[str], without: Sequence[str] = ()) -> 
             print(f"{task.name}: {name} left out: {first_line(error)}", file=sys.stderr)
             continue
         print(f"{task.name}: {name}: {rows[name].curves.abpc}", file=sys.stderr, flush=True)
+        done(name, rows[name])
     return rows
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Prints a table for each section and which bars are missed; 1 if any is."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--sections", nargs="+", default=list(TASKS), choices=list(TASKS))
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--samples", type=int, help="the first of each section (default: all)")
@@ -247,24 +227,39 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="leave-one-out, untrained: columns to leave out, on which no bar depends",
     )  # fmt: skip
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument(
+        "--with", nargs="+", default=[], type=Path, dest="known", metavar="FILE.json",
+        help="what was measured before, on the same samples",
+    )  # fmt: skip
     parser.add_argument("-o", "--output", type=Path, help="write all figures as JSON")
-    options = parser.parse_args(arguments)
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Prints a table for each section and which bars are missed; 1 if any is."""
+    options = _options(arguments)
     torch.set_num_threads(options.threads)
     console = Console(width=130)
-    figures: dict[str, Any] = {}
     behind: list[str] = []
+    found: dict[str, tuple[Task, dict[str, Row]]] = {}
+
+    def keep(section: str, name: str, row: Row) -> None:
+        found[section][1][name] = row
+        if options.output:
+            write(options.output, found)
+
     for section in options.sections:
         start = time.perf_counter()
         task = TASKS[section]().shortened(options.samples, options.steps)
+        rows = {name: row for path in options.known for name, row in read(path, task).items()}
+        found[section] = task, rows
         print(f"{section}: ready in {time.perf_counter() - start:.0f} s", file=sys.stderr)
-        rows = measure(task, options.methods, options.without)
+        left = [name for name in options.methods if name not in rows]
+        measure(task, left, options.without, functools.partial(keep, section))
         console.print(table(task, rows))
-        if found := against_peers(rows):
-            console.print(str(found))
+        if compared := against_peers(rows):
+            console.print(str(compared))
         behind += [f"{section}: {text}" for text in missed(rows)]
-        figures[section] = {name: row.to_dict() for name, row in rows.items()}
-        if options.output:
-            options.output.write_text(json.dumps(figures, indent=1), encoding="utf-8")
     console.print("\n".join(f"missed: {text}" for text in behind) or "all bars are met")
     return int(bool(behind))
 

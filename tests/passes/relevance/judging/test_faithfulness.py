@@ -22,8 +22,9 @@ from graphopt.passes.relevance.judging import (
 from tests.benchmarks import faithfulness
 from tests.benchmarks.attributions import METHODS
 from tests.benchmarks.faithful_bars import against_peers, missed
+from tests.benchmarks.faithful_rows import Row
 from tests.benchmarks.faithful_tasks import Task
-from tests.benchmarks.faithfulness import Row, measure
+from tests.benchmarks.faithfulness import measure
 from tests.benchmarks.remembered import _KNOWN, Remembered
 
 
@@ -164,9 +165,15 @@ def test_the_command_says_which_bars_are_missed(
     assert "ours: a against captum: gamma: ABPC -" in shown
     assert "missed: tiny: ABPC of ours: a against captum: gamma" in shown
     assert "missed: tiny: ABPC of an order by chance" in shown
-    figures = json.loads(out.read_text())["tiny"]
+    figures = json.loads(out.read_text())["tiny"]["methods"]
     assert set(figures) == {"ours: a", "captum: gamma", "random"}
     assert figures["random"]["untrained"] is None
-    assert len(figures["ours: a"]["samples"]["abpc"]) == 5
+    assert len(figures["ours: a"]["samples"]["morf"]) == 5
+    _RUN.clear()
+    assert faithfulness.main([*options, "ours: a", "random", "--with", str(out)]) == 1
+    assert capsys.readouterr().out == shown  # the peer's row comes from the file as well
+    assert not _RUN
+    with pytest.raises(ValueError, match="other samples"):
+        faithfulness.main([*options, "random", "--with", str(out), "--samples", "4"])
     assert faithfulness.main([*options, "captum: gamma"]) == 0
     assert "all bars are met" in capsys.readouterr().out
