@@ -2,7 +2,9 @@
 
 ==============================  ====================================================================
 ``cp-lrp``                      Conservative propagation (Ali et al. 2022): attention, gates and
-                                selections only weigh values; the default.
+                                selections only weigh values; the default. In a network of
+                                convolutions and ReLU without biases it is gradient times input:
+                                take ``epsilon-gamma`` for images.
 ``cp-lrp-activated``            The same, and the activation of a gated MLP is a constant too
                                 (LXT's CP-LRP).
 ``mamba-lrp``                   Jafari et al. 2024: selections are constants, gates take half.

@@ -10,11 +10,10 @@ from torch import Tensor, nn
 
 import graphopt
 from graphopt.errors import UnsupportedError
-from graphopt.passes.relevance.judging import Estimate, PerturbationCurves, Removal
+from graphopt.passes.relevance.judging import Removal
 from tests.benchmarks import keytokens
 from tests.benchmarks.attributions import METHODS, composite
 from tests.benchmarks.faithful_tasks import Task
-from tests.benchmarks.faithfulness import Row, against_peers
 from tests.benchmarks.peer_attributions import in_a_row
 from tests.peers.client import needs_peers
 
@@ -97,26 +96,6 @@ def test_lxt_gives_the_same_in_one_request(tokens: Task) -> None:
     found = METHODS["LXT: attnlrp"](tokens)
     expected = METHODS["ours: attnlrp"](tokens)
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
-
-
-def _row(areas: list[float]) -> Row:
-    lerf = torch.tensor(areas, dtype=torch.float64)[:, None].expand(-1, 2)
-    curves = PerturbationCurves((0.0, 1.0), torch.zeros_like(lerf), lerf, "logit")
-    nothing = Estimate(0.0, 0.0, len(areas))
-    return Row(curves, None, nothing, nothing, 0.0)
-
-
-def test_the_best_of_ours_is_compared_with_the_best_peer_sample_by_sample() -> None:
-    rows = {
-        "ours: a": _row([1, 2, 3]), "ours: b": _row([2, 3, 4]), "random": _row([9, 9, 9]),
-        "LXT: attnlrp": _row([1.5, 2.5, 3.5]), "captum: epsilon": _row([0, 0, 0]),
-    }  # fmt: skip
-    found = against_peers(rows)
-    assert found is not None
-    assert found[:2] == ("ours: b", "LXT: attnlrp")
-    assert (found[2].mean, found[2].standard_error) == (0.5, 0.0)
-    del rows["LXT: attnlrp"], rows["captum: epsilon"]
-    assert against_peers(rows) is None
 
 
 def test_networks_that_are_no_row_are_refused() -> None:
