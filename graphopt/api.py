@@ -34,6 +34,7 @@ from graphopt.instruments import Instrument, Verify
 from graphopt.ir import capture as _capture
 from graphopt.ir.mode import in_modes_of
 from graphopt.ir.randomness import kept_random_state
+from graphopt.ir.trace import forward_only
 from graphopt.ir.untouched import outside_inference_mode
 from graphopt.pipeline import Pass, PassContext, Pipeline, Progress, silent
 from graphopt.report import Report
@@ -238,7 +239,8 @@ def explain(
     check_model(model, args, kwargs)
     progress("capturing the model")
     source = copied(model)
-    program = _captured(source, args, kwargs, "batch")
+    with forward_only():
+        program = _captured(source, args, kwargs, "batch")
     context = PassContext(args=args, kwargs=kwargs, source=source, progress=progress)
     program = registry.choose(Budget()).run(program, context)
     first: Any = explainers[0]

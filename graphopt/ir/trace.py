@@ -8,6 +8,7 @@ import logging
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -231,6 +232,22 @@ def _quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
+_FORWARD_ONLY = ContextVar("forward only", default=False)
+
+
+@contextlib.contextmanager
+def forward_only() -> Iterator[None]:
+    """Capture what the user's autograd functions compute, without their backward.
+
+    Only for what never asks a graph for gradients with respect to its inputs or parameters.
+    """
+    token = _FORWARD_ONLY.set(True)
+    try:
+        yield
+    finally:
+        _FORWARD_ONLY.reset(token)
+
+
 @contextlib.contextmanager
 def _no_custom_functions(model: nn.Module) -> Iterator[None]:
     """Refuse the user's autograd functions: export inlines them and drops their backward."""
@@ -238,7 +255,7 @@ def _no_custom_functions(model: nn.Module) -> Iterator[None]:
     original = vars(base)["apply"]
 
     def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
-        if not cls.__module__.startswith("torch."):
+        if not cls.__module__.startswith("torch.") and not _FORWARD_ONLY.get():
             raise CaptureError(
                 f"{type(model).__name__} can't be captured: it calls the autograd.Function "
                 f"{cls.__qualname__}, whose custom backward a captured graph can't hold",
