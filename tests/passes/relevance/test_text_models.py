@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import graphopt
 
@@ -39,3 +41,53 @@ def test_an_autograd_function_is_what_its_forward_computes() -> None:
     plain = graphopt.explain(Net(lambda t: 2 * t.tanh()), (x,))(x)
     torch.testing.assert_close(with_function.relevance, plain.relevance, rtol=0, atol=0)
     assert float(plain.relevance["x"].abs().min()) > 0
+
+
+class Experts(nn.Module):
+    """Three experts, each for some tokens, in one call or one by one."""
+
+    ends: Tensor
+
+    def __init__(self, call: Any = None) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.weight = nn.Parameter(torch.randn(3, 8, 16))
+        self.register_buffer("ends", torch.tensor([2, 2, 5], dtype=torch.int32))
+        self.call = call
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.transpose(0, 1)
+        if self.call is None:
+            y = torch.cat([x[:2] @ self.weight[0], x[2:] @ self.weight[2]])
+        else:
+            rows, ends = x.reshape(-1, 8), self.ends * x.shape[1]
+            y = self.call(rows, self.weight, offs=ends).unflatten(0, (5, x.shape[1]))
+        return y.relu().sum(0)
+
+
+def experts(name: str) -> Any:
+    """The call that multiplies groups of rows: torch's, and what stands for it in other types."""
+    if name == "_grouped_mm":
+        return F.grouped_mm
+    pytest.importorskip("transformers.integrations.moe")
+    return torch.ops.transformers.grouped_mm_fallback
+
+
+@pytest.mark.parametrize("composite", ["cp-lrp", "excitation", "epsilon-alpha2-beta1"])
+@pytest.mark.parametrize(
+    ("name", "dtype", "bar"),
+    [("_grouped_mm", torch.bfloat16, 0.03), ("grouped_mm_fallback", torch.float64, 1e-12)],
+)
+def test_experts_in_one_call_are_experts_one_by_one(
+    name: str, dtype: torch.dtype, bar: float, composite: str
+) -> None:
+    x = torch.randn(3, 5, 8, dtype=dtype)
+    explained: list[Any] = [
+        graphopt.explain(Experts(call).to(dtype), (x,), composite=composite, target=4)
+        for call in (experts(name), None)
+    ]
+    assert name in {each["op"] for each in explained[0].rules()}
+    for batch in (x, x[:1]):
+        one, other = (e(batch) for e in explained)
+        torch.testing.assert_close(one.relevance, other.relevance, rtol=bar, atol=bar)
+        torch.testing.assert_close(one.ledger, other.ledger, rtol=bar, atol=bar)
