@@ -3,7 +3,8 @@
 The ledger has one entry a sample, so what is booked at a value has to be summed for each of them.
 In most values dimension 0 is the batch, but windows of an image are folded into it, recurrent
 layers put time first, and some models flatten batch and sequence.  It is found by trying: NaN in
-one sample spreads to exactly the places that depend on it.
+one sample spreads to exactly the places that depend on it.  Where rows are sorted (tokens by the
+expert that they go to), the index by which they were taken tells whose they are.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from graphopt.passes.relevance.ops import is_getitem
+from graphopt.passes.relevance.families import op_name
+from graphopt.passes.relevance.ops import is_complex, is_floating, is_getitem
 
 
 @dataclass(frozen=True)
@@ -27,16 +29,29 @@ class Layout:
             None: the whole value is one sample.
         major: Whether a dimension that holds more than the samples (windows, heads) is ordered by
             sample first.
+        taken: The value with this layout that the rows were taken from, and the index of them;
+            None: they lie as they are.
     """
 
     dim: int | None
     major: bool = True
+    taken: tuple[fx.Node, fx.Node] | None = None
 
-    def per_sample(self, value: Tensor, samples: Any) -> Tensor:
-        """Sums of a value for each sample, of shape ``[samples]``."""
+    def per_sample(self, value: Tensor, samples: Any, values: Mapping[fx.Node, Any]) -> Tensor:
+        """Sums of a value for each sample, of shape ``[samples]``.
+
+        Args:
+            value: What is summed.
+            samples: Size of the batch.
+            values: Values of the run.
+        """
         value = value.to(torch.promote_types(value.dtype, torch.float32))
         if self.dim is None:
             return value.sum().reshape(1)
+        if self.taken is not None:
+            rows = value.movedim(self.dim, 0).flatten(1).sum(1) if value.ndim > 1 else value
+            owners = _owners(self, samples, values)
+            return value.new_zeros((samples,)).index_add(0, owners, rows)
         inner = value.shape[self.dim] // samples
         split = (samples, inner) if self.major else (inner, samples)
         value = value.unflatten(self.dim, split)
@@ -47,24 +62,86 @@ class Layout:
 WHOLE = Layout(None)
 
 
-def layouts(values: Sequence[Mapping[fx.Node, Any]], samples: int) -> dict[fx.Node, Layout]:
+def _owners(layout: Layout, samples: Any, values: Mapping[fx.Node, Any]) -> Tensor:
+    """The sample of each row that was taken."""
+    assert layout.taken is not None
+    source, index = (values[node] for node in layout.taken)
+    size = source.shape[0]
+    place = index % size  # may be counted from the end
+    return place // (size // samples) if layout.major else place % samples
+
+
+def layouts(
+    values: Sequence[Mapping[fx.Node, Any]], samples: int, given: Mapping[fx.Node, Any]
+) -> dict[fx.Node, Layout]:
     """The layouts of values that NaN was spread in.
 
     Args:
         values: For each sample what a run gave in which this sample was NaN.
         samples: Size of the batch.
+        given: What it gave without.
 
     Returns:
         A layout for each value that has one.
     """
-    found = {}
+    found: dict[fx.Node, Layout] = {}
+    taken: dict[Layout, Tensor] = {}
     for node in values[0]:
-        hits = [_hits(run[node]) for run in values]
-        if all(h is not None for h in hits):
-            layout = _layout([h for h in hits if h is not None], samples)
-            if layout is not None:
-                found[node] = layout
+        hits = [h for h in (_hits(run[node]) for run in values) if h is not None]
+        if len(hits) < len(values):
+            continue
+        layout = _layout(hits, samples) or _rows_taken(node, hits, taken, found, samples, given)
+        if layout is not None:
+            found[node] = layout
     return found
+
+
+def _rows_taken(
+    node: fx.Node,
+    hits: list[Tensor],
+    taken: dict[Layout, Tensor],
+    found: Mapping[fx.Node, Layout],
+    samples: int,
+    given: Mapping[fx.Node, Any],
+) -> Layout | None:
+    """The layout of rows taken by an index, or of what is computed from them row by row.
+
+    Args:
+        node: The value.
+        hits: Places of it that depend on each sample.
+        taken: The samples of the rows for each layout of this kind so far; a new one is added.
+        found: Layouts so far.
+        samples: Size of the batch.
+        given: The run's values.
+    """
+    if not hits[0].ndim:
+        return None
+    rows = [h.flatten(1).any(1) if h.ndim > 1 else h for h in hits]
+    source, index = _taken_by(node)
+    layout = found.get(source) if source is not None else None
+    if index is not None and layout is not None and layout.dim == 0 and layout.taken is None:
+        new = Layout(0, layout.major, (source, index))
+        taken[new] = _owners(new, samples, given).cpu()
+    for known, owners in reversed(taken.items()):
+        same = owners.shape == rows[0].shape
+        if same and all(torch.equal(r, owners == i) for i, r in enumerate(rows)):
+            return known
+    return None
+
+
+def _taken_by(node: fx.Node) -> tuple[Any, Any]:
+    """What rows were taken from and their index, if a call takes rows."""
+    name, args = op_name(node), node.args
+    if name == "index_select" and args[1] == 0:
+        return args[0], args[2]
+    indices: Any = args[1] if name == "index" else ()
+    if len(indices) == 1 and indices[0].meta["val"].ndim == 1:
+        return (args[0], None) if _is_mask(indices[0]) else (args[0], indices[0])
+    return None, None
+
+
+def _is_mask(index: fx.Node) -> bool:
+    return index.meta["val"].dtype in (torch.bool, torch.uint8)
 
 
 def _hits(value: Any) -> Tensor | None:
@@ -125,7 +202,10 @@ def spread(
         elif any(a in changed for a in node.all_input_nodes):
             args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: changed.get(n, values[n]))
             try:
-                changed[node] = node.target(*args, **kwargs)
+                result = node.target(*args, **kwargs)
             except (RuntimeError, IndexError, ValueError):
                 lost.add(node)
+                continue
+            if not isinstance(result, Tensor) or is_floating(result) or is_complex(result):
+                changed[node] = result  # which places are read doesn't change
     return {n: v for n, v in changed.items() if not is_getitem(n) or isinstance(v, Tensor)}

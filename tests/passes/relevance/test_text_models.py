@@ -91,3 +91,37 @@ def test_experts_in_one_call_are_experts_one_by_one(
         one, other = (e(batch) for e in explained)
         torch.testing.assert_close(one.relevance, other.relevance, rtol=bar, atol=bar)
         torch.testing.assert_close(one.ledger, other.ledger, rtol=bar, atol=bar)
+
+
+class Sorted(nn.Module):
+    """Tokens sorted by the expert that a router sends them to, and put back, or left in place."""
+
+    def __init__(self, *, ordered: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.router, self.head = nn.Linear(4, 3), nn.Linear(6, 2)
+        self.up, self.bias = nn.Parameter(torch.randn(3, 4, 6)), nn.Parameter(torch.randn(3, 6))
+        self.ordered = ordered
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.flatten(0, 1)
+        weight, expert = self.router(rows).softmax(-1).max(-1)
+        order = expert.argsort() if self.ordered else torch.arange(rows.shape[0])
+        expert = expert[order]
+        y = (rows[order][:, None] @ self.up[expert])[:, 0] + self.bias[expert]
+        y = y.relu() * weight[order][:, None]
+        return self.head(y[order.argsort()].unflatten(0, (-1, 5)).sum(1))
+
+
+@pytest.mark.parametrize("composite", ["cp-lrp", "attnlrp", "excitation"])
+def test_the_ledger_of_each_sample_where_tokens_are_sorted(composite: str) -> None:
+    x = torch.randn(3, 5, 4, dtype=torch.float64)
+    explained: list[Any] = [
+        graphopt.explain(Sorted(ordered=ordered).double(), (x,), composite=composite)
+        for ordered in (True, False)
+    ]
+    for batch in (x, x[:2].flip(1), x[:1] + 1):
+        one, other = (e(batch) for e in explained)
+        assert one.ledger["output"].shape == (len(batch),)
+        torch.testing.assert_close(one.ledger, other.ledger, rtol=1e-9, atol=1e-11)
+        torch.testing.assert_close(one.relevance, other.relevance, rtol=1e-9, atol=1e-11)
