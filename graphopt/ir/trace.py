@@ -237,15 +237,21 @@ _FORWARD_ONLY = ContextVar("forward only", default=False)
 
 @contextlib.contextmanager
 def forward_only() -> Iterator[None]:
-    """Capture what the user's autograd functions compute, without their backward.
+    """Capture for what runs a model in eval mode and never asks it for gradients.
 
-    Only for what never asks a graph for gradients with respect to its inputs or parameters.
+    Of the user's autograd functions only what they compute is captured, and of a model that can't
+    be captured in training mode only what it is in eval mode.
     """
     token = _FORWARD_ONLY.set(True)
     try:
         yield
     finally:
         _FORWARD_ONLY.reset(token)
+
+
+def is_forward_only() -> bool:
+    """Whether what is captured only runs in eval mode, without gradients."""
+    return _FORWARD_ONLY.get()
 
 
 @contextlib.contextmanager
@@ -255,7 +261,7 @@ def _no_custom_functions(model: nn.Module) -> Iterator[None]:
     original = vars(base)["apply"]
 
     def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
-        if not cls.__module__.startswith("torch.") and not _FORWARD_ONLY.get():
+        if not cls.__module__.startswith("torch.") and not is_forward_only():
             raise CaptureError(
                 f"{type(model).__name__} can't be captured: it calls the autograd.Function "
                 f"{cls.__qualname__}, whose custom backward a captured graph can't hold",

@@ -129,19 +129,19 @@ def _rows_taken(
     return None
 
 
+def _is_places(index: Tensor) -> bool:
+    return index.ndim == 1 and index.dtype not in (torch.bool, torch.uint8)
+
+
 def _taken_by(node: fx.Node) -> tuple[Any, Any]:
     """What rows were taken from and their index, if a call takes rows."""
     name, args = op_name(node), node.args
     if name == "index_select" and args[1] == 0:
         return args[0], args[2]
     indices: Any = args[1] if name == "index" else ()
-    if len(indices) == 1 and indices[0].meta["val"].ndim == 1:
-        return (args[0], None) if _is_mask(indices[0]) else (args[0], indices[0])
+    if len(indices) == 1 and _is_places(indices[0].meta["val"]):
+        return args[0], indices[0]
     return None, None
-
-
-def _is_mask(index: fx.Node) -> bool:
-    return index.meta["val"].dtype in (torch.bool, torch.uint8)
 
 
 def _hits(value: Any) -> Tensor | None:

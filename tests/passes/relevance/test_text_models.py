@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import graphopt
+from graphopt.errors import CaptureError
 
 
 class Doubled(torch.autograd.Function):
@@ -125,3 +126,58 @@ def test_the_ledger_of_each_sample_where_tokens_are_sorted(composite: str) -> No
         assert one.ledger["output"].shape == (len(batch),)
         torch.testing.assert_close(one.ledger, other.ledger, rtol=1e-9, atol=1e-11)
         torch.testing.assert_close(one.relevance, other.relevance, rtol=1e-9, atol=1e-11)
+
+
+class Pooled(nn.Module):
+    """The state at the place of a token, found by a mask or given: BART's way to a class."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table, self.head = nn.Embedding(9, 4), nn.Linear(4, 3)
+        self.way = way
+
+    def forward(self, ids: Tensor, last: Tensor) -> Tensor:
+        states = self.table(ids).cumsum(1)
+        if self.way == "mask":
+            pooled = states[ids == 2].view(states.shape[0], -1, 4)[:, -1]
+        elif self.way == "place":
+            pooled = states.flatten(0, 1)[last]
+        else:
+            pooled = states[:, -1]
+        return self.head(pooled)
+
+
+@pytest.mark.parametrize("way", ["mask", "place"])
+def test_states_that_are_selected_are_no_table(way: str) -> None:
+    ids = torch.randint(3, 9, (3, 5))
+    ids[:, -1] = 2
+    last = torch.arange(3) * 5 + 4
+    one, other = (graphopt.explain(Pooled(w).double(), (ids, last))(ids, last) for w in (way, ""))
+    torch.testing.assert_close(one.relevance["ids"], other.relevance["ids"])
+    torch.testing.assert_close(one.ledger["output"].sum(), other.ledger["output"].sum())
+
+
+def test_layers_that_are_left_out_at_random_in_training() -> None:
+    """M2M-100's; only the eval mode is explained, so only that has to be captured."""
+
+    class Dropping(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            for layer in self.layers:
+                if self.training and torch.rand([]) < 0.5:
+                    continue
+                x = layer(x)
+            return x
+
+    model, x = Dropping(), torch.randn(3, 4)
+    with pytest.raises(CaptureError):
+        graphopt.capture(model, (x,))
+    explained: Any = graphopt.explain(model, (x,))
+    assert model.training
+    torch.testing.assert_close(explained(x).output, model.eval()(x), rtol=0, atol=0)
+    assert [each["op"] for each in explained.rules()] == ["linear", "linear"]
