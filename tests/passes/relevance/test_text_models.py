@@ -181,3 +181,13 @@ def test_layers_that_are_left_out_at_random_in_training() -> None:
     assert model.training
     torch.testing.assert_close(explained(x).output, model.eval()(x), rtol=0, atol=0)
     assert [each["op"] for each in explained.rules()] == ["linear", "linear"]
+
+
+def test_a_function_of_one_place_of_the_output() -> None:
+    """A class of each token: the target says of which one, and each operation is accounted for."""
+    model = nn.Sequential(nn.Embedding(9, 4), nn.GELU(), nn.Linear(4, 3)).double()
+    ids = torch.randint(0, 9, (2, 5))
+    explained: Any = graphopt.explain(model, (ids,), target=lambda scores: scores[:, 1].amax(-1))
+    (relevance,) = explained(ids).relevance.values()
+    assert relevance[:, 1].all() and not relevance[:, [0, 2, 3, 4]].any()
+    assert max(each["residual"] for each in explained.conservation()) < 1e-12
