@@ -209,7 +209,8 @@ def explain(
     """Make a module that says which inputs an output of ``model`` rests on.
 
     Args:
-        model: The model; it is left as it is.
+        model: The model; it is left as it is.  It is explained in eval mode, and its autograd
+            functions by what their forward computes.
         example_inputs: Positional inputs.
         example_kwargs: Keyword inputs.
         composite: Which rules are applied where.
