@@ -117,10 +117,10 @@ def _rows_taken(
     if not hits[0].ndim:
         return None
     rows = [h.flatten(1).any(1) if h.ndim > 1 else h for h in hits]
-    source, index = _taken_by(node)
-    layout = found.get(source) if source is not None else None
-    if index is not None and layout is not None and layout.dim == 0 and layout.taken is None:
-        new = Layout(0, layout.major, (source, index))
+    call = _taken_by(node)
+    layout = found.get(call[0]) if call is not None else None
+    if layout is not None and layout.dim == 0 and layout.taken is None:
+        new = Layout(0, layout.major, call)
         taken[new] = _owners(new, samples, given).cpu()
     for known, owners in reversed(taken.items()):
         same = owners.shape == rows[0].shape
@@ -133,15 +133,16 @@ def _is_places(index: Tensor) -> bool:
     return index.ndim == 1 and index.dtype not in (torch.bool, torch.uint8)
 
 
-def _taken_by(node: fx.Node) -> tuple[Any, Any]:
-    """What rows were taken from and their index, if a call takes rows."""
-    name, args = op_name(node), node.args
+def _taken_by(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+    """What rows were taken from and their index, or None if a call takes no rows."""
+    name = op_name(node)
+    args: Any = node.args
     if name == "index_select" and args[1] == 0:
         return args[0], args[2]
-    indices: Any = args[1] if name == "index" else ()
+    indices = args[1] if name == "index" else ()
     if len(indices) == 1 and _is_places(indices[0].meta["val"]):
         return args[0], indices[0]
-    return None, None
+    return None
 
 
 def _hits(value: Any) -> Tensor | None:

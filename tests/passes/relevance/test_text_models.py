@@ -21,8 +21,8 @@ class Doubled(torch.autograd.Function):
         return 2 * x.tanh()
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Tensor:
-        return g * 0
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return grads[0] * 0
 
 
 def test_an_autograd_function_is_what_its_forward_computes() -> None:
