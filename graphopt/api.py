@@ -34,6 +34,7 @@ from graphopt.instruments import Instrument, Verify
 from graphopt.ir import capture as _capture
 from graphopt.ir.mode import in_modes_of
 from graphopt.ir.randomness import kept_random_state
+from graphopt.ir.trace import forward_only
 from graphopt.ir.untouched import outside_inference_mode
 from graphopt.pipeline import Pass, PassContext, Pipeline, Progress, silent
 from graphopt.report import Report
@@ -208,7 +209,8 @@ def explain(
     """Make a module that says which inputs an output of ``model`` rests on.
 
     Args:
-        model: The model; it is left as it is.
+        model: The model; it is left as it is.  It is explained in eval mode, and its autograd
+            functions by what their forward computes.
         example_inputs: Positional inputs.
         example_kwargs: Keyword inputs.
         composite: Which rules are applied where.
@@ -238,7 +240,8 @@ def explain(
     check_model(model, args, kwargs)
     progress("capturing the model")
     source = copied(model)
-    program = _captured(source, args, kwargs, "batch")
+    with forward_only():
+        program = _captured(source, args, kwargs, "batch")
     context = PassContext(args=args, kwargs=kwargs, source=source, progress=progress)
     program = registry.choose(Budget()).run(program, context)
     first: Any = explainers[0]

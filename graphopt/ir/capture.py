@@ -18,7 +18,7 @@ from graphopt.ir.program import Program
 from graphopt.ir.signature import Signature
 from graphopt.ir.skeleton import Skeleton, build
 from graphopt.ir.stand_ins import resized, stand_ins
-from graphopt.ir.trace import Trace, trace
+from graphopt.ir.trace import Trace, is_forward_only, trace
 from graphopt.ir.trees import same_tree
 from graphopt.ir.untouched import ordinary, untouched
 
@@ -93,7 +93,12 @@ def _capture(
 ) -> Program:
     flags = {training: overridden_flags(model, training) for training in (True, False)}
     skeleton = build(model, flags)
-    train, dynamic = _first_trace(model, signature, flat, dynamic)
+    try:
+        train, dynamic = _first_trace(model, signature, flat, dynamic, training=True)
+    except CaptureError:
+        if not is_forward_only():
+            raise
+        return _evaluated(model, signature, flat, dynamic, skeleton)
     session = _Session(model, flat, dynamic, skeleton)
     found = session.find_all(train)
     if found is not None:
@@ -120,17 +125,39 @@ def _capture(
     )
 
 
+def _evaluated(
+    model: nn.Module,
+    signature: Signature,
+    flat: list[torch.Tensor],
+    dynamic: Any,
+    skeleton: Skeleton,
+) -> Program:
+    """A program that holds what the model is in eval mode alone.
+
+    Layers that are left out at random in training, say, can't be captured.
+    """
+    evaluated, dynamic = _first_trace(model, signature, flat, dynamic, training=False)
+    found = _Session(model, flat, dynamic, skeleton).tie(evaluated, training=False)
+    module = bind_graph(evaluated.graph, skeleton.root)
+    return Program(module, None, evaluated.signature, skeleton, literals=found)
+
+
 def _first_trace(
-    model: nn.Module, signature: Signature, flat: list[torch.Tensor], dynamic: Any
+    model: nn.Module,
+    signature: Signature,
+    flat: list[torch.Tensor],
+    dynamic: Any,
+    *,
+    training: bool,
 ) -> tuple[Trace, Any]:
-    """Trace in training mode; a model that can't be traced with free sizes keeps the example's."""
+    """Trace in one mode; a model that can't be traced with free sizes keeps the example's."""
     try:
-        return trace(model, signature, flat, dynamic, training=True), dynamic
+        return trace(model, signature, flat, dynamic, training=training), dynamic
     except CaptureError as error:
         if not isinstance(dynamic, str):
             raise
         try:
-            return trace(model, signature, flat, None, training=True), None
+            return trace(model, signature, flat, None, training=training), None
         except CaptureError:
             raise error from error.__cause__
 

@@ -8,6 +8,7 @@ import logging
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -240,6 +241,28 @@ def _quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
+_FORWARD_ONLY = ContextVar("forward only", default=False)
+
+
+@contextlib.contextmanager
+def forward_only() -> Iterator[None]:
+    """Capture for what runs a model in eval mode and never asks it for gradients.
+
+    Of the user's autograd functions only what they compute is captured, and of a model that can't
+    be captured in training mode only what it is in eval mode.
+    """
+    token = _FORWARD_ONLY.set(True)
+    try:
+        yield
+    finally:
+        _FORWARD_ONLY.reset(token)
+
+
+def is_forward_only() -> bool:
+    """Whether what is captured only runs in eval mode, without gradients."""
+    return _FORWARD_ONLY.get()
+
+
 @contextlib.contextmanager
 def _no_custom_functions(model: nn.Module) -> Iterator[None]:
     """Refuse the user's autograd functions: export inlines them and drops their backward."""
@@ -247,7 +270,7 @@ def _no_custom_functions(model: nn.Module) -> Iterator[None]:
     original = vars(base)["apply"]
 
     def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
-        if not cls.__module__.startswith("torch."):
+        if not cls.__module__.startswith("torch.") and not is_forward_only():
             raise CaptureError(
                 f"{type(model).__name__} can't be captured: it calls the autograd.Function "
                 f"{cls.__qualname__}, whose custom backward a captured graph can't hold",

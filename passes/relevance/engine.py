@@ -72,7 +72,7 @@ class Run:
         self.explicit = explicit and not needed
         self.accounts: dict[Op, Account] | None = {} if audit else None
         self.values: dict[fx.Node, Any] = {}
-        self.ledger = Ledger(plan.layouts, None)
+        self.ledger = Ledger(plan.layouts, self.values)
         self.arrived: dict[fx.Node, Flow] = {}
         self._sites: dict[fx.Node, Site] = {}
         self._pending: dict[fx.Node, dict[int, Flow]] = {}

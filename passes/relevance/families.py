@@ -143,6 +143,8 @@ def _table() -> dict[str, Spec]:
     table["addmm"] = Spec(Family.LINEAR, (1, 2), weight=2, bias=0)
     table["baddbmm"] = Spec(Family.LINEAR, (1, 2), weight=2, bias=0)
     table["addbmm"] = Spec(Family.LINEAR, (1, 2), weight=2, bias=0)
+    # rows in groups, each with a matrix of its own: the experts of a mixture
+    table["_grouped_mm"] = table["grouped_mm_fallback"] = Spec(Family.LINEAR, (0, 1), weight=1)
     for dims in ("1d", "2d", "3d"):
         table[f"conv{dims}"] = Spec(Family.CONV, (0, 1), weight=1, bias=2)
         table[f"conv_transpose{dims}"] = Spec(Family.CONV, (0, 1), weight=1, bias=2)
@@ -169,6 +171,9 @@ CREATORS = frozenset(
 SHAPED_AS = frozenset({"expand_as", "view_as", "reshape_as", "type_as"})
 """Operators of which all operands but the first one give no more than shape and type."""
 
+FOREIGN = frozenset({"transformers::grouped_mm_fallback"})
+"""Operators of other libraries that are in the table; they have derivatives of their own."""
+
 NORMALISERS = frozenset({"rsqrt", "reciprocal"})
 """Operators whose results scale other values to a fixed size."""
 
@@ -185,6 +190,8 @@ MATRIX = frozenset(
         "baddbmm",
         "addbmm",
         "linear",
+        "_grouped_mm",
+        "grouped_mm_fallback",
     }
 )
 """Products that sum over a shared dimension."""
@@ -203,9 +210,10 @@ def spec_of(node: fx.Node) -> Spec | None:
     if node.target is operator.getitem:
         return Spec(Family.ROUTE)
     target = node.target
-    if isinstance(target, torch._ops.OpOverload) and target.namespace == "aten":
-        return TABLE.get(op_name(node))
-    return None
+    if not isinstance(target, torch._ops.OpOverload):
+        return None
+    known = target.namespace == "aten" or target._schema.name in FOREIGN
+    return TABLE.get(op_name(node)) if known else None
 
 
 def nearest(name: str, known: Iterable[str] = TABLE) -> str | None:

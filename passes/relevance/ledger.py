@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, fx
@@ -17,6 +18,7 @@ class Ledger:
 
     Args:
         layouts: Where the samples lie in each value.
+        values: Values of the run.
         samples: Size of the batch.
 
     Attributes:
@@ -24,8 +26,11 @@ class Ledger:
         entries: Operation -> sink -> the same.
     """
 
-    def __init__(self, layouts: Mapping[fx.Node, Layout], samples: Any = None) -> None:
+    def __init__(
+        self, layouts: Mapping[fx.Node, Layout], values: Mapping[fx.Node, Any], samples: Any = None
+    ) -> None:
         self._layouts = layouts
+        self._values = values
         self.samples = samples
         self.totals: dict[str, Tensor] = {}
         self.entries: dict[Op, dict[str, Tensor]] = {}
@@ -59,11 +64,11 @@ class Ledger:
         elif channel == quotient.ndim - 1:
             dim = layout.dim - (channel < layout.dim)
             summed = quotient @ values
-            self._add(op, sink, Layout(dim, layout.major).per_sample(summed, self.samples))
+            self._add(op, sink, self._sums(replace(layout, dim=dim), summed))
         else:
             summed = quotient.sum(others) if others else quotient
             summed = summed @ values if channel > layout.dim else values @ summed
-            self._add(op, sink, Layout(0, layout.major).per_sample(summed, self.samples))
+            self._add(op, sink, self._sums(replace(layout, dim=0), summed))
 
     def book_value(self, sink: str, node: fx.Node, relevance: Tensor) -> None:
         """Book relevance that has arrived at a value."""
@@ -72,7 +77,10 @@ class Ledger:
 
     def per_sample(self, node: fx.Node, relevance: Tensor) -> Tensor:
         """Sums for each sample of something laid out as a value."""
-        return self.layout(node).per_sample(relevance, self.samples)
+        return self._sums(self.layout(node), relevance)
+
+    def _sums(self, layout: Layout, value: Tensor) -> Tensor:
+        return layout.per_sample(value, self.samples, self._values)
 
     def layout(self, node: fx.Node) -> Layout:
         """Where the samples lie in a value.

@@ -315,7 +315,7 @@ def _layouts(
                 for node, how in sources.items()
             }
             runs.append(spread(graph, values, start))
-        found = layouts(runs, samples) if samples > 1 else {}
+        found = layouts(runs, samples, values) if samples > 1 else {}
         if all(node in found for node in needed):
             return batch, found
     return None, _Whole()

@@ -3,11 +3,13 @@
 The ledger has one entry a sample, so what is booked at a value has to be summed for each of them.
 In most values dimension 0 is the batch, but windows of an image are folded into it, recurrent
 layers put time first, and some models flatten batch and sequence.  It is found by trying: NaN in
-one sample spreads to exactly the places that depend on it.
+one sample spreads to exactly the places that depend on it.  Where rows are sorted (tokens by the
+expert that they go to), the index by which they were taken tells whose they are.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +19,8 @@ from torch import Tensor, fx
 
 from graphopt.errors import RunError
 from graphopt.ir.interpret import Value, call, fill
-from graphopt.passes.relevance.ops import is_getitem
+from graphopt.passes.relevance.families import op_name
+from graphopt.passes.relevance.ops import is_complex, is_floating, is_getitem
 
 
 @dataclass(frozen=True)
@@ -29,16 +32,29 @@ class Layout:
             None: the whole value is one sample.
         major: Whether a dimension that holds more than the samples (windows, heads) is ordered by
             sample first.
+        taken: The value with this layout that the rows were taken from, and the index of them;
+            None: they lie as they are.
     """
 
     dim: int | None
     major: bool = True
+    taken: tuple[fx.Node, fx.Node] | None = None
 
-    def per_sample(self, value: Tensor, samples: Any) -> Tensor:
-        """Sums of a value for each sample, of shape ``[samples]``."""
+    def per_sample(self, value: Tensor, samples: Any, values: Mapping[fx.Node, Any]) -> Tensor:
+        """Sums of a value for each sample, of shape ``[samples]``.
+
+        Args:
+            value: What is summed.
+            samples: Size of the batch.
+            values: Values of the run.
+        """
         value = value.to(torch.promote_types(value.dtype, torch.float32))
         if self.dim is None:
             return value.sum().reshape(1)
+        if self.taken is not None:
+            rows = value.movedim(self.dim, 0).flatten(1).sum(1) if value.ndim > 1 else value
+            owners = _owners(self, samples, values)
+            return value.new_zeros((samples,)).index_add(0, owners, rows)
         inner = value.shape[self.dim] // samples
         split = (samples, inner) if self.major else (inner, samples)
         value = value.unflatten(self.dim, split)
@@ -49,24 +65,87 @@ class Layout:
 WHOLE = Layout(None)
 
 
-def layouts(values: Sequence[Mapping[fx.Node, Any]], samples: int) -> dict[fx.Node, Layout]:
+def _owners(layout: Layout, samples: Any, values: Mapping[fx.Node, Any]) -> Tensor:
+    """The sample of each row that was taken."""
+    assert layout.taken is not None
+    source, index = (values[node] for node in layout.taken)
+    size = source.shape[0]
+    place = index % size  # may be counted from the end
+    return place // (size // samples) if layout.major else place % samples
+
+
+def layouts(
+    values: Sequence[Mapping[fx.Node, Any]], samples: int, given: Mapping[fx.Node, Any]
+) -> dict[fx.Node, Layout]:
     """The layouts of values that NaN was spread in.
 
     Args:
         values: For each sample what a run gave in which this sample was NaN.
         samples: Size of the batch.
+        given: What it gave without.
 
     Returns:
         A layout for each value that has one.
     """
-    found = {}
+    found: dict[fx.Node, Layout] = {}
+    taken: dict[Layout, Tensor] = {}
     for node in values[0]:
-        hits = [_hits(run[node]) for run in values]
-        if all(h is not None for h in hits):
-            layout = _layout([h for h in hits if h is not None], samples)
-            if layout is not None:
-                found[node] = layout
+        hits = [h for h in (_hits(run[node]) for run in values) if h is not None]
+        if len(hits) < len(values):
+            continue
+        layout = _layout(hits, samples) or _rows_taken(node, hits, taken, found, samples, given)
+        if layout is not None:
+            found[node] = layout
     return found
+
+
+def _rows_taken(
+    node: fx.Node,
+    hits: list[Tensor],
+    taken: dict[Layout, Tensor],
+    found: Mapping[fx.Node, Layout],
+    samples: int,
+    given: Mapping[fx.Node, Any],
+) -> Layout | None:
+    """The layout of rows taken by an index, or of what is computed from them row by row.
+
+    Args:
+        node: The value.
+        hits: Places of it that depend on each sample.
+        taken: The samples of the rows for each layout of this kind so far; a new one is added.
+        found: Layouts so far.
+        samples: Size of the batch.
+        given: The run's values.
+    """
+    if not hits[0].ndim:
+        return None
+    rows = [h.flatten(1).any(1) if h.ndim > 1 else h for h in hits]
+    call = _taken_by(node)
+    layout = found.get(call[0]) if call is not None else None
+    if layout is not None and layout.dim == 0 and layout.taken is None:
+        new = Layout(0, layout.major, call)
+        taken[new] = _owners(new, samples, given).cpu()
+    for known, owners in reversed(taken.items()):
+        same = owners.shape == rows[0].shape
+        if same and all(torch.equal(r, owners == i) for i, r in enumerate(rows)):
+            return known
+    return None
+
+
+def _is_places(index: Tensor) -> bool:
+    return index.ndim == 1 and index.dtype not in (torch.bool, torch.uint8)
+
+
+def _taken_by(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+    """What rows were taken from and their index, or None if a call takes no rows."""
+    name = op_name(node)
+    args: Any = node.args
+    if name == "index_select" and args[1] == 0:
+        return args[0], args[2]
+    indices = args[1] if name == "index" else ()
+    if len(indices) == 1 and _is_places(indices[0].meta["val"]):
+        return args[0], indices[0]
+    return None
 
 
 def _hits(value: Any) -> Tensor | None:
@@ -119,8 +198,9 @@ def spread(
     """
     reached = _dependents(graph, sources)
     changed = {n: v for n, v in values.items() if n not in reached} | dict(sources)
-    fill(changed, reached, changed.__getitem__, _if_it_runs)
-    found = {n: changed[n] for n in (*sources, *reached) if changed[n] is not _LOST}
+    fill(changed, reached, changed.__getitem__, functools.partial(_if_it_runs, values))
+    run = {n: changed[n] for n in (*sources, *reached)}
+    found = {n: v for n, v in run.items() if v is not _LOST and v is not values[n]}
     return {n: v for n, v in found.items() if not is_getitem(n) or isinstance(v, Tensor)}
 
 
@@ -128,13 +208,19 @@ _LOST = object()
 """Stands for the value of a call that can't run on NaN."""
 
 
-def _if_it_runs(node: fx.Node, value: Value) -> Any:
-    if any(value(each) is _LOST for each in node.all_input_nodes):
+def _if_it_runs(values: Mapping[fx.Node, Any], node: fx.Node, value: Value) -> Any:
+    """A call's value where some of what it reads was changed; which places are read stays."""
+    read = {each: value(each) for each in node.all_input_nodes}
+    if any(v is _LOST for v in read.values()):
         return _LOST
+    if all(v is values[n] for n, v in read.items()):
+        return values[node]
     try:
-        return call(node, value)
+        result = call(node, value)
     except RunError:
         return _LOST
+    kept = not isinstance(result, Tensor) or is_floating(result) or is_complex(result)
+    return result if kept else values[node]
 
 
 def _dependents(graph: fx.Graph, sources: Collection[fx.Node]) -> dict[fx.Node, None]:

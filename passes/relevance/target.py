@@ -127,7 +127,8 @@ def gradient_of(
     wanted = [t for t in leaves if isinstance(t, Tensor) and t.requires_grad]
     if not values.requires_grad:
         raise UsageError("target doesn't depend on the output")
-    grads = iter(torch.autograd.grad(values.sum(), wanted, allow_unused=True))
+    ones = torch.ones_like(values)
+    grads = iter(torch.autograd.grad(values, wanted, ones, allow_unused=True))
     return [next(grads) if isinstance(t, Tensor) and t.requires_grad else None for t in leaves]
 
 

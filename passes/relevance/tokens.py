@@ -19,7 +19,7 @@ from torch import Tensor, fx
 from graphopt.ir.interpret import call
 from graphopt.passes.relevance import families
 from graphopt.passes.relevance.families import Family
-from graphopt.passes.relevance.ops import is_floating
+from graphopt.passes.relevance.ops import is_floating, values_read
 
 _ELEMENTWISE = frozenset(
     """
@@ -100,18 +100,25 @@ def lookups(graph: fx.Graph) -> dict[fx.Node, Lookup]:
     found: dict[fx.Node, Lookup] = {}
     cast: dict[fx.Node, Lookup] = {}
     floating = False
+    computed: set[fx.Node] = set()  # floating values made from what carries relevance
     for node in graph.nodes:
         floating |= node.op == "placeholder" and is_floating(node.meta.get("val"))
         if node.op != "call_function" or not is_floating(node.meta.get("val")):
             continue
+        if any(n in computed or _is_source(n, found) for n in values_read(node)):
+            computed.add(node)
         index = _index(node)
         inputs = origins.inputs(index)
-        if not inputs:
+        if not inputs or node.args[0] in computed:
             continue
         lookup = Lookup(index, {i.name: i for i in inputs})
         certain = families.op_name(node) not in _CASTS or _is_one_hot(index)
         (found if certain else cast)[node] = lookup
     return found if found or floating else cast
+
+
+def _is_source(node: fx.Node, found: Mapping[fx.Node, Lookup]) -> bool:
+    return node in found or (node.op == "placeholder" and is_floating(node.meta.get("val")))
 
 
 def _index(node: fx.Node) -> Any:
@@ -123,8 +130,12 @@ def _index(node: fx.Node) -> Any:
         return args[2]
     if name == "index":
         places: Any = args[1]
-        return places[0] if len(places) == 1 else None
+        return places[0] if len(places) == 1 and not _is_mask(places[0]) else None
     return args[0] if name in _CASTS else None
+
+
+def _is_mask(index: fx.Node) -> bool:
+    return index.meta["val"].dtype in (torch.bool, torch.uint8)
 
 
 def _is_one_hot(node: Any) -> bool:
