@@ -5,6 +5,7 @@ Nothing here knows a pass by name: the registry says which pass serves what.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import functools
@@ -238,7 +239,7 @@ def explain(
     check_model(model, args, kwargs)
     progress("capturing the model")
     source = copied(model)
-    program = _captured(source, args, kwargs, "batch")
+    program = _captured(source, args, kwargs, "batch", training=False)
     context = PassContext(args=args, kwargs=kwargs, source=source, progress=progress)
     program = registry.choose(Budget()).run(program, context)
     first: Any = explainers[0]
@@ -399,9 +400,17 @@ def verify_capture(source: nn.Module, program: Program, context: PassContext) ->
 
 
 def _captured(
-    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], dynamic: Any
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    dynamic: Any,
+    *,
+    training: bool = True,
 ) -> Program:
-    """Capture; where that fails because the model itself does on these inputs, say so instead."""
+    """Capture; where that fails because the model itself does on these inputs, say so instead.
+
+    Without ``training`` eval mode is enough, where only training mode can't be captured.
+    """
     compiling = sys.modules.get("graphopt.solvers.compiling")  # not imported: nothing to wait for
     if compiling is not None:
         compiling.settle()
@@ -412,6 +421,9 @@ def _captured(
             observe(model, args, kwargs, training=False)
         except Exception as error:  # user code may raise anything
             raise _fails_itself(model, error, InputMismatch) from error
+        if not training:
+            with contextlib.suppress(CaptureError):
+                return _capture.capture(model, args, kwargs, dynamic=dynamic, training=False)
         raise
 
 

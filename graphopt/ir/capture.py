@@ -27,6 +27,7 @@ def capture(
     kwargs: Mapping[str, Any] | None = None,
     *,
     dynamic: Any = "batch",
+    training: bool = True,
 ) -> Program:
     """Capture a model as a graph.
 
@@ -40,6 +41,8 @@ def capture(
         kwargs: Example keyword arguments.
         dynamic: Which sizes stay free: ``"batch"`` (dimension 0 of every tensor),
             ``"batch,sequence"`` (dimensions 0 and 1), ``None``, or torch's own ``dynamic_shapes``.
+        training: Without, the model is traced in eval mode alone, and the program is that in
+            either mode: for what never trains, of a model that can't be traced in training mode.
 
     Returns:
         The program.
@@ -60,7 +63,7 @@ def capture(
     _refuse_names(model)
     signature, flat = signatures.bind(model, args, dict(kwargs or {}))
     with untouched(model):
-        return _capture(model, signature, [ordinary(tensor) for tensor in flat], dynamic)
+        return _capture(model, signature, [ordinary(tensor) for tensor in flat], dynamic, training)
 
 
 def _refuse_inference_tensors(model: nn.Module) -> None:
@@ -87,12 +90,20 @@ def _refuse_names(model: nn.Module) -> None:
 
 
 def _capture(
-    model: nn.Module, signature: Signature, flat: list[torch.Tensor], dynamic: Any
+    model: nn.Module,
+    signature: Signature,
+    flat: list[torch.Tensor],
+    dynamic: Any,
+    training: bool,
 ) -> Program:
-    flags = {training: overridden_flags(model, training) for training in (True, False)}
+    flags = {each: overridden_flags(model, each) for each in (True, False)}
     skeleton = build(model, flags)
-    train, dynamic = _first_trace(model, signature, flat, dynamic)
+    train, dynamic = _first_trace(model, signature, flat, dynamic, training)
     session = _Session(model, flat, dynamic, skeleton)
+    if not training:
+        module = bind_graph(train.graph, skeleton.root)
+        found = session.tie(train, training=False)
+        return Program(module, None, train.signature, skeleton, literals=found)
     if session.find_all(train):
         module = bind_graph(train.graph, skeleton.root)
         return Program(module, None, train.signature, skeleton, literals=literals.Literals())
@@ -117,16 +128,20 @@ def _capture(
 
 
 def _first_trace(
-    model: nn.Module, signature: Signature, flat: list[torch.Tensor], dynamic: Any
+    model: nn.Module,
+    signature: Signature,
+    flat: list[torch.Tensor],
+    dynamic: Any,
+    training: bool,
 ) -> tuple[Trace, Any]:
-    """Trace in training mode; a model that can't be traced with free sizes keeps the example's."""
+    """Trace in one mode; a model that can't be traced with free sizes keeps the example's."""
     try:
-        return trace(model, signature, flat, dynamic, training=True), dynamic
+        return trace(model, signature, flat, dynamic, training=training), dynamic
     except CaptureError as error:
         if not isinstance(dynamic, str):
             raise
         try:
-            return trace(model, signature, flat, None, training=True), None
+            return trace(model, signature, flat, None, training=training), None
         except CaptureError:
             raise error from error.__cause__
 

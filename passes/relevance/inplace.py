@@ -38,7 +38,7 @@ def _writes_first(target: torch._ops.OpOverload) -> bool:
 def _rewrite(graph: fx.Graph, node: fx.Node) -> None:
     written = node.args[0]
     copies = node.target in (aten.copy_.default, aten.fill_.Tensor)
-    twin = aten.expand_as.default if copies else functional_twin(node.target)  # type: ignore[arg-type]
+    twin = aten.expand_as.default if copies else _twin(node.target)
     chain = _chain(written)
     if twin is None or chain is None or not isinstance(written, fx.Node):
         return
@@ -62,6 +62,11 @@ def _rewrite(graph: fx.Graph, node: fx.Node) -> None:
         old.replace_all_uses_with(renewed[old], delete_user_cb=lambda user: user > node)
     node.replace_all_uses_with(renewed[written])
     graph.erase_node(node)
+
+
+def _twin(target: Any) -> torch._ops.OpOverload | None:
+    """The functional form; explanations run without autocast, whose casts are calls by now."""
+    return functional_twin(target, autocast=False)
 
 
 def _chain(node: Any) -> list[fx.Node] | None:

@@ -16,10 +16,11 @@ from graphopt.ir.aliases import affected, writes
 from graphopt.ir.graphs import copy_place
 from graphopt.passes.relevance import families
 from graphopt.passes.relevance.canonical import canonicalize
+from graphopt.passes.relevance.frequencies import is_complex
 from graphopt.passes.relevance.inlining import inline_regions
 from graphopt.passes.relevance.inplace import functionalize_writes
-from graphopt.passes.relevance.ops import carrying, is_complex, is_getitem, unknown, wanted
-from graphopt.passes.relevance.written_out import written_out
+from graphopt.passes.relevance.ops import carrying, is_getitem, unknown, wanted
+from graphopt.passes.relevance.written_out import LOOKUPS, written_out
 
 
 def prepared(module: fx.GraphModule) -> fx.Graph:
@@ -31,6 +32,8 @@ def prepared(module: fx.GraphModule) -> fx.Graph:
     inline_regions(module)
     functionalize_writes(module.graph)
     canonicalize(module.graph)
+    for node in [n for n in module.graph.nodes if families.op_name(n) in LOOKUPS]:
+        decompose(module.graph, node)
     module.graph.eliminate_dead_code()
     return module.graph
 
@@ -104,7 +107,11 @@ def decompose(graph: fx.Graph, node: fx.Node) -> None:
         return function(*args, **kwargs)
 
     with mode, enable_python_dispatcher(), torch.no_grad():
-        traced = make_fx(call, pre_dispatch=known is not None)(*fakes)
+        try:
+            traced = make_fx(call, pre_dispatch=known is not None)(*fakes)
+        except NotImplementedError as error:
+            raise unknown(node) from error
+    functionalize_writes(traced.graph)
     traced.graph.eliminate_dead_code()
     inner = [n for n in traced.graph.nodes if n.op == "call_function"]
     if any(n.target is node.target for n in inner) or not inner:

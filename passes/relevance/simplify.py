@@ -83,6 +83,7 @@ def _read_sizes_first(graph: fx.Graph) -> None:
     sizes = [n for n in graph.nodes if _is_size(n)]
     env: dict[Any, fx.Proxy] = {}
     made: dict[Any, fx.Node] = {}
+    tracer = fx.proxy.GraphAppendingTracer(graph)  # of all sizes: several make one in `min`
     with graph.inserting_before(inputs[-1].next):
         for node in sizes:
             expr = node.meta["val"].node.expr
@@ -93,7 +94,7 @@ def _read_sizes_first(graph: fx.Graph) -> None:
                     source, dim = known[symbol]
                     size = graph.call_function(aten.sym_size.int, (source, dim))
                     size.meta["val"] = source.meta["val"].shape[dim]
-                    env[symbol] = fx.Proxy(size)
+                    env[symbol] = fx.Proxy(size, tracer)
                 made[expr] = sympy_interp(PythonReferenceAnalysis, env, expr).node
                 made[expr].meta.setdefault("val", node.meta["val"])
             node.replace_all_uses_with(made[expr])

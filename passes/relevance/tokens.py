@@ -18,7 +18,7 @@ from torch import Tensor, fx
 
 from graphopt.passes.relevance import families
 from graphopt.passes.relevance.families import Family
-from graphopt.passes.relevance.ops import is_floating
+from graphopt.passes.relevance.ops import is_floating, values_read
 
 _ELEMENTWISE = frozenset(
     """
@@ -98,11 +98,15 @@ def lookups(graph: fx.Graph) -> dict[fx.Node, Lookup]:
     origins = Origins()
     found: dict[fx.Node, Lookup] = {}
     cast: dict[fx.Node, Lookup] = {}
+    data: set[fx.Node] = set()  # what depends on a floating input or on what was looked up
     floating = False
     for node in graph.nodes:
-        floating |= node.op == "placeholder" and is_floating(node.meta.get("val"))
-        if node.op != "call_function" or not is_floating(node.meta.get("val")):
+        if not is_floating(node.meta.get("val")) or node.op not in ("placeholder", "call_function"):
             continue
+        floating |= node.op == "placeholder"
+        if node.op == "placeholder" or any(n in data for n in values_read(node)):
+            data.add(node)
+            continue  # rows of a value take its relevance, as neighbours in a graph do
         index = _index(node)
         inputs = origins.inputs(index)
         if not inputs:
@@ -110,6 +114,8 @@ def lookups(graph: fx.Graph) -> dict[fx.Node, Lookup]:
         lookup = Lookup(index, {i.name: i for i in inputs})
         certain = families.op_name(node) not in _CASTS or _is_one_hot(index)
         (found if certain else cast)[node] = lookup
+        if certain:
+            data.add(node)
     return found if found or floating else cast
 
 
