@@ -82,6 +82,11 @@ def _fills_zeros(node: fx.Node, spec: families.Spec, read: dict[fx.Node, int]) -
 
 
 def _is_zero(value: Any) -> bool:
-    if isinstance(value, fx.Node):
-        return value.op == "call_function" and families.op_name(value) in _ZEROS
-    return value == 0
+    while isinstance(value, fx.Node) and value.op == "call_function":
+        if families.op_name(value) in _ZEROS:
+            return True
+        spec = families.spec_of(value)
+        if spec is None or spec.family is not Family.ROUTE or len(spec.data) > 1:
+            return False
+        value = value.args[0]
+    return not isinstance(value, fx.Node) and value == 0

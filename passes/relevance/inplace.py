@@ -136,9 +136,29 @@ Inverse = Callable[[fx.Graph, fx.Node, fx.Node, fx.Node], fx.Node]
 
 def _scattered(target: Any) -> Inverse:
     def inverse(graph: fx.Graph, view: fx.Node, base: fx.Node, value: fx.Node) -> fx.Node:
+        if base.meta["val"].is_complex() and len(view.args) > 1 and _name(view) != "diagonal":
+            return _as_real(graph, target, view, base, value)
         return graph.call_function(target, (base, value, *view.args[1:]), dict(view.kwargs))
 
     return inverse
+
+
+def _as_real(
+    graph: fx.Graph, target: Any, view: fx.Node, base: fx.Node, value: fx.Node
+) -> fx.Node:
+    """Complex numbers are put in their place as pairs: nothing else can be differentiated."""
+    pairs = []
+    for each in (base, value):
+        plain = graph.call_function(aten.resolve_conj.default, (each,))
+        plain.meta["val"] = each.meta["val"].clone()
+        pair = graph.call_function(aten.view_as_real.default, (plain,))
+        pair.meta["val"] = torch.view_as_real(each.meta["val"].resolve_conj())
+        pairs.append(pair)
+    dim: Any = view.args[1]
+    args = (*pairs, dim % base.meta["val"].ndim, *view.args[2:])
+    whole = graph.call_function(target, args, dict(view.kwargs))
+    whole.meta["val"] = pairs[0].meta["val"].clone()
+    return graph.call_function(aten.view_as_complex.default, (whole,))
 
 
 def _reshaped(graph: fx.Graph, view: fx.Node, base: fx.Node, value: fx.Node) -> fx.Node:

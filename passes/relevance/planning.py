@@ -104,7 +104,7 @@ def make_plan(
     sources = _sources(graph, looked_up, attribute)
     given = values_of(graph, tensors, inputs)
     explained = choose([given[n] if isinstance(n, fx.Node) else n for n in _results(graph)])
-    lowered(graph, [_results(graph)[i] for i in explained], sources)
+    lowered(graph, explained, sources)
     inside = carrying(graph, sources)
     results = [n for n in dict.fromkeys(_results(graph)[i] for i in explained) if n in inside]
     if not results:

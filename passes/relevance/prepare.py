@@ -32,21 +32,31 @@ def prepared(module: fx.GraphModule) -> fx.Graph:
     inline_regions(module)
     functionalize_writes(module.graph)
     canonicalize(module.graph)
-    for node in [n for n in module.graph.nodes if families.op_name(n) in LOOKUPS]:
-        decompose(module.graph, node)
+    for node in list(module.graph.nodes):
+        if node.op == "call_function" and families.op_name(node) in LOOKUPS:
+            decompose(module.graph, node)
     module.graph.eliminate_dead_code()
     return module.graph
 
 
-def lowered(graph: fx.Graph, outputs: Iterable[fx.Node], sources: Iterable[fx.Node]) -> None:
+def lowered(graph: fx.Graph, outputs: Iterable[int], sources: Iterable[fx.Node]) -> None:
     """Decompose what lies between sources and outputs and has no rule; changes the graph.
+
+    Args:
+        graph: The forward graph.
+        outputs: Places of the results that are explained.
+        sources: Where relevance ends.
 
     Raises:
         UnsupportedError: A region or an in-place write on the way of relevance, or an operator that
             neither has a rule nor is made of others.
     """
-    while _lowered(graph, wanted(outputs, carrying(graph, sources))):
-        pass
+    places, starts = list(outputs), list(sources)
+    changed = True
+    while changed:
+        results: Any = graph.output_node().args[0]  # others once they have been decomposed
+        ends = [results[place] for place in places]
+        changed = _lowered(graph, wanted(ends, carrying(graph, starts)))
 
 
 def _lowered(graph: fx.Graph, way: set[fx.Node]) -> bool:

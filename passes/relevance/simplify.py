@@ -6,6 +6,7 @@
 - Detaching is nothing where no gradient is recorded; nor is copying where nobody writes, or
   transposing twice.
 - The input gradient of a convolution doesn't read the input.
+- A reshape that was traced as a view, of a value whose strides may be others, is one again.
 - What is computed twice within one phase is computed once.  Across the phases only views, sizes
   and what depends on parameters alone are: a value would have to be kept for it.
 """
@@ -21,7 +22,7 @@ from torch import fx
 from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.reference import PythonReferenceAnalysis
 
-from graphopt.ir.aliases import writes
+from graphopt.ir.aliases import is_sure_view, writes
 from graphopt.ir.ops import is_repeatable
 from graphopt.ir.storage import aliased_input
 from graphopt.passes.relevance.convolutions import without_inputs
@@ -39,6 +40,7 @@ def simplify(graph: fx.Graph, parameters: Iterable[fx.Node]) -> None:
         parameters: The placeholders of parameters and buffers.
     """
     functionalize_writes(graph)
+    _reshape_unsure(graph)
     _read_sizes_first(graph)
     if any(writes(node) for node in graph.nodes):
         return  # the same call before and after a write isn't the same value
@@ -74,6 +76,28 @@ def _same(node: fx.Node) -> fx.Node | None:
 def _same_layout(node: fx.Node, source: fx.Node) -> bool:
     a, b = node.meta["val"], source.meta["val"]
     return str(a.stride()) == str(b.stride()) and a.dtype == b.dtype
+
+
+_UNSURE = frozenset(
+    {"_native_batch_norm_legit_no_training", "native_batch_norm", "convolution_backward", "roll"}
+)
+"""Operators of whose results torch's fake tensors may have other strides than the kernels."""
+
+
+def _reshape_unsure(graph: fx.Graph) -> None:
+    """A `view` that was traced on fake tensors may be impossible on what a kernel returns."""
+    for node in graph.find_nodes(op="call_function", target=aten.view.default):
+        base: Any = node.args[0]
+        while _is_moved(base):
+            base = base.args[0]
+        if isinstance(base.target, torch._ops.OpOverload) and base.target._opname in _UNSURE:
+            node.target = aten.reshape.default
+
+
+def _is_moved(node: fx.Node) -> bool:
+    return node.target is operator.getitem or (
+        node.op == "call_function" and (is_sure_view(node) or node.target is aten.detach.default)
+    )
 
 
 def _read_sizes_first(graph: fx.Graph) -> None:
