@@ -65,11 +65,17 @@ def _rewrite(node: fx.Node) -> None:
     _replace(node, twin, stale)
 
 
-def functional_twin(target: torch._ops.OpOverload) -> torch._ops.OpOverload | None:
+def functional_twin(
+    target: torch._ops.OpOverload, *, autocast: bool = True
+) -> torch._ops.OpOverload | None:
     """The functional op that computes what an in-place op writes, or None.
 
     Ops that autocast treats differently in their two forms, and random ops whose twin draws
     otherwise, have none.
+
+    Args:
+        target: The in-place op.
+        autocast: Whether the twin may run under autocast.
     """
     name = opname(target)
     packet = getattr(getattr(torch.ops, target.namespace), name, None)
@@ -81,7 +87,7 @@ def functional_twin(target: torch._ops.OpOverload) -> torch._ops.OpOverload | No
     for overload in packet.overloads():
         twin = getattr(packet, overload)
         if _signature(twin) == signature and not twin._schema.is_mutable:
-            return None if _autocast_knows(twin) else twin
+            return None if autocast and _autocast_knows(twin) else twin
     return None
 
 

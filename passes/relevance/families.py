@@ -66,8 +66,8 @@ _ROUTE = """
     dropout feature_dropout alpha_dropout feature_alpha_dropout native_dropout
     topk sort upsample_nearest1d upsample_nearest2d upsample_nearest3d _upsample_nearest_exact1d
     _upsample_nearest_exact2d _upsample_nearest_exact3d masked_select _unsafe_index real ravel
-    index take adjoint squeeze_copy expand_copy view_copy permute_copy unsqueeze_copy
-    slice_copy select_copy t_copy transpose_copy nan_to_num
+    index take adjoint max_unpool2d max_unpool3d squeeze_copy expand_copy view_copy permute_copy
+    unsqueeze_copy slice_copy select_copy t_copy transpose_copy nan_to_num
 """
 _ROUTE_MANY = {  # several operands are woven into one value
     "cat": (0,), "concat": (0,), "concatenate": (0,), "stack": (0,), "hstack": (0,),
@@ -129,7 +129,10 @@ def _table() -> dict[str, Spec]:
     table |= {name: Spec(Family.SOFTMAX) for name in ("log_softmax", "_log_softmax")}
     table |= {name: Spec(Family.SOFTMAX) for name in ("logsumexp", "logcumsumexp")}
     table |= {name: Spec(Family.ADD, (0, 1)) for name in ("add", "sub", "rsub", "subtract")}
-    table |= {name: Spec(Family.ADD, (0, 3)) for name in ("index_add", "scatter_add")}
+    table |= {
+        name: Spec(Family.ADD, (0, 3))
+        for name in ("index_add", "scatter_add", "scatter_reduce", "index_reduce")
+    }
     table |= {name: Spec(Family.SCALE) for name in ("neg", "negative")}
     table |= {
         n: Spec(Family.PRODUCT, (0, 1)) for n in ("mul", "multiply", "div", "divide", "true_divide")
@@ -176,6 +179,9 @@ FOREIGN = frozenset({"transformers::grouped_mm_fallback"})
 
 NORMALISERS = frozenset({"rsqrt", "reciprocal"})
 """Operators whose results scale other values to a fixed size."""
+
+SCATTERED = frozenset({"scatter_reduce", "index_reduce"})
+"""Operators that reduce values by groups, in a way that an argument names."""
 
 MATRIX = frozenset(
     {

@@ -38,7 +38,7 @@ def _writes_first(target: torch._ops.OpOverload) -> bool:
 def _rewrite(graph: fx.Graph, node: fx.Node) -> None:
     written = node.args[0]
     copies = node.target in (aten.copy_.default, aten.fill_.Tensor)
-    twin = aten.expand_as.default if copies else functional_twin(node.target)  # type: ignore[arg-type]
+    twin = aten.expand_as.default if copies else _twin(node.target)
     chain = _chain(written)
     if twin is None or chain is None or not isinstance(written, fx.Node):
         return
@@ -62,6 +62,11 @@ def _rewrite(graph: fx.Graph, node: fx.Node) -> None:
         old.replace_all_uses_with(renewed[old], delete_user_cb=lambda user: user > node)
     node.replace_all_uses_with(renewed[written])
     graph.erase_node(node)
+
+
+def _twin(target: Any) -> torch._ops.OpOverload | None:
+    """The functional form; explanations run without autocast, whose casts are calls by now."""
+    return functional_twin(target, autocast=False)
 
 
 def _chain(node: Any) -> list[fx.Node] | None:
@@ -131,9 +136,27 @@ Inverse = Callable[[fx.Graph, fx.Node, fx.Node, fx.Node], fx.Node]
 
 def _scattered(target: Any) -> Inverse:
     def inverse(graph: fx.Graph, view: fx.Node, base: fx.Node, value: fx.Node) -> fx.Node:
+        if base.meta["val"].is_complex() and len(view.args) > 1 and _name(view) != "diagonal":
+            return _as_real(graph, target, view, base, value)
         return graph.call_function(target, (base, value, *view.args[1:]), dict(view.kwargs))
 
     return inverse
+
+
+def _as_real(graph: fx.Graph, target: Any, view: fx.Node, base: fx.Node, value: fx.Node) -> fx.Node:
+    """Complex numbers are put in their place as pairs: nothing else can be differentiated."""
+    pairs = []
+    for each in (base, value):
+        plain = graph.call_function(aten.resolve_conj.default, (each,))
+        plain.meta["val"] = each.meta["val"].clone()
+        pair = graph.call_function(aten.view_as_real.default, (plain,))
+        pair.meta["val"] = torch.view_as_real(each.meta["val"].resolve_conj())
+        pairs.append(pair)
+    dim: Any = view.args[1]
+    args = (*pairs, dim % base.meta["val"].ndim, *view.args[2:])
+    whole = graph.call_function(target, args, dict(view.kwargs))
+    whole.meta["val"] = pairs[0].meta["val"].clone()
+    return graph.call_function(aten.view_as_complex.default, (whole,))
 
 
 def _reshaped(graph: fx.Graph, view: fx.Node, base: fx.Node, value: fx.Node) -> fx.Node:

@@ -19,6 +19,7 @@ from graphopt.cost.sizes import Substitution, symbols_of
 from graphopt.errors import InputMismatch, NonFiniteError, UnsupportedError
 from graphopt.ir.graphs import lookup
 from graphopt.ir.module import OptimizedModule
+from graphopt.ir.trees import flatten
 from graphopt.ir.untouched import autocast_off
 from graphopt.passes.relevance.composite import path_of
 from graphopt.passes.relevance.conservation import Entry, conservation
@@ -340,7 +341,7 @@ class ExplainedModule(nn.Module):
         explainer = self._ready().explainer
         if not isinstance(self.options.target, str | Tensor):
             return None
-        leaves = pytree.tree_leaves(output)
+        leaves, _ = flatten(output)
         return classes_of(leaves[explainer.flat_outputs.index(explainer.output)])
 
     def coverage(self) -> dict[str, Any]:

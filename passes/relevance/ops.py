@@ -20,6 +20,7 @@ from graphopt.errors import UnsupportedError
 from graphopt.ir.interpret import Value, call
 from graphopt.passes.relevance import families
 from graphopt.passes.relevance.families import Family, Spec
+from graphopt.passes.relevance.frequencies import degree, is_complex
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,11 +90,6 @@ def is_floating(value: Any) -> bool:
     return isinstance(value, tuple | list) and any(is_floating(v) for v in value)
 
 
-def is_complex(value: Any) -> bool:
-    """Whether a fake value is a complex tensor."""
-    return isinstance(value, torch.Tensor) and value.is_complex()
-
-
 def values_read(node: fx.Node) -> list[fx.Node]:
     """What a call reads more of than shape and type."""
     if node.op == "call_function" and families.op_name(node) in families.SHAPED_AS:
@@ -146,7 +142,7 @@ def operations(
     lone = next((n for n in graph.nodes if n in inside - merged and _is_complex(n)), None)
     if lone is not None:
         raise UnsupportedError(
-            "relevance passes through complex numbers only where they are linear in real ones",
+            "relevance passes through complex numbers only in homogeneous maps of real ones",
             node=lone,
             hint="write the products with real and imaginary parts",
         )
@@ -175,7 +171,10 @@ def operation(node: fx.Node, inside: set[fx.Node], nodes: tuple[fx.Node, ...]) -
     operands = tuple(n for n in read if n in inside)
     _refuse_shared_bias(node, spec)
     constants = tuple(n for n in read if n not in inside and is_floating(n.meta.get("val")))
-    if len(nodes) > 1 and any(families.op_name(n) == "mean" or _is_complex(n) for n in nodes):
+    if len(nodes) > 1 and any(_is_complex(n) for n in nodes):
+        spec = Spec(Family.STATISTIC, degree=float(degree(nodes, inside) or 1))
+        family = Family.REDUCE if spec.degree == 1 else Family.STATISTIC
+    elif len(nodes) > 1 and any(families.op_name(n) == "mean" for n in nodes):
         family = Family.REDUCE
     else:
         family = Family.ACTIVATION if len(nodes) > 1 else _family(node, spec, operands)
@@ -215,10 +214,28 @@ def _family(node: fx.Node, spec: Spec, operands: tuple[fx.Node, ...]) -> Family:
             return Family.LINEAR
         inverse = name in ("div", "divide", "true_divide") and first not in operands
         return Family.ACTIVATION if inverse else Family.SCALE
+    if name in families.SCATTERED:
+        return _reduced(node)
     accumulates = name in ("index_put", "_unsafe_index_put") and len(node.args) > 3 and node.args[3]
     if accumulates or node.kwargs.get("accumulate"):
         return Family.ADD
     return spec.family
+
+
+def _reduced(node: fx.Node) -> Family:
+    """The family of a reduction by groups.
+
+    Raises:
+        UnsupportedError: A product.
+    """
+    kind = node.args[4]
+    if kind == "prod":
+        raise UnsupportedError(
+            f"no rule says how relevance passes through {families.op_name(node)!r} with 'prod'",
+            node=node,
+            hint="add logarithms instead of multiplying",
+        )
+    return Family.ADD if kind in ("sum", "mean") else Family.MAX
 
 
 def _factors(node: fx.Node) -> float:

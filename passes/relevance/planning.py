@@ -149,7 +149,7 @@ def _way(
     What lies there and has no rule is decomposed.
     """
     explained = choose([values[n] if isinstance(n, fx.Node) else n for n in _results(graph)])
-    lowered(graph, [_results(graph)[i] for i in explained], sources)
+    lowered(graph, explained, sources)
     inside = carrying(graph, sources)
     results = [n for n in dict.fromkeys(_results(graph)[i] for i in explained) if n in inside]
     if not results:

@@ -16,10 +16,11 @@ from graphopt.ir.aliases import affected, writes
 from graphopt.ir.graphs import copy_place
 from graphopt.passes.relevance import families
 from graphopt.passes.relevance.canonical import canonicalize
+from graphopt.passes.relevance.frequencies import is_complex
 from graphopt.passes.relevance.inlining import inline_regions
 from graphopt.passes.relevance.inplace import functionalize_writes
-from graphopt.passes.relevance.ops import carrying, is_complex, is_getitem, unknown, wanted
-from graphopt.passes.relevance.written_out import written_out
+from graphopt.passes.relevance.ops import carrying, is_getitem, unknown, wanted
+from graphopt.passes.relevance.written_out import LOOKUPS, written_out
 
 
 def prepared(module: fx.GraphModule) -> fx.Graph:
@@ -31,19 +32,31 @@ def prepared(module: fx.GraphModule) -> fx.Graph:
     inline_regions(module)
     functionalize_writes(module.graph)
     canonicalize(module.graph)
+    for node in list(module.graph.nodes):
+        if node.op == "call_function" and families.op_name(node) in LOOKUPS:
+            decompose(module.graph, node)
     module.graph.eliminate_dead_code()
     return module.graph
 
 
-def lowered(graph: fx.Graph, outputs: Iterable[fx.Node], sources: Iterable[fx.Node]) -> None:
+def lowered(graph: fx.Graph, outputs: Iterable[int], sources: Iterable[fx.Node]) -> None:
     """Decompose what lies between sources and outputs and has no rule; changes the graph.
+
+    Args:
+        graph: The forward graph.
+        outputs: Places of the results that are explained.
+        sources: Where relevance ends.
 
     Raises:
         UnsupportedError: A region or an in-place write on the way of relevance, or an operator that
             neither has a rule nor is made of others.
     """
-    while _lowered(graph, wanted(outputs, carrying(graph, sources))):
-        pass
+    places, starts = list(outputs), list(sources)
+    changed = True
+    while changed:
+        results: Any = graph.output_node().args[0]  # others once they have been decomposed
+        ends = [results[place] for place in places]
+        changed = _lowered(graph, wanted(ends, carrying(graph, starts)))
 
 
 def _lowered(graph: fx.Graph, way: set[fx.Node]) -> bool:
@@ -104,7 +117,11 @@ def decompose(graph: fx.Graph, node: fx.Node) -> None:
         return function(*args, **kwargs)
 
     with mode, enable_python_dispatcher(), torch.no_grad():
-        traced = make_fx(call, pre_dispatch=known is not None)(*fakes)
+        try:
+            traced = make_fx(call, pre_dispatch=known is not None)(*fakes)
+        except NotImplementedError as error:
+            raise unknown(node) from error
+    functionalize_writes(traced.graph)
     traced.graph.eliminate_dead_code()
     inner = [n for n in traced.graph.nodes if n.op == "call_function"]
     if any(n.target is node.target for n in inner) or not inner:

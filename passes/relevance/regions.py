@@ -1,4 +1,4 @@
-"""Calls that mean one operator: written-out activations, and linear maps by way of frequencies.
+"""Calls that mean one operator: written-out activations, and maps by way of frequencies.
 
 A value that comes back to itself through elementwise calls alone,
 
@@ -7,8 +7,8 @@ A value that comes back to itself through elementwise calls alone,
 is an elementwise function of ``x``, whatever its formula.  Rules for sums and products would take
 its constants for contributions.
 
-Complex numbers carry no relevance of their own: what is computed from real values by Fourier
-transforms, filters and back is one linear map of these values.
+Complex numbers carry no relevance of their own: what is computed from real values by way of them is
+one map of these values (see `frequencies`).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from graphopt.passes.relevance import families
 from graphopt.passes.relevance.families import Family
-from graphopt.passes.relevance.ops import is_complex
+from graphopt.passes.relevance.frequencies import degree, is_complex
 
 _SIMPLE = (Family.ACTIVATION, Family.ADD, Family.SCALE, Family.PRODUCT)
 _CASTS = frozenset(
@@ -95,7 +95,7 @@ def interior(graph: fx.Graph, regions: Mapping[fx.Node, tuple[fx.Node, ...]]) ->
 
 
 def complex_maps(graph: fx.Graph, inside: set[fx.Node]) -> dict[fx.Node, tuple[fx.Node, ...]]:
-    """Regions from real values through complex ones to a real one, homogeneous of degree one.
+    """Regions from real values through complex ones to a real one, which are homogeneous.
 
     Args:
         graph: The forward graph.
@@ -116,35 +116,14 @@ def complex_maps(graph: fx.Graph, inside: set[fx.Node]) -> dict[fx.Node, tuple[f
             if member not in members:
                 members.add(member)
                 stack += [s for s in member.all_input_nodes if _is_inner(s, inside)]
-        if members and all(_is_homogeneous(m, inside) for m in members):
-            found[node] = tuple(sorted(members, key=order.__getitem__))
+        nodes = tuple(sorted(members, key=order.__getitem__))
+        if nodes and degree(nodes, inside) is not None:
+            found[node] = nodes
     return found
 
 
 def _is_inner(node: fx.Node, inside: set[fx.Node]) -> bool:
     return node in inside and is_complex(node.meta.get("val"))
-
-
-def _is_homogeneous(node: fx.Node, inside: set[fx.Node]) -> bool:
-    """Whether a call is homogeneous of degree one in what it reads that carries relevance."""
-    name = families.op_name(node)
-    operands = [s for s in node.all_input_nodes if s in inside]
-    if name in ("mul", "div"):
-        factors = [a for a in node.args[:2] if a in operands]
-        return len(factors) == 1 and (name == "mul" or node.args[0] in operands)
-    if name in ("add", "sub"):
-        return len(operands) == 2
-    spec = families.spec_of(node)
-    routes = spec is not None and spec.family is Family.ROUTE
-    return routes or "fft" in name or name in _COMPLEX
-
-
-_COMPLEX = frozenset(
-    {
-        "view_as_complex", "view_as_real", "complex", "real", "imag", "abs", "conj", "_conj",
-        "conj_physical", "resolve_conj", "neg", "mean", "sum",
-    }
-)  # fmt: skip
 
 
 def _closed(last: fx.Node, inside: set[fx.Node], order: dict[fx.Node, int]) -> set[fx.Node] | None:

@@ -9,6 +9,7 @@
 - Two values that fill up each other's zeros are joined, not added.
 - The input gradient of a convolution doesn't read the input.
 - Where relevance is zero but for some places, it is handed on at these alone (`padding`).
+- A reshape that was traced as a view, of a value whose strides may be others, is one again.
 - What is computed twice within one phase is computed once.  Across the phases only views, sizes
   and what depends on parameters alone are: a value would have to be kept for it.
 """
@@ -24,7 +25,7 @@ from torch import fx
 from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.reference import PythonReferenceAnalysis
 
-from graphopt.ir.aliases import writes
+from graphopt.ir.aliases import is_sure_view, writes
 from graphopt.ir.ops import is_repeatable
 from graphopt.ir.storage import aliased_input
 from graphopt.passes.relevance import algebra, cropping
@@ -43,6 +44,7 @@ def simplify(graph: fx.Graph, parameters: Iterable[fx.Node]) -> None:
         parameters: The placeholders of parameters and buffers.
     """
     functionalize_writes(graph)
+    _reshape_unsure(graph)
     _read_sizes_first(graph)
     if any(writes(node) for node in graph.nodes):
         return  # the same call before and after a write isn't the same value
@@ -91,6 +93,28 @@ def _same_layout(node: fx.Node, source: fx.Node) -> bool:
     return str(a.stride()) == str(b.stride()) and a.dtype == b.dtype
 
 
+_UNSURE = frozenset(
+    {"_native_batch_norm_legit_no_training", "native_batch_norm", "convolution_backward", "roll"}
+)
+"""Operators of whose results torch's fake tensors may have other strides than the kernels."""
+
+
+def _reshape_unsure(graph: fx.Graph) -> None:
+    """A `view` that was traced on fake tensors may be impossible on what a kernel returns."""
+    for node in graph.find_nodes(op="call_function", target=aten.view.default):
+        base: Any = node.args[0]
+        while _is_moved(base):
+            base = base.args[0]
+        if isinstance(base.target, torch._ops.OpOverload) and base.target._opname in _UNSURE:
+            node.target = aten.reshape.default
+
+
+def _is_moved(node: fx.Node) -> bool:
+    return node.target is operator.getitem or (
+        node.op == "call_function" and (is_sure_view(node) or node.target is aten.detach.default)
+    )
+
+
 def _read_sizes_first(graph: fx.Graph) -> None:
     """Compute sizes from those of the inputs."""
     inputs = graph.find_nodes(op="placeholder")
@@ -98,6 +122,7 @@ def _read_sizes_first(graph: fx.Graph) -> None:
     sizes = [n for n in graph.nodes if _is_size(n)]
     env: dict[Any, fx.Proxy] = {}
     made: dict[Any, fx.Node] = {}
+    tracer = fx.proxy.GraphAppendingTracer(graph)  # of all sizes: several make one in `min`
     with graph.inserting_before(inputs[-1].next):
         for node in sizes:
             expr = node.meta["val"].node.expr
@@ -108,7 +133,7 @@ def _read_sizes_first(graph: fx.Graph) -> None:
                     source, dim = known[symbol]
                     size = graph.call_function(aten.sym_size.int, (source, dim))
                     size.meta["val"] = source.meta["val"].shape[dim]
-                    env[symbol] = fx.Proxy(size)
+                    env[symbol] = fx.Proxy(size, tracer)
                 made[expr] = sympy_interp(PythonReferenceAnalysis, env, expr).node
                 made[expr].meta.setdefault("val", node.meta["val"])
             node.replace_all_uses_with(made[expr])

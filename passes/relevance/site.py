@@ -209,10 +209,18 @@ class Site:
             return
         self._run.ledger.book(self.op, sink, relevance, node, share)
 
-    def book_constant(self, node: fx.Node | None, relevance: Tensor) -> None:
-        """Book relevance of a constant: a parameter's where it comes from one."""
+    def book_constant(
+        self, node: fx.Node | None, relevance: Tensor, at: fx.Node | None = None
+    ) -> None:
+        """Book relevance of a constant: a parameter's where it comes from one.
+
+        Args:
+            node: The constant.
+            relevance: Of the shape of the first result, or of ``at``.
+            at: An operand.
+        """
         named = node is not None and node in self._run.parametric
-        self.book(PARAMETERS if named else CONSTANTS, relevance)
+        self.book_at(at or self.op.node, PARAMETERS if named else CONSTANTS, relevance)
 
     def book_bias(self, bias: Tensor, quotient: Tensor, channel: int) -> None:
         """Book ``b * c`` where a bias lies along one dimension of the result."""

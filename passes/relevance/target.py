@@ -118,6 +118,7 @@ def gradient_of(
     ]
     with torch.enable_grad():
         values = _called(function, signature.unflatten_outputs(leaves))
+        total = values.sum() if isinstance(values, Tensor) else None
     if not isinstance(values, Tensor) or values.ndim != 1:
         got = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
         raise UsageError(
@@ -125,10 +126,9 @@ def gradient_of(
             hint="return a tensor of shape [samples], such as output.logits[:, 3]",
         )
     wanted = [t for t in leaves if isinstance(t, Tensor) and t.requires_grad]
-    if not values.requires_grad:
+    if total is None or not total.requires_grad:
         raise UsageError("target doesn't depend on the output")
-    ones = torch.ones_like(values)
-    grads = iter(torch.autograd.grad(values, wanted, ones, allow_unused=True))
+    grads = iter(torch.autograd.grad(total, wanted, allow_unused=True))
     return [next(grads) if isinstance(t, Tensor) and t.requires_grad else None for t in leaves]
 
 

@@ -99,26 +99,25 @@ def lookups(graph: fx.Graph) -> dict[fx.Node, Lookup]:
     origins = Origins()
     found: dict[fx.Node, Lookup] = {}
     cast: dict[fx.Node, Lookup] = {}
+    data: set[fx.Node] = set()  # what depends on a floating input or on what was looked up
     floating = False
-    computed: set[fx.Node] = set()  # floating values made from what carries relevance
     for node in graph.nodes:
-        floating |= node.op == "placeholder" and is_floating(node.meta.get("val"))
-        if node.op != "call_function" or not is_floating(node.meta.get("val")):
+        if not is_floating(node.meta.get("val")) or node.op not in ("placeholder", "call_function"):
             continue
-        if any(n in computed or _is_source(n, found) for n in values_read(node)):
-            computed.add(node)
+        floating |= node.op == "placeholder"
+        if node.op == "placeholder" or any(n in data for n in values_read(node)):
+            data.add(node)
+            continue  # rows of a value take its relevance, as neighbours in a graph do
         index = _index(node)
         inputs = origins.inputs(index)
-        if not inputs or node.args[0] in computed:
+        if not inputs:
             continue
         lookup = Lookup(index, {i.name: i for i in inputs})
         certain = families.op_name(node) not in _CASTS or _is_one_hot(index)
         (found if certain else cast)[node] = lookup
+        if certain:
+            data.add(node)
     return found if found or floating else cast
-
-
-def _is_source(node: fx.Node, found: Mapping[fx.Node, Lookup]) -> bool:
-    return node in found or (node.op == "placeholder" and is_floating(node.meta.get("val")))
 
 
 def _index(node: fx.Node) -> Any:

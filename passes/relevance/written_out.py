@@ -154,21 +154,32 @@ def _embedding_bag(
     includes_last: bool = False,
     padding: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    if mode == 2:
-        raise NotImplementedError("max")
+    padded = padding is not None and padding >= 0
+    if mode == 2 and padded:
+        raise NotImplementedError("the largest of rows without those of padding")
     rows = F.embedding(indices, weight)
     counted = torch.ones_like(indices, dtype=weight.dtype)
-    if padding is not None and padding >= 0:
+    if padded:
         counted = (indices != padding).to(weight.dtype)
-    rows = rows * (counted if weights is None else counted * weights).unsqueeze(-1)
+    if padded or weights is not None:
+        rows = rows * (counted if weights is None else counted * weights).unsqueeze(-1)
     starts = offsets[:-1] if includes_last else offsets
     places = torch.arange(indices.shape[0], device=indices.device)
     bags = torch.searchsorted(starts.contiguous(), places, right=True) - 1
-    total = weight.new_zeros(starts.shape[0], weight.shape[1]).index_add(0, bags, rows)
+    empty = weight.new_zeros(starts.shape[0], weight.shape[1])
+    if mode == 2:
+        return empty.index_reduce(0, bags, rows, "amax", include_self=False), bags, bags, bags
+    total = empty.index_add(0, bags, rows)
     if mode == 1:
         sizes = weight.new_zeros(starts.shape[0]).index_add(0, bags, counted)
         total = total / sizes.clamp(min=1).unsqueeze(-1)
     return total, bags, bags, bags
+
+
+def _cdist(x: Tensor, y: Tensor, p: float = 2.0, _how: int | None = None) -> Tensor:
+    if p == 0:
+        raise NotImplementedError("how many elements differ")
+    return torch.linalg.vector_norm(x.unsqueeze(-2) - y.unsqueeze(-3), p, dim=-1)
 
 
 def _hypot(a: Tensor, b: Tensor) -> Tensor:
@@ -191,6 +202,21 @@ def _trilinear(a: Tensor, b: Tensor, c: Tensor, *expansions: Sequence[int]) -> T
     return (a * b * c).sum(list(summed))
 
 
+def _coordinates(size: Any, like: Tensor, aligned: bool) -> Tensor:
+    """``size`` places between -1 and 1; the ends are the middles of the outermost if aligned."""
+    steps = torch.arange(size, dtype=like.dtype, device=like.device)
+    if not aligned:
+        return (2 * steps + 1) / size - 1
+    return 2 * steps / (size - 1) - 1 if size > 1 else steps
+
+
+def _affine_grid(theta: Tensor, size: Sequence[Any], aligned: bool) -> Tensor:
+    lines = [_coordinates(n, theta, aligned) for n in size[2:]]
+    axes = torch.meshgrid(*lines, indexing="ij")[::-1]
+    base = torch.stack([*axes, torch.ones_like(axes[0])], -1).flatten(0, -2)
+    return torch.matmul(base, theta.transpose(1, 2)).unflatten(1, size[2:])
+
+
 WRITTEN_OUT: dict[str, Callable[..., Any]] = {
     "lstm.input": _lstm,
     "gru.input": _single(_gru_cell),
@@ -211,8 +237,13 @@ WRITTEN_OUT: dict[str, Callable[..., Any]] = {
     "_trilinear": _trilinear,
     "embedding_bag": _embedding_bag,
     "var_mean": _var_mean,
+    "_cdist_forward": _cdist,
+    "affine_grid_generator": _affine_grid,
 }
 """What an operator (or one overload of it) stands for, with the arguments of its ATen schema."""
+
+LOOKUPS = frozenset({"embedding_bag"})
+"""Those of them that look tokens up, which has to be seen before sources are told."""
 
 
 def written_out(target: Any) -> Callable[..., Any] | None:

@@ -95,7 +95,10 @@ def as_photo(image: Any) -> Image:
     Raises:
         UsageError: Another shape.
     """
-    found = image.detach().cpu().numpy() if hasattr(image, "detach") else np.asarray(image)
+    if hasattr(image, "detach"):
+        image = image.detach().cpu()
+        image = (image.double() if image.is_floating_point() else image).numpy()  # or bfloat16
+    found = np.asarray(image)
     if found.dtype != np.uint8:
         found = as_array(found)
         low, high = float(found.min()), float(found.max())

@@ -259,7 +259,7 @@ class _Texts:
         """One input of one sample; without a batch dimension the whole is its only sample."""
         found = as_array(relevance[sample] if relevance.ndim else relevance)
         own = value[sample] if value.ndim else value
-        if not value.is_floating_point():
+        if not value.is_floating_point() and found.ndim < 3:
             return self._as_tokens(name, found, own, sample)
         if found.ndim == 3 and min(found.shape[1:]) >= _SMALLEST_SIDE:
             return Attributed(name, "image", found, photo=self._photo(own, sample))
@@ -275,7 +275,8 @@ class _Texts:
     def _photo(self, own: Tensor, sample: int) -> Image | None:
         if self._photos is not None and sample < len(self._photos):
             return as_photo(self._photos[sample])
-        return as_photo(own) if own.shape[0] in (1, 3) else None
+        values = own / 255 if own.dtype == torch.uint8 else own.double()
+        return as_photo(values) if own.shape[0] in (1, 3) else None
 
 
 def _other(name: str, relevance: Tensor) -> dict[str, Any]:

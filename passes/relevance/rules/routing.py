@@ -8,14 +8,16 @@ from typing import ClassVar
 import torch
 from torch import Tensor, fx
 
+from graphopt.passes.relevance import families
 from graphopt.passes.relevance.families import Family
 from graphopt.passes.relevance.flow import Flow, times
 from graphopt.passes.relevance.rules.base import Rule
 from graphopt.passes.relevance.site import Site
 
 _FILLED = frozenset(
-    {"masked_fill", "where", "index_fill", "scatter", "index_put", "pad", "constant_pad_nd"}
-)
+    {"masked_fill", "where", "index_fill", "scatter", "index_put", "pad", "constant_pad_nd",
+     "max_unpool2d", "max_unpool3d"}
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,11 @@ class WinnerTakesAll(Rule):
             (operand,) = site.op.operands
             won = flow.relevance(site.result)
             kept = sent[operand] if not flow.is_quotient else sent[operand] * site.value(operand)
-            site.book_constant(site.op.constants[0], won - _spread(kept, won))
+            if site.op.name in families.SCATTERED:  # the values stand elsewhere
+                site.book_constant(site.op.constants[0], won)
+                site.book_constant(site.op.constants[0], -kept, at=operand)
+            else:
+                site.book_constant(site.op.constants[0], won - _spread(kept, won))
 
 
 def _fills_nothing(site: Site) -> bool:

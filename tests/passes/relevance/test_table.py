@@ -173,6 +173,18 @@ SAMPLES: dict[str, Sample] = {
     ),
     "_unsafe_index": Sample(lambda x: aten._unsafe_index(x, [None, INDEX])),
     "index_copy": Sample(lambda x: aten.index_copy(x, 1, INDEX[:2], x[:, :2] * 2)),
+    "max_unpool2d": Sample(
+        lambda x: aten.max_unpool2d(
+            *aten.max_pool2d_with_indices(x, [2, 2]), [x.shape[2], x.shape[3]]
+        ),
+        shape=IMAGE,
+    ),
+    "max_unpool3d": Sample(
+        lambda x: aten.max_unpool3d(
+            *aten.max_pool3d_with_indices(x, [1, 1, 1]), list(x.shape[2:]), [1, 1, 1], [0, 0, 0]
+        ),
+        shape=VOLUME,
+    ),
     "index_fill": Sample(lambda x: aten.index_fill(x, 1, INDEX[:2], 0.5)),
     "broadcast_tensors": Sample(lambda x: aten.broadcast_tensors([x[:, :1], x])),
     # --- activations ---
@@ -207,6 +219,12 @@ SAMPLES: dict[str, Sample] = {
     "scatter_add": Sample(
         lambda x: aten.scatter_add(x, 2, INDEX[:2].expand(x.shape[0], 4, 2), x * 2)
     ),
+    "scatter_reduce": Sample(
+        lambda x: aten.scatter_reduce(
+            x, 2, INDEX[:2].expand(x.shape[0], 4, 2), x * 2, "mean", include_self=False
+        )
+    ),
+    "index_reduce": Sample(lambda x: aten.index_reduce(x, 1, INDEX[:2], x[:, :2] * 2, "amax")),
     **plain("neg negative"),
     "sum": Sample(lambda x: aten.sum(x, [1])),
     "nansum": Sample(lambda x: aten.nansum(x, [1])),
