@@ -90,7 +90,8 @@ class Secant(Identity):
         if origin is None:
             super().propagate(site)
             return
-        quotient = site.quotient()
+        # where f(x) = 0 there is nothing to share, though f(0) and the rest of it cancel
+        quotient = torch.where(site.result == 0, 0, site.quotient())
         (operand,) = site.op.operands
         site.send(operand, quotient * site.prepared)
         site.book(CONSTANTS, quotient * origin.value)

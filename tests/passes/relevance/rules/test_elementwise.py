@@ -41,6 +41,16 @@ def test_what_a_function_is_at_zero_is_a_constant(name: str, explicit: bool) -> 
 
 
 @EMITTERS
+def test_where_a_function_is_zero_there_is_nothing_to_share(explicit: bool) -> None:
+    (x,) = drawn((3, 40))
+    x[:, ::2] -= 6  # a hard sigmoid is zero below -3
+    found, r = run(F.hardsigmoid, [x], Secant(), explicit)
+    assert not bool(found.relevance[0][F.hardsigmoid(x) == 0].any())
+    found.check(1e-12)
+    close(found.relevance[0].sum(1) + found.ledger["constants"], r.sum(1))
+
+
+@EMITTERS
 @pytest.mark.parametrize(
     "function", [F.gelu, torch.tanh, F.relu, torch.sqrt, torch.log, torch.reciprocal]
 )
