@@ -26,23 +26,21 @@ class Judged(Protocol):
 
 @dataclass(frozen=True)
 class Comparison:
-    """Our composite and the peer of the largest ABPC, on the same samples.
+    """Ours and a peer on the same samples.
 
     Attributes:
         ours: The composite.
         peer: The peer's method.
-        abpc: How much larger our ABPC is, over the samples.
-        hits: How much more of the known truth ours finds, or None.
+        more: How much more ours has, over the samples: the standard error is that of the
+            difference, since both have the samples in common.
     """
 
     ours: str
     peer: str
-    abpc: Estimate
-    hits: Estimate | None
+    more: Estimate
 
     def __str__(self) -> str:
-        found = "" if self.hits is None else f", hits {self.hits}"
-        return f"{self.ours} against {self.peer}: ABPC {self.abpc}{found}"
+        return f"{self.ours} against {self.peer}: {self.more}"
 
 
 def _best(names: Iterable[str], rows: Mapping[str, Judged]) -> str | None:
@@ -62,30 +60,30 @@ def reference(rows: Mapping[str, Judged]) -> str | None:
     return _peer(rows) or _ours(rows)
 
 
-def against_peers(rows: Mapping[str, Judged]) -> Comparison | None:
-    """Our best composite beside the best peer, sample by sample; None where one of them lacks.
+def against_peers(rows: Mapping[str, Judged]) -> dict[str, Comparison]:
+    """Our composite of the largest ABPC beside the best peers.
 
-    The difference has its standard error over the samples, which both have in common.
+    Returns:
+        ``ABPC``: beside the peer of the largest; ``hits``, where truth is known: the same composite
+        beside the peer that finds most of it. Nothing where there are no peers or none of ours.
     """
     ours, peer = _ours(rows), _peer(rows)
     if ours is None or peer is None:
-        return None
+        return {}
     mine, other = rows[ours], rows[peer]
-    hits = None
-    if mine.hits is not None and other.hits is not None:
-        hits = estimate(mine.hits - other.hits)
-    return Comparison(ours, peer, estimate(mine.curves.areas - other.curves.areas), hits)
+    found = {"ABPC": Comparison(ours, peer, estimate(mine.curves.areas - other.curves.areas))}
+    rates = {name: rows[name].hits for name in rows if name in PEERS}
+    known = {name: hits for name, hits in rates.items() if hits is not None}
+    if mine.hits is not None and known:
+        finder = max(known, key=lambda name: float(known[name].mean()))
+        found["hits"] = Comparison(ours, finder, estimate(mine.hits - known[finder]))
+    return found
 
 
 def missed(rows: Mapping[str, Judged]) -> list[str]:
     """The bars that aren't reached, in words."""
-    found = []
-    if compared := against_peers(rows):
-        pair = f"{compared.ours} against {compared.peer}"
-        if _behind(compared.abpc):
-            found.append(f"ABPC of {pair}: {compared.abpc}")
-        if compared.hits is not None and _behind(compared.hits):
-            found.append(f"hits of {pair}: {compared.hits}")
+    compared = against_peers(rows).items()
+    found = [f"{what} of {each}" for what, each in compared if _behind(each.more)]
     if "random" in rows:
         chance = rows["random"].curves.abpc
         if abs(chance.mean) > 2 * chance.standard_error:

@@ -13,8 +13,9 @@ is the rank correlation with leave-one-out. "Untrained" is the rank correlation 
 own relevance of the same network with random parameters: one that looks at the network has it near
 zero.
 
-Bars: our best composite's ABPC is at least the best peer's and finds as much of the known truth,
-within a standard error of the difference; an order by chance has an ABPC of zero within two.
+Bars: our composite of the largest ABPC has at least the best peer's, and finds as much of the known
+truth as the peer that finds most of it, each within a standard error of the difference; an order by
+chance has an ABPC of zero within two.
 
 A section may be measured a few methods at a time: what `--with` names was measured on the same
 samples by other calls, and isn't measured again.
@@ -256,9 +257,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{section}: ready in {time.perf_counter() - start:.0f} s", file=sys.stderr)
         left = [name for name in options.methods if name not in rows]
         measure(task, left, options.without, functools.partial(keep, section))
+        if options.output:
+            write(options.output, found)
         console.print(table(task, rows))
-        if compared := against_peers(rows):
-            console.print(str(compared))
+        for what, compared in against_peers(rows).items():
+            console.print(f"{what} of {compared}")
         behind += [f"{section}: {text}" for text in missed(rows)]
     console.print("\n".join(f"missed: {text}" for text in behind) or "all bars are met")
     return int(bool(behind))

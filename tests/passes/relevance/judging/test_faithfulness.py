@@ -40,11 +40,22 @@ def test_the_best_of_ours_is_compared_with_the_best_peer_sample_by_sample() -> N
         "LXT: attnlrp": _row([1.5, 2.5, 3.5]), "captum: epsilon": _row([0, 0, 0]),
     }  # fmt: skip
     found = against_peers(rows)
-    assert found is not None
-    assert (found.ours, found.peer, found.hits) == ("ours: b", "LXT: attnlrp", None)
-    assert (found.abpc.mean, found.abpc.standard_error) == (0.5, 0.0)
+    assert list(found) == ["ABPC"]
+    assert (found["ABPC"].ours, found["ABPC"].peer) == ("ours: b", "LXT: attnlrp")
+    assert (found["ABPC"].more.mean, found["ABPC"].more.standard_error) == (0.5, 0.0)
     del rows["LXT: attnlrp"], rows["captum: epsilon"]
-    assert against_peers(rows) is None
+    assert against_peers(rows) == {}
+
+
+def test_hits_are_compared_with_the_peer_that_finds_most() -> None:
+    rows = {
+        "ours: a": _row([2, 3], [0.5, 0.5]), "ours: b": _row([1, 2], [1, 1]),
+        "LXT: attnlrp": _row([1.5, 2.5], [0, 0.5]), "captum: epsilon": _row([0, 0], [0.25, 0.75]),
+    }  # fmt: skip
+    found = against_peers(rows)
+    assert (found["ABPC"].ours, found["ABPC"].peer) == ("ours: a", "LXT: attnlrp")
+    assert (found["hits"].ours, found["hits"].peer) == ("ours: a", "captum: epsilon")
+    assert (found["hits"].more.mean, found["hits"].more.standard_error) == (0.0, 0.25)
 
 
 @pytest.mark.parametrize(
@@ -162,7 +173,7 @@ def test_the_command_says_which_bars_are_missed(
     options = ["--without", "untrained", "-o", str(out), "--sections", "tiny", "--methods"]
     assert faithfulness.main([*options, "ours: a", "captum: gamma", "random"]) == 1
     shown = capsys.readouterr().out
-    assert "ours: a against captum: gamma: ABPC -" in shown
+    assert "ABPC of ours: a against captum: gamma: -" in shown
     assert "missed: tiny: ABPC of ours: a against captum: gamma" in shown
     assert "missed: tiny: ABPC of an order by chance" in shown
     figures = json.loads(out.read_text())["tiny"]["methods"]
@@ -170,9 +181,12 @@ def test_the_command_says_which_bars_are_missed(
     assert figures["random"]["untrained"] is None
     assert len(figures["ours: a"]["samples"]["morf"]) == 5
     _RUN.clear()
-    assert faithfulness.main([*options, "ours: a", "random", "--with", str(out)]) == 1
+    joined = tmp_path / "joined.json"
+    again = [*options, "ours: a", "random", "--with", str(out), "-o", str(joined)]
+    assert faithfulness.main(again) == 1
     assert capsys.readouterr().out == shown  # the peer's row comes from the file as well
     assert not _RUN
+    assert joined.read_text() == out.read_text()
     with pytest.raises(ValueError, match="other samples"):
         faithfulness.main([*options, "random", "--with", str(out), "--samples", "4"])
     assert faithfulness.main([*options, "captum: gamma"]) == 0
