@@ -143,9 +143,7 @@ def _scattered(target: Any) -> Inverse:
     return inverse
 
 
-def _as_real(
-    graph: fx.Graph, target: Any, view: fx.Node, base: fx.Node, value: fx.Node
-) -> fx.Node:
+def _as_real(graph: fx.Graph, target: Any, view: fx.Node, base: fx.Node, value: fx.Node) -> fx.Node:
     """Complex numbers are put in their place as pairs: nothing else can be differentiated."""
     pairs = []
     for each in (base, value):
