@@ -94,6 +94,15 @@ def test_two_signals_share_their_correlation() -> None:
         torch.testing.assert_close(relevance, value * grad / 2)
 
 
+def test_a_signal_with_itself_has_half_its_gradient() -> None:
+    model = Function(lambda self, x: correlated(self, x, x))
+    x = torch.randn(2, 4, dtype=torch.float64)
+    (found,) = explained(model, x, target=1).relevance.values()
+    leaf = x.clone().requires_grad_()
+    (grad,) = torch.autograd.grad(model(leaf)[:, 1].sum(), leaf)
+    torch.testing.assert_close(found, x * grad / 2)
+
+
 def test_what_is_no_homogeneous_function_of_frequencies_is_refused() -> None:
     model = Function(lambda self, x: F.linear((torch.fft.fft(x) + 1j).abs(), self.weight))
     with pytest.raises(graphopt.errors.UnsupportedError, match="homogeneous"):
