@@ -66,8 +66,8 @@ _ROUTE = """
     dropout feature_dropout alpha_dropout feature_alpha_dropout native_dropout
     topk sort upsample_nearest1d upsample_nearest2d upsample_nearest3d _upsample_nearest_exact1d
     _upsample_nearest_exact2d _upsample_nearest_exact3d masked_select _unsafe_index real ravel
-    index take adjoint max_unpool2d max_unpool3d squeeze_copy expand_copy view_copy permute_copy
-    unsqueeze_copy slice_copy select_copy t_copy transpose_copy nan_to_num
+    index take adjoint squeeze_copy expand_copy view_copy permute_copy unsqueeze_copy
+    slice_copy select_copy t_copy transpose_copy nan_to_num max_unpool2d max_unpool3d
 """
 _ROUTE_MANY = {  # several operands are woven into one value
     "cat": (0,), "concat": (0,), "concatenate": (0,), "stack": (0,), "hstack": (0,),

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.fx.proxy import GraphAppendingTracer
 from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.reference import PythonReferenceAnalysis
 
@@ -122,7 +123,7 @@ def _read_sizes_first(graph: fx.Graph) -> None:
     sizes = [n for n in graph.nodes if _is_size(n)]
     env: dict[Any, fx.Proxy] = {}
     made: dict[Any, fx.Node] = {}
-    tracer = fx.proxy.GraphAppendingTracer(graph)  # of all sizes: several make one in `min`
+    tracer = GraphAppendingTracer(graph)  # of all sizes: several make one in `min`
     with graph.inserting_before(inputs[-1].next):
         for node in sizes:
             expr = node.meta["val"].node.expr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import itertools
 from html.parser import HTMLParser
@@ -12,9 +13,11 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+import graphopt
 from graphopt.errors import NonFiniteError, UsageError
 from graphopt.inspect.relevance import (
     colours,
+    describe,
     grid,
     heatmap,
     image_figure,
@@ -25,6 +28,7 @@ from graphopt.inspect.relevance import (
     token_text,
 )
 from graphopt.inspect.relevance.colours import luminance, readable_on
+from graphopt.inspect.relevance.images import as_photo
 
 # What people with a colour vision deficiency see: linear RGB -> linear RGB, for total protanopia,
 # deuteranopia and tritanopia (Machado, Oliveira, Fernandes 2009, table 1).
@@ -208,3 +212,38 @@ def test_figures_hold_what_was_given_and_leave_pyplot_alone() -> None:
     for each in (figure, bars):
         each.savefig(io.BytesIO(), format="png")
     assert plt.get_fignums() == before
+
+
+def test_a_photo_of_half_precision_is_that_photo() -> None:
+    image = torch.rand(3, 5, 4).bfloat16()
+    np.testing.assert_array_equal(as_photo(image), as_photo(image.float()))
+
+
+@dataclasses.dataclass
+class Scores:
+    """What a model may return."""
+
+    logits: torch.Tensor
+    mean: torch.Tensor
+
+
+class OfBytes(torch.nn.Module):
+    """A model of pixels as they are stored."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = torch.nn.Conv2d(3, 4, 3)
+
+    def forward(self, x: torch.Tensor) -> Scores:
+        found = self.layer(x.to(self.layer.weight.dtype) / 255)
+        return Scores(found.amax((2, 3)), found.mean())
+
+
+def test_pixels_of_bytes_are_an_image_and_a_dataclass_has_scores() -> None:
+    pixels = torch.randint(0, 256, (2, 3, 6, 5), dtype=torch.uint8)
+    view = describe(graphopt.explain(OfBytes(), (pixels,)), (pixels,))
+    for sample, photo in zip(view.samples, pixels, strict=True):
+        (found,) = sample.inputs
+        assert found.kind == "image"
+        np.testing.assert_array_equal(found.photo, photo.permute(1, 2, 0).numpy())
+        assert len(sample.classes) == 4

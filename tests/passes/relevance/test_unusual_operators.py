@@ -55,7 +55,7 @@ def added_in_place(self: Any, x: Tensor, edges: Tensor) -> Tensor:
 def unpooled(self: Any, x: Tensor, edges: Tensor) -> Tensor:
     wide = torch.cat([x, x.flip(1)], 1)
     found, index = F.max_pool1d(wide[:, None], 2, return_indices=True)
-    return F.linear(F.max_unpool1d(found, index, 2)[:, 0, 2:6], self.weight)
+    return F.linear(nn.MaxUnpool1d(2)(found, index)[:, 0, 2:6], self.weight)
 
 
 def filtered(self: Any, x: Tensor, edges: Tensor) -> Tensor:
@@ -94,6 +94,15 @@ def test_two_signals_share_their_correlation() -> None:
         torch.testing.assert_close(relevance, value * grad / 2)
 
 
+def test_a_signal_with_itself_has_half_its_gradient() -> None:
+    model = Function(lambda self, x: correlated(self, x, x))
+    x = torch.randn(2, 4, dtype=torch.float64)
+    (found,) = explained(model, x, target=1).relevance.values()
+    leaf = x.clone().requires_grad_()
+    (grad,) = torch.autograd.grad(model(leaf)[:, 1].sum(), leaf)
+    torch.testing.assert_close(found, x * grad / 2)
+
+
 def test_what_is_no_homogeneous_function_of_frequencies_is_refused() -> None:
     model = Function(lambda self, x: F.linear((torch.fft.fft(x) + 1j).abs(), self.weight))
     with pytest.raises(graphopt.errors.UnsupportedError, match="homogeneous"):
@@ -130,11 +139,11 @@ def test_nothing_is_lost(function: Any) -> None:
 
 @pytest.mark.parametrize("mode", ["mean", "max"])
 def test_tokens_of_a_bag(mode: str) -> None:
-    model = nn.Sequential(nn.EmbeddingBag(9, 4, mode=mode), nn.Linear(4, 2)).double()
+    bag, layer = nn.EmbeddingBag(9, 4, mode=mode).double(), nn.Linear(4, 2).double()
     ids = torch.stack([torch.randperm(9)[:5] for _ in range(3)])
-    result = explained(model, ids, target=0)
-    weight = model[1].weight[0].detach()
-    rows = model[0].weight.detach()[ids]
+    result = explained(nn.Sequential(bag, layer), ids, target=0)
+    weight = layer.weight[0].detach()
+    rows = bag.weight.detach()[ids]
     (found,) = result.relevance.values()
     if mode == "mean":
         want = rows @ weight / 5
