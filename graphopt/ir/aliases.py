@@ -64,6 +64,11 @@ def writes_to_values(graph: fx.Graph) -> bool:
     return any(written.op != "get_attr" for node in graph.nodes for written in writes(node))
 
 
+def is_written(node: fx.Node) -> bool:
+    """Whether a call may write to the memory of a node, itself or a view of it."""
+    return any(each in writes(user) for each in affected(node) for user in each.users)
+
+
 def shares(node: fx.Node) -> list[fx.Node]:
     """Inputs with which the result of ``node`` may share memory."""
     target = node.target

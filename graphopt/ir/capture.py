@@ -209,8 +209,8 @@ class _Session:
     def _trace(self, known: Trace, meta: bool, training: bool, fixed: bool) -> Trace:
         flat, dynamic, sizes = self.flat, self.dynamic, None
         if fixed:
-            sizes = stand_ins(known.graph)
-            flat, dynamic = resized(flat, known.graph, sizes), None
+            sizes = stand_ins(known.graph, self.model)
+            flat, dynamic = resized(flat, known.graph, sizes, meta=meta), None
         copied = literals.variant(self.model, flat, meta=meta)
         with untouched(copied.model):
             found = trace(copied.model, known.signature, copied.inputs, dynamic, training=training)
@@ -223,7 +223,7 @@ class _Session:
         is because some calls are recorded otherwise on the meta device, there is one more trace.
         """
         needs = literals.needed(train.graph)
-        self.fixed = bool(stand_ins(train.graph))
+        self.fixed = bool(stand_ins(train.graph, self.model))
         if not any(needs) and not self.fixed:
             return None  # a trace of the model itself takes no longer
         other = self.moved(train, meta=True, training=False, fixed=self.fixed)

@@ -166,7 +166,8 @@ def tie(
         meta: Whether the variant lay on the meta device.
         modes: Whether the variant also was in eval mode; other literals that differ are then
             mode switches.
-        sizes: What stands for the graph's free sizes in the variant's, if that has none.
+        sizes: What stands for the graph's free sizes in the variant's, if that has none.  Mode
+            switches are then what eval mode turns off: any other literal may differ with a size.
 
     Returns:
         What follows, and why the rest doesn't.
@@ -181,7 +182,8 @@ def tie(
         kinds = {place: _classify(*pair) for place, pair in values.items()}
         rest = {place: pair for place, pair in values.items() if not kinds[place]}
         ties = {p: sources.tie(node, k, values[p][0]) for p, k in kinds.items() if k}
-        if (rest and not modes) or None in ties.values():
+        switched = modes and (not sizes or all(map(_is_off, rest.values())))
+        if (rest and not switched) or None in ties.values():
             return _refused(node)
         marks.append((node, ties, rest))
     for node, ties, rest in marks:
@@ -288,6 +290,11 @@ def _constants(node: fx.Node) -> list[fx.Node]:
         if is_constant(read):
             result.append(read)
     return result
+
+
+def _is_off(pair: tuple[Any, Any]) -> bool:
+    """Whether a literal is a flag or a number in both of two traces, and nothing in the second."""
+    return all(isinstance(value, int | float) for value in pair) and not pair[1]
 
 
 def _refused(node: fx.Node) -> Literals:

@@ -12,7 +12,7 @@ from torch import Tensor, fx
 
 from graphopt.batches import MOST, read_batch
 from graphopt.errors import InputMismatch, NonFiniteError, UnsupportedError
-from graphopt.ir.aliases import writes
+from graphopt.ir.aliases import is_written
 from graphopt.ir.graphs import lookup
 from graphopt.ir.interpret import Value, call, interpret
 from graphopt.ir.program import Program
@@ -56,10 +56,9 @@ class Reference:
         if path in self.statistics:
             return self.statistics[path]
         value = lookup(self.module, path)
-        written = any(node in writes(user) for user in node.users)
         if not isinstance(value, Tensor):
             return value
-        return value.detach().clone() if written else value.detach()
+        return value.detach().clone() if is_written(node) else value.detach()
 
     def batch_size(self, index: int) -> int:
         """Samples of a batch."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -40,7 +41,7 @@ def _traces(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return found
 
 
-@pytest.mark.parametrize("rows", [4, 5])
+@pytest.mark.parametrize("rows", [4, 5, 97])
 def test_a_size_written_down_for_eval_mode_is_a_branch(rows: int) -> None:
     """Whichever size stands in for the batch, one in the code isn't taken for it."""
     model = Sized(in_eval=rows)
@@ -49,6 +50,33 @@ def test_a_size_written_down_for_eval_mode_is_a_branch(rows: int) -> None:
     module = program.emit()
     for training in (True, False):
         x = torch.randn(7, 3)
+        assert torch.equal(module.train(training)(x), model.train(training)(x))
+
+
+class Asks(nn.Module):
+    """Scales by a number that depends on the size of the batch, perhaps in eval mode alone."""
+
+    def __init__(self, condition: Callable[[int], bool], in_eval: bool) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 3)
+        self.condition, self.in_eval = condition, in_eval
+
+    def forward(self, x: Tensor) -> Tensor:
+        asks = not (self.in_eval and self.training)
+        return self.linear(x) * (2.0 if asks and self.condition(x.shape[0]) else 1.0)
+
+
+@pytest.mark.parametrize("in_eval", [False, True])
+@pytest.mark.parametrize(
+    "condition", [lambda n: n % 2 == 1, lambda n: n > 50, lambda n: n**2 == 97**2]
+)
+def test_what_the_size_decides_is_no_mode_switch(
+    condition: Callable[[int], bool], in_eval: bool
+) -> None:
+    """For the example the answer is no, for a number that stands in for its size it is yes."""
+    model, x = Asks(condition, in_eval), torch.randn(4, 3)
+    module = capture(model, (x,)).emit()
+    for training in (True, False):
         assert torch.equal(module.train(training)(x), model.train(training)(x))
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from graphopt.errors import NonFiniteError
-from graphopt.ir.aliases import writes, writes_to_values
+from graphopt.ir.aliases import is_written, writes_to_values
 from graphopt.ir.graphs import lookup
 from graphopt.ir.interpret import Value, call, interpret
 from graphopt.passes.linearize.calibration import Reference, samples_at_once
@@ -125,7 +125,7 @@ class Weights:
             path = str(node.target)
             value = lookup(reference.module, path)
             trainable = isinstance(value, nn.Parameter) and value.is_floating_point()
-            if trainable and not any(node in writes(user) for user in node.users):
+            if trainable and not is_written(node):
                 self.by_path[path] = self._copy(value), value.dtype
 
     def _copy(self, value: Tensor) -> Tensor:

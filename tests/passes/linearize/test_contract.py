@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 
 import graphopt
+from graphopt.ir.interpret import interpret
 from graphopt.passes.linearize import sweep
+from graphopt.passes.linearize.calibration import Reference
 from graphopt.private import comparisons
 from tests.passes.linearize.nets import Net, cnn, drawn, linearized, mlp, section
 
@@ -234,6 +236,31 @@ def test_the_user_s_model_stays_as_it_was() -> None:
     requires = {n: p.requires_grad for n, p in model.named_parameters()}
     own = {n: p.requires_grad for n, p in module.named_parameters()}
     assert requires.items() <= own.items()
+
+
+class Counting(nn.Module):
+    """Writes to its buffer through a view."""
+
+    seen: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = cnn(nn.ReLU())
+        self.register_buffer("seen", torch.zeros(2, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen[0].add_(1)
+        return self.net(x) + self.seen.sum()
+
+
+def test_a_buffer_that_forward_writes_to_through_a_view_stays_as_it_was() -> None:
+    model = Counting().eval()
+    program = graphopt.capture(model, (images,))
+    found = Reference(program.specialize(False), [[images], [images]])
+    for _ in range(2):
+        (output,) = interpret(found.module.graph, [images], found.attribute, found.run)
+        torch.testing.assert_close(output, model.net(images) + 3)
+    assert not model.seen.any()
 
 
 def test_the_same_seed_gives_the_same(pair: tuple[nn.Module, Any]) -> None:
