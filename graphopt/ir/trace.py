@@ -265,12 +265,18 @@ def is_forward_only() -> bool:
 
 @contextlib.contextmanager
 def _no_custom_functions(model: nn.Module) -> Iterator[None]:
-    """Refuse the user's autograd functions: export inlines them and drops their backward."""
+    """Refuse the user's autograd functions: export inlines them and drops their backward.
+
+    None is refused where nobody will ask for gradients.
+    """
+    if is_forward_only():
+        yield
+        return
     base = torch.autograd.Function
     original = vars(base)["apply"]
 
     def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
-        if not cls.__module__.startswith("torch.") and not is_forward_only():
+        if not cls.__module__.startswith("torch."):
             raise CaptureError(
                 f"{type(model).__name__} can't be captured: it calls the autograd.Function "
                 f"{cls.__qualname__}, whose custom backward a captured graph can't hold",

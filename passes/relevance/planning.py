@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,19 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from graphopt.errors import UnsupportedError, UsageError, suggest
+from graphopt.errors import UnsupportedError
 from graphopt.ir.interpret import fill, held_in, placed
-from graphopt.passes.relevance import regions
+from graphopt.passes.relevance import attributed, regions
 from graphopt.passes.relevance.composite import Composite, depths, path_of
 from graphopt.passes.relevance.families import Family
 from graphopt.passes.relevance.folding import folded
-from graphopt.passes.relevance.ops import Op, carrying, is_floating, operations, wanted
+from graphopt.passes.relevance.ops import Op, carrying, operations, wanted
 from graphopt.passes.relevance.origins import Origin, origins
 from graphopt.passes.relevance.prepare import lowered
 from graphopt.passes.relevance.roles import Roles
 from graphopt.passes.relevance.rules import Rule
 from graphopt.passes.relevance.samples import WHOLE, Layout, layouts, poisoned, spread
-from graphopt.passes.relevance.tokens import Lookup, lookups, marked, named
+from graphopt.passes.relevance.tokens import Lookup, lookups, marked
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,13 +102,14 @@ def make_plan(
         UsageError: Nothing is called what ``attribute`` asks for.
     """
     looked_up = lookups(graph)
-    sources = _sources(graph, looked_up, attribute)
+    sources = attributed.sources(graph, looked_up, attribute)
     given = values_of(graph, tensors, inputs)
     results, inside = _way(graph, sources, given, choose)
-    named, parameters = _named(graph, attribute, sources, inside)
+    named = attributed.values(graph, attribute, sources, inside)
+    parameters = {n for n in named.values() if n.op == "get_attr"}
     followed = _closure(graph, parameters, inside)
     ops, inner = _operations(graph, inside, followed)
-    named = _outer(named, inner, attribute)
+    named = attributed.outside(named, inner, attribute)
     folds, rules = folded(ops, _rules(ops, composite), {*named.values(), *results})
     values = values_of(graph, tensors, inputs, known=given)  # decomposed calls have new values
     sources = {n: name for n, name in sources.items() if n in inside}
@@ -153,7 +153,7 @@ def _way(
     inside = carrying(graph, sources)
     results = [n for n in dict.fromkeys(_results(graph)[i] for i in explained) if n in inside]
     if not results:
-        raise _independent(graph, sources)
+        raise _independent(sources)
     return tuple(results), wanted(results, inside)
 
 
@@ -181,21 +181,7 @@ def _results(graph: fx.Graph) -> list[Any]:
     return list(graph.output_node().args[0])  # type: ignore[arg-type]
 
 
-def _sources(
-    graph: fx.Graph, looked_up: Mapping[fx.Node, Lookup], attribute: Sequence[str]
-) -> dict[fx.Node, str]:
-    """Floating inputs, and what integer ones look up."""
-    found = dict(named(looked_up))
-    for node in graph.find_nodes(op="placeholder"):
-        if is_floating(node.meta.get("val")):
-            found[node] = node.name
-    asked = {n for n in found.values() if any(fnmatch.fnmatchcase(n, g) for g in attribute)}
-    if "inputs" not in attribute and asked:
-        return {node: name for node, name in found.items() if name in asked}
-    return found
-
-
-def _independent(graph: fx.Graph, sources: Mapping[fx.Node, str]) -> UnsupportedError:
+def _independent(sources: Mapping[fx.Node, str]) -> UnsupportedError:
     if not sources:
         return UnsupportedError(
             "the model has no input that could get a relevance",
@@ -216,60 +202,6 @@ def _parameters(graph: fx.Graph, tensors: Mapping[str, Any]) -> set[fx.Node]:
 def _closure(graph: fx.Graph, start: set[fx.Node], inside: set[fx.Node]) -> set[fx.Node]:
     """Floating constants that depend on some of them."""
     return carrying(graph, start) - inside if start else set()
-
-
-def _named(
-    graph: fx.Graph,
-    attribute: Sequence[str],
-    sources: Mapping[fx.Node, str],
-    inside: set[fx.Node],
-) -> tuple[dict[str, fx.Node], set[fx.Node]]:
-    """Values and parameters that were asked for by name."""
-    parameters = {str(n.target): n for n in graph.find_nodes(op="get_attr") if _is_tensor(n)}
-    values = {n.name: n for n in graph.nodes if n in inside}
-    inputs = set(sources.values())
-    named: dict[str, fx.Node] = {}
-    for asked in attribute:
-        glob = asked.removeprefix("node:")
-        if asked == "parameters":
-            named |= parameters
-        if asked in ("inputs", "parameters") or any(fnmatch.fnmatchcase(n, glob) for n in inputs):
-            continue
-        found = {
-            name: node
-            for name, node in (parameters | values).items()
-            if fnmatch.fnmatchcase(name, glob)
-        }
-        if not found:
-            known = [*inputs, *parameters, *values]
-            raise UsageError(
-                f"nothing that carries relevance is called {asked!r}",
-                hint=suggest(asked, known) or "ask for inputs, parameters, or names of nodes",
-            )
-        named |= found
-    return named, {n for n in named.values() if n.op == "get_attr"}
-
-
-def _outer(
-    named: Mapping[str, fx.Node], inner: frozenset[fx.Node], attribute: Sequence[str]
-) -> dict[str, fx.Node]:
-    """What was asked for, less what a glob fits inside of operations: no relevance arrives there.
-
-    Raises:
-        UsageError: Something inside of an operation was asked for by its own name.
-    """
-    for name, node in named.items():
-        if node in inner and (name in attribute or f"node:{name}" in attribute):
-            raise UsageError(
-                f"{name!r} is a part of an operation, inside of which there is no relevance",
-                node=node,
-                hint="ask for the operation's result, or what it reads",
-            )
-    return {name: node for name, node in named.items() if node not in inner}
-
-
-def _is_tensor(node: fx.Node) -> bool:
-    return is_floating(node.meta.get("val"))
 
 
 @torch.no_grad()

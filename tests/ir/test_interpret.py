@@ -167,15 +167,19 @@ def test_a_failing_call_is_named_with_the_users_line() -> None:
     assert isinstance(error.__cause__, IndexError)
 
 
-def raising(error: Exception) -> Callable[[Any], Any]:
+def raising(error: BaseException) -> Callable[[Any], Any]:
     def fail(_: Any) -> Any:
         raise error
 
     return fail
 
 
-@pytest.mark.parametrize("error", [NonFiniteError("NaN"), torch.OutOfMemoryError("all is full")])
-def test_errors_that_say_it_themselves_pass_as_they_are(error: Exception) -> None:
+@pytest.mark.parametrize(
+    "error",
+    [NonFiniteError("NaN"), torch.OutOfMemoryError("all is full"), KeyboardInterrupt()],
+    ids=lambda error: type(error).__name__,
+)
+def test_errors_that_say_it_themselves_pass_as_they_are(error: BaseException) -> None:
     with pytest.raises(type(error)) as caught:
         interpret(chain(raising(error)), [torch.zeros(1)], nothing)
     assert caught.value is error
