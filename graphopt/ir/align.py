@@ -17,7 +17,8 @@ import torch
 from torch import fx
 
 from graphopt.ir.graphs import lookup
-from graphopt.ir.stand_ins import StandIns, is_size, number_of
+from graphopt.ir.ops import is_size
+from graphopt.ir.stand_ins import StandIns, number_of
 
 Values = dict[str, tuple[Any, Any]]
 

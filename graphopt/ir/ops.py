@@ -58,6 +58,11 @@ def recomputed_form(node: fx.Node) -> Form | None:
     return None
 
 
+def is_size(node: fx.Node) -> bool:
+    """Whether a call computes with sizes."""
+    return node.op == "call_function" and isinstance(node.meta.get("val"), torch.SymInt)
+
+
 def is_random(node: fx.Node) -> bool:
     """Whether running the node draws random numbers."""
     if isinstance(node.target, torch._ops.OpOverload):

@@ -20,6 +20,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from graphopt.ir.graphs import arguments
+from graphopt.ir.ops import is_size
 
 StandIns = Mapping[sympy.Symbol, int]
 
@@ -96,11 +97,6 @@ def resized(
         )
         for tensor, fake in zip(inputs, _fakes(module), strict=True)
     ]
-
-
-def is_size(node: fx.Node) -> bool:
-    """Whether a call computes with sizes."""
-    return node.op == "call_function" and isinstance(node.meta.get("val"), torch.SymInt)
 
 
 def number_of(argument: Any, numbers: StandIns) -> int | None:

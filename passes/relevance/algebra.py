@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -67,9 +68,14 @@ def _is_padded(node: Any) -> bool:
 
 
 def divide(node: fx.Node) -> None:
-    """``c x y / x``, or its limit where ``x`` is zero, is ``c y``."""
+    """``c x y / x``, or its limit where ``x`` is zero, is ``c y``.
+
+    The limit is what rules put there: unlike most of what a model writes, it lets infinity be.
+    """
     quotient = node.args[0] if node.args else None
     if node.target is not aten.nan_to_num.default or not isinstance(quotient, fx.Node):
+        return
+    if node.args[2:] != (math.inf, -math.inf):
         return
     if quotient.target is not aten.div.Tensor or len(quotient.users) > 1:
         return

@@ -27,7 +27,7 @@ from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.reference import PythonReferenceAnalysis
 
 from graphopt.ir.aliases import is_sure_view, writes
-from graphopt.ir.ops import is_repeatable
+from graphopt.ir.ops import is_repeatable, is_size
 from graphopt.ir.storage import aliased_input
 from graphopt.passes.relevance import algebra, cropping
 from graphopt.passes.relevance.convolutions import without_inputs
@@ -120,7 +120,7 @@ def _read_sizes_first(graph: fx.Graph) -> None:
     """Compute sizes from those of the inputs."""
     inputs = graph.find_nodes(op="placeholder")
     known = _input_sizes(inputs)
-    sizes = [n for n in graph.nodes if _is_size(n)]
+    sizes = [n for n in graph.nodes if is_size(n)]
     env: dict[Any, fx.Proxy] = {}
     made: dict[Any, fx.Node] = {}
     tracer = GraphAppendingTracer(graph)  # of all sizes: several make one in `min`
@@ -152,10 +152,6 @@ def _input_sizes(inputs: Iterable[fx.Node]) -> dict[Any, tuple[fx.Node, int]]:
     return known
 
 
-def _is_size(node: fx.Node) -> bool:
-    return node.op == "call_function" and isinstance(node.meta.get("val"), torch.SymInt)
-
-
 def _merge_equal(graph: fx.Graph, parameters: set[fx.Node]) -> None:
     constant = set(parameters)  # what depends on parameters alone
     seen: dict[Hashable, fx.Node] = {}
@@ -176,7 +172,7 @@ def _merge_equal(graph: fx.Graph, parameters: set[fx.Node]) -> None:
 
 
 def _is_free(node: fx.Node) -> bool:
-    if node.target is operator.getitem or _is_size(node):
+    if node.target is operator.getitem or is_size(node):
         return True
     return aliased_input(node) is not None
 

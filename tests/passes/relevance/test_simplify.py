@@ -98,3 +98,20 @@ def test_a_written_out_activation_is_not_divided_by_its_input(
     first, second = (graphopt.explain(m, (x,)) for m in models)
     torch.testing.assert_close(first(x).relevance["x"], second(x).relevance["x"])
     assert torch.ops.aten.nan_to_num.default not in _calls(first)
+
+
+class Told(nn.Module):
+    """Returns scores, and beside them a quotient of a product by its factor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.layer(x), torch.nan_to_num(x * x.cos() / x, 7.0)
+
+
+def test_what_a_model_says_of_zero_by_zero_stays() -> None:
+    x = torch.zeros(2, 6)
+    explained: Any = graphopt.explain(Told(), (x,))
+    assert explained(x).output[1].eq(7).all()
