@@ -258,7 +258,8 @@ class _Session:
         if not any(needs):
             return literals.Literals()
         found = literals.Literals()
-        for fixed in (True, False) if self.fixed else (False,):
+        fixed_first = self.fixed and stand_ins(known.graph, self.model)
+        for fixed in (True, False) if fixed_first else (False,):
             _forget(known.graph, "ties")
             found = self._tie(known, needs[1], training, fixed)
             if found == literals.Literals():
