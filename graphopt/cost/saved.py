@@ -157,7 +157,9 @@ def saved_by_graph(module: fx.GraphModule, inputs: Sequence[Any]) -> SavedTable:
             else:
                 with mode:
                     outputs = run.graph(module, inputs)
-    except (RuntimeError, TypeError, NotImplementedError) as error:
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, TypeError) as error:
         cause = error.__cause__ if isinstance(error, RunError) else error
         if isinstance(cause, torch._subclasses.fake_tensor.DynamicOutputShapeException):
             raise _data_dependent(run.current) from error

@@ -17,6 +17,7 @@ from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from graphopt.ir.graphs import copy_place
+from graphopt.ir.interpret import call
 from graphopt.passes.relevance.marks import MARK
 
 aten = torch.ops.aten
@@ -207,5 +208,4 @@ def _is_small(part: Part) -> bool:
 
 @torch.no_grad()
 def _value_of(node: fx.Node) -> Any:
-    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-    return node.target(*args, **kwargs)  # type: ignore[operator]
+    return call(node, lambda n: n.meta["val"])

@@ -46,7 +46,7 @@ class Lookup:
     inputs: Mapping[str, fx.Node]
 
 
-class Origins:
+class Copies:
     """Places of integer inputs in the values that are made from them by copying."""
 
     def __init__(self) -> None:
@@ -96,7 +96,7 @@ def lookups(graph: fx.Graph) -> dict[fx.Node, Lookup]:
     Embeddings, rows of a table, one-hot vectors; where there is neither one of these nor a floating
     input, integers that are cast.
     """
-    origins = Origins()
+    copies = Copies()
     found: dict[fx.Node, Lookup] = {}
     cast: dict[fx.Node, Lookup] = {}
     data: set[fx.Node] = set()  # what depends on a floating input or on what was looked up
@@ -109,7 +109,7 @@ def lookups(graph: fx.Graph) -> dict[fx.Node, Lookup]:
             data.add(node)
             continue  # rows of a value take its relevance, as neighbours in a graph do
         index = _index(node)
-        inputs = origins.inputs(index)
+        inputs = copies.inputs(index)
         if not inputs:
             continue
         lookup = Lookup(index, {i.name: i for i in inputs})
