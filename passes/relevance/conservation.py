@@ -17,13 +17,15 @@ def conservation(run: Run) -> list[Entry]:
 
     Returns:
         ``{"node", "op", "rule", "arrived", "left", "sinks", "residual"}`` for each operation; the
-        residual is relative to the sum of the absolute relevance that arrived.
+        residual is relative to the sum of the absolute relevance that arrived, or to the smallest
+        sum that the type can hold with full precision if that is larger.
     """
     assert run.accounts is not None
     found = []
     for op, account in run.accounts.items():
         sinks = {k: float(v.double().sum()) for k, v in run.ledger.entries.get(op, {}).items()}
         lost = account.arrived - account.left - sum(sinks.values())
+        size = max(account.size, account.least) if account.size else 1.0
         found.append(
             {
                 "node": op.node.name,
@@ -32,7 +34,7 @@ def conservation(run: Run) -> list[Entry]:
                 "arrived": account.arrived,
                 "left": account.left,
                 "sinks": sinks,
-                "residual": abs(lost) / account.size if account.size else abs(lost),
+                "residual": abs(lost) / size,
             }
         )
     return found

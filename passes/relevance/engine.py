@@ -33,11 +33,14 @@ class Account:
         arrived: Sum of the relevance at its results.
         size: Sum of its absolute values.
         left: Sum of the relevance handed on.
+        least: What the size would be if each number that arrived or was handed on were the smallest
+            normal one of its type; smaller ones have no relative precision.
     """
 
     arrived: float
     size: float
     left: float = 0.0
+    least: float = 0.0
 
 
 class Run:
@@ -150,9 +153,10 @@ class Run:
         site = self._sites.pop(node)
         site.flows = flows
         if self.accounts is not None:
-            parts = [f.relevance(site.results[i]).double() for i, f in flows.items()]
+            parts = [f.exact(site.results[i]) for i, f in flows.items()]
             size = sum(float(p.abs().sum()) for p in parts)
-            self.accounts[op] = Account(sum(float(p.sum()) for p in parts), size)
+            least = sum(f.least for f in flows.values())
+            self.accounts[op] = Account(sum(float(p.sum()) for p in parts), size, least=least)
         site.rule.propagate(site)
 
     def _explicit(self, node: fx.Node, index: int, flow: Flow) -> Flow:
@@ -163,8 +167,9 @@ class Run:
     def arrive(self, node: fx.Node, flow: Flow, site: Site) -> None:
         """Take what an operation hands on to a value."""
         if self.accounts is not None and node in site.op.operands:
-            left = flow.relevance(self.values[node]).double().sum()
-            self.accounts[site.op].left += float(left)
+            account = self.accounts[site.op]
+            account.left += float(flow.exact(self.values[node]).sum())
+            account.least += flow.least
         self._accumulate(node, 0, flow)
 
     def _accumulate(self, node: fx.Node, index: int, flow: Flow) -> None:

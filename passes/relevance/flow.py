@@ -36,6 +36,19 @@ class Flow:
         """``R``, given the value."""
         return times(self.tensor, value) if self.is_quotient else self.tensor
 
+    @property
+    def least(self) -> float:
+        """The smallest normal number of the tensor's type, once for each element."""
+        return torch.finfo(self.tensor.dtype).tiny * self.tensor.numel()
+
+    def exact(self, value: Tensor) -> Tensor:
+        """``R`` in double precision, in which products of single precision aren't rounded."""
+        return Flow(_double(self.tensor), self.form).relevance(_double(value)).double()
+
+
+def _double(value: Tensor) -> Tensor:
+    return value.to(torch.promote_types(value.dtype, torch.float64))
+
 
 def merged(first: Flow | None, second: Flow, value: Tensor) -> Flow:
     """The sum of what arrives at one value."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ from graphopt.passes.relevance.origins import Origin, origins
 from graphopt.passes.relevance.prepare import lowered
 from graphopt.passes.relevance.roles import Roles
 from graphopt.passes.relevance.rules import Rule
-from graphopt.passes.relevance.samples import WHOLE, Layout, layouts, poisoned, spread
+from graphopt.passes.relevance.samples import WHOLE, Layout, layouts, mixed, poisoned, spread
 from graphopt.passes.relevance.tokens import Lookup, lookups, marked
 
 
@@ -115,9 +115,8 @@ def make_plan(
     sources = {n: name for n, name in sources.items() if n in inside}
     looked_up = {n: found for n, found in looked_up.items() if n in sources}
     laid_out = [n for n, op in ops.items() if n in inside and op.family is not Family.ROUTE]
-    batch, layout = _layouts(
-        graph, values, {s: looked_up.get(s) for s in sources}, [*results, *sources, *laid_out]
-    )
+    starts = {s: looked_up.get(s) for s in sources}
+    batch, layout = _layouts(graph, values, starts, [*results, *sources, *laid_out], inside)
     return Plan(
         graph=graph,
         outputs=results,
@@ -231,26 +230,39 @@ def _layouts(
     values: Mapping[fx.Node, Any],
     sources: Mapping[fx.Node, Lookup | None],
     needed: Sequence[fx.Node],
+    inside: Collection[fx.Node],
 ) -> tuple[fx.Node | None, Mapping[fx.Node, Layout]]:
     """The batch's placeholder and where it lies in each value.
 
-    Where the samples are mixed in one of the values that need it, all of them are one.
+    Where the samples are mixed in one of the values that need it, or read constants that lie among
+    each other's places, all of them are one.
     """
     batch = next((n for n in graph.find_nodes(op="placeholder") if values[n].ndim), None)
     if batch is not None:
         samples = values[batch].shape[0]
-        runs = []
-        for sample in range(min(samples, 2)):
-            mark = functools.partial(poisoned, sample=sample, samples=samples)
-            start = {
-                node: mark(values[node]) if how is None else marked(how, values, values[node], mark)
-                for node, how in sources.items()
-            }
-            runs.append(spread(graph, values, start))
+        starts = [_poisoned(values, sources, i, samples) for i in range(min(samples, 2))]
+        runs = [spread(graph, values, start) for start in starts]
         found = layouts(runs, samples, values) if samples > 1 else {}
-        if all(node in found for node in needed):
+        between = {node: layout for node, layout in found.items() if node in inside}
+        if all(node in found for node in needed) and not any(
+            mixed(graph, values, start, between, i, samples) for i, start in enumerate(starts)
+        ):
             return batch, found
     return None, _Whole()
+
+
+def _poisoned(
+    values: Mapping[fx.Node, Any],
+    sources: Mapping[fx.Node, Lookup | None],
+    sample: int,
+    samples: int,
+) -> dict[fx.Node, Tensor]:
+    """Sources with NaN in one sample."""
+    mark = functools.partial(poisoned, sample=sample, samples=samples)
+    return {
+        node: mark(values[node]) if how is None else marked(how, values, values[node], mark)
+        for node, how in sources.items()
+    }
 
 
 class _Whole(dict[fx.Node, Layout]):

@@ -5,12 +5,15 @@ In most values dimension 0 is the batch, but windows of an image are folded into
 layers put time first, and some models flatten batch and sequence.  It is found by trying: NaN in
 one sample spreads to exactly the places that depend on it.  Where rows are sorted (tokens by the
 expert that they go to), the index by which they were taken tells whose they are.
+
+Places that hold a constant (a class token) depend on no sample.  They count as the sample's among
+whose they lie, and what relevance they get is booked for it: which is right if no other sample
+reads them (`mixed`).
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,6 +63,17 @@ class Layout:
         value = value.unflatten(self.dim, split)
         keep = self.dim if self.major else self.dim + 1
         return value.sum([d for d in range(value.ndim) if d != keep])
+
+    def places(
+        self, value: Tensor, sample: int, samples: int, values: Mapping[fx.Node, Any]
+    ) -> Tensor:
+        """Where a sample lies, as truth values that broadcast to a value; not for `WHOLE`."""
+        assert self.dim is not None
+        if self.taken is not None:
+            found = _owners(self, samples, values) == sample
+        else:
+            found = _places(value.shape[self.dim], samples, sample, self.major)
+        return found.to(value.device).reshape(-1, *[1] * (value.ndim - self.dim - 1))
 
 
 WHOLE = Layout(None)
@@ -184,8 +198,46 @@ def poisoned(value: Tensor, sample: int, samples: int) -> Tensor:
     return result
 
 
+def mixed(
+    graph: fx.Graph,
+    values: Mapping[fx.Node, Any],
+    sources: Mapping[fx.Node, Tensor],
+    found: Mapping[fx.Node, Layout],
+    sample: int,
+    samples: int,
+) -> fx.Node | None:
+    """A value in which other samples read places that count as one sample's, or None.
+
+    NaN is spread again, and fills all places of the sample in each value on the way, also those
+    that hold constants: then it may not turn up elsewhere.
+
+    Args:
+        graph: The forward graph.
+        values: Its values.
+        sources: Values where relevance ends, NaN in the sample.
+        found: Layouts of the values between there and the output.
+        sample: The sample.
+        samples: Size of the batch.
+    """
+    leaks: list[fx.Node] = []
+
+    def filled(node: fx.Node, value: Any) -> Any:
+        if node not in found or not isinstance(value, Tensor):
+            return value
+        own = found[node].places(value, sample, samples, values)
+        if bool((value.isnan() & ~own).any()):
+            leaks.append(node)
+        return torch.where(own, float("nan"), value)
+
+    spread(graph, values, sources, filled)
+    return leaks[0] if leaks else None
+
+
 def spread(
-    graph: fx.Graph, values: Mapping[fx.Node, Any], sources: Mapping[fx.Node, Tensor]
+    graph: fx.Graph,
+    values: Mapping[fx.Node, Any],
+    sources: Mapping[fx.Node, Tensor],
+    change: Callable[[fx.Node, Any], Any] | None = None,
 ) -> dict[fx.Node, Any]:
     """What depends on one sample: a run of the carrying calls with that sample NaN.
 
@@ -195,10 +247,18 @@ def spread(
         graph: The forward graph.
         values: Its values.
         sources: Values where relevance ends, NaN in that sample.
+        change: Changes each value that depends on it; None: they stay as they are.
     """
+
+    def called(node: fx.Node, value: Value) -> Any:
+        result = _if_it_runs(values, node, value)
+        if change is None or result is _LOST or result is values[node]:
+            return result
+        return change(node, result)
+
     reached = _dependents(graph, sources)
     changed = {n: v for n, v in values.items() if n not in reached} | dict(sources)
-    fill(changed, reached, changed.__getitem__, functools.partial(_if_it_runs, values))
+    fill(changed, reached, changed.__getitem__, called)
     run = {n: changed[n] for n in (*sources, *reached)}
     found = {n: v for n, v in run.items() if v is not _LOST and v is not values[n]}
     return {n: v for n, v in found.items() if not is_getitem(n) or isinstance(v, Tensor)}

@@ -1,0 +1,74 @@
+"""The ledger of each sample, and how exactly an operation's losses are measured."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import graphopt
+
+
+class Frames(nn.Module):
+    """A class token beside each frame; the token of one frame of each sample is read."""
+
+    def __init__(self, *, own: bool) -> None:
+        super().__init__()
+        self.own = own
+        self.token = nn.Parameter(torch.randn(1, 4))
+        self.place = nn.Parameter(torch.randn(2, 4))
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        samples, frames = x.shape[:2]
+        rows = x.flatten(0, 1).unsqueeze(1)  # [samples * frames, 1, width]
+        rows = torch.cat([self.token.expand(rows.shape[0], -1, -1), rows], 1) + self.place
+        # the first rows are frames of the first sample: their tokens are the same to all samples
+        first = rows.unflatten(0, (samples, frames))[:, 0, 0] if self.own else rows[:samples, 0]
+        return self.head(rows[:, 1].unflatten(0, (samples, frames)).mean(1) + first)
+
+
+@pytest.mark.parametrize("own", [True, False])
+@pytest.mark.parametrize("samples", [2, 3])
+def test_constants_of_other_samples_are_not_booked_for_a_sample(own: bool, samples: int) -> None:
+    torch.manual_seed(0)
+    model, x = Frames(own=own).double(), torch.randn(samples, 2, 4, dtype=torch.float64)
+    module: Any = graphopt.explain(model, (x[:2],), target=1)
+    ledger = module(x).ledger
+    # the model is linear: the token's row takes its product with the gradient
+    row = model.head.weight[1].detach()
+    token = (model.token[0] * row).sum() + (model.place.sum(0) * row).sum()
+    inputs = (x.mean(1) * row).sum(-1)
+    want = token.detach().expand(samples)
+    if not own:
+        want, inputs = want.sum(0, keepdim=True), inputs.sum(0, keepdim=True)
+    torch.testing.assert_close(ledger["inputs"], inputs)
+    torch.testing.assert_close(ledger["parameters"] + ledger["constants"], want)
+    kept = sum(v for sink, v in ledger.items() if sink != "output")
+    torch.testing.assert_close(kept, ledger["output"])
+
+
+def test_what_cancels_is_measured_exactly() -> None:
+    class Difference(nn.Module):
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return (x - y) * 1.1
+
+    x = 1e5 + torch.rand(2, 64)
+    y = x - torch.rand(2, 64)
+    module: Any = graphopt.explain(Difference(), (x, y), target=lambda out: out.sum(1))
+    # x - y has no rounding error, nor has a quotient that is handed on as it is
+    assert max(entry["residual"] for entry in module.conservation()) < 1e-6
+
+
+@pytest.mark.parametrize("scale", [1e-20, 1e-41])
+def test_numbers_that_are_too_small_to_be_exact_are_no_losses(scale: float) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 2)).requires_grad_(False)
+    model[2].weight *= scale
+    x = torch.randn(2, 8)
+    module: Any = graphopt.explain(model, (x,))
+    assert max(entry["residual"] for entry in module.conservation()) < 1e-6
+    (relevance,) = module(x).relevance.values()
+    assert 0 < float(relevance.abs().max()) < scale * 100
