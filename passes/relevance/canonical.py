@@ -17,6 +17,12 @@ aten = torch.ops.aten
 
 _LARGEST = frozenset({"amax", "max"})
 
+_BY_SIZE: dict[Any, Any] = {
+    aten.upsample_linear1d.default: aten.upsample_linear1d.vec,
+    aten.upsample_trilinear3d.default: aten.upsample_trilinear3d.vec,
+}
+"""Interpolations whose derivative takes no symbolic sizes, and their other form."""
+
 
 def canonicalize(graph: fx.Graph) -> None:
     """Bring a functional forward graph into the form that rules are about; changes the graph."""
@@ -39,6 +45,8 @@ def canonicalize(graph: fx.Graph) -> None:
             _other_gate(graph, node)
         elif name == "add":
             _linear(graph, node)
+        elif node.target in _BY_SIZE:
+            _by_factors(graph, node)
 
 
 def _once(graph: fx.Graph) -> None:
@@ -116,6 +124,19 @@ def _is_transposed(node: fx.Node) -> bool:
     exchanged = not dims or sorted(d % 2 for d in dims) == [0, 1]  # type: ignore[union-attr]
     kept = op_name(node) == "permute" and [d % 2 for d in dims] == [0, 1]  # type: ignore[union-attr]
     return isinstance(value, Tensor) and value.ndim == 2 and exchanged and not kept
+
+
+def _by_factors(graph: fx.Graph, node: fx.Node) -> None:
+    """Interpolation as modules call it, by sizes or by factors: that has a derivative."""
+    x: Any
+    x, size, aligned, *factors = (*node.args, *node.kwargs.values())
+    factors = [f for f in factors if f is not None]
+    if aligned or not factors:  # aligned corners tell the factors
+        _replace(graph, node, _BY_SIZE[node.target], (x, size, aligned, None))
+        return
+    sizes = x.meta["val"].shape[2:]
+    if len(factors) == len(sizes) and size == [int(n * f) for n, f in zip(sizes, factors)]:  # noqa: B905
+        _replace(graph, node, _BY_SIZE[node.target], (x, None, aligned, factors))
 
 
 def _trim(graph: fx.Graph, node: fx.Node) -> None:

@@ -177,6 +177,9 @@ SHAPED_AS = frozenset({"expand_as", "view_as", "reshape_as", "type_as"})
 FOREIGN = frozenset({"transformers::grouped_mm_fallback"})
 """Operators of other libraries that are in the table; they have derivatives of their own."""
 
+LAID_OUT = frozenset({"_grouped_mm"})
+"""Operators whose derivatives take gradients only that lie as results do."""
+
 NORMALISERS = frozenset({"rsqrt", "reciprocal"})
 """Operators whose results scale other values to a fixed size."""
 

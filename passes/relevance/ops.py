@@ -63,6 +63,10 @@ class Op:
             inner[node] = call(node, lambda n: inner[n] if n in inner else lookup(n))
         return inner[self.node]
 
+    def cotangent(self, tensor: torch.Tensor) -> torch.Tensor:
+        """What arrives, as the derivative takes it."""
+        return tensor.contiguous() if self.name in families.LAID_OUT else tensor
+
     def argument(self, place: int | None) -> Any:
         """What stands at a place of the (last) call, or None."""
         if place is None:

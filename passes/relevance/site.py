@@ -178,7 +178,7 @@ class Site:
         grads = torch.autograd.grad(
             [r for r, _ in pairs],
             [self._leaves[n] for n in nodes],
-            [c for _, c in pairs],
+            [self.op.cotangent(c) for _, c in pairs],
             allow_unused=True,
         )
         return {n: g for n, g in zip(nodes, grads, strict=True) if g is not None}

@@ -114,7 +114,7 @@ class Affine:
         leaf = torch.zeros_like(self.x).requires_grad_()
         with torch.enable_grad():
             result = self.run(leaf, weight)
-        (grad,) = torch.autograd.grad(result, leaf, cotangent)
+        (grad,) = torch.autograd.grad(result, leaf, self.site.op.cotangent(cotangent))
         return grad
 
     def pulled(self, cotangent: Tensor) -> dict[Any, Tensor]:

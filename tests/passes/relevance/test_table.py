@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from typing import Any
 
@@ -38,10 +39,17 @@ class Sample:
         call: Makes the result from the input.
         shape: Of the input.
         positive: Whether the input is positive.
+        bar: How far sums may be off, as a part of all that is summed; None: as double precision.
     """
 
-    def __init__(self, call: Call, shape: tuple[int, ...] = (2, 4, 6), positive: bool = False):
-        self.call, self.shape, self.positive = call, shape, positive
+    def __init__(
+        self,
+        call: Call,
+        shape: tuple[int, ...] = (2, 4, 6),
+        positive: bool = False,
+        bar: float | None = None,
+    ) -> None:
+        self.call, self.shape, self.positive, self.bar = call, shape, positive, bar
 
 
 class Net(nn.Module):
@@ -81,8 +89,24 @@ def pair(call: Callable[..., Any], **fields: Any) -> Sample:
 
 
 INDEX = torch.tensor([0, 2, 3, 1])
+EXPERTS, ENDS = random(3, 8, 8, seed=6), torch.tensor([1, 1, 4], dtype=torch.int32)
 GRID = random(1, 5, 5, 2, seed=4).tanh()
 GRID3 = random(1, 3, 3, 3, 3, seed=4).tanh()
+
+
+def grouped(x: Tensor) -> Tensor:
+    """Experts, by torch's operator, which exists in half precision only where it is captured."""
+    rows, weight = x.reshape(-1, 8).bfloat16(), EXPERTS.bfloat16()
+    return aten._grouped_mm(rows, weight, ENDS * x.shape[0]).to(x.dtype)
+
+
+def grouped_by_loop(x: Tensor) -> Tensor:
+    """Experts, by the operator that stands for torch's in other precisions."""
+    import transformers.integrations.moe  # noqa: F401 -- brings the operator along
+
+    call = torch.ops.transformers.grouped_mm_fallback
+    return call(x.reshape(-1, 8), EXPERTS, offs=ENDS * x.shape[0])
+
 
 SAMPLES: dict[str, Sample] = {
     # --- routes ---
@@ -349,6 +373,8 @@ SAMPLES: dict[str, Sample] = {
             x, W[:4, :4, None], V[:4], [1], [0], [1], False, [0], 1, False, False, False, False
         )
     ),
+    "_grouped_mm": Sample(grouped, shape=(2, 4, 8), bar=2**-9),
+    "grouped_mm_fallback": Sample(grouped_by_loop, shape=(2, 4, 8)),
 }  # fmt: skip
 
 
@@ -356,8 +382,17 @@ def test_every_operator_has_a_sample() -> None:
     assert set(TABLE) - set(SAMPLES) == set()
 
 
-NAMES = sorted(SAMPLES)
-GROUPS = [NAMES[i::12] for i in range(12)]
+LIBRARIES = {"grouped_mm_fallback": "transformers"}
+NAMES = [n for n in sorted(SAMPLES) if n not in LIBRARIES or importlib.util.find_spec(LIBRARIES[n])]
+ROUNDED = [n for n in NAMES if SAMPLES[n].bar]
+EXACT = [n for n in NAMES if n not in ROUNDED]
+GROUPS = [*(EXACT[i::12] for i in range(12)), *([n] for n in ROUNDED)]
+
+
+def bars(names: list[str], size: Tensor, rtol: float, atol: float) -> dict[str, float]:
+    """How far results may be off: by a part of themselves and some more."""
+    bar = SAMPLES[names[0]].bar
+    return {"rtol": rtol, "atol": bar * float(size)} if bar else {"rtol": rtol, "atol": atol}
 
 
 def planned(net: Net, x: Tensor) -> tuple[Plan, dict[str, Tensor]]:
@@ -384,7 +419,7 @@ def planned(net: Net, x: Tensor) -> tuple[Plan, dict[str, Tensor]]:
 @pytest.mark.parametrize("names", GROUPS, ids=lambda names: names[0])
 def test_what_arrives_is_what_leaves_and_what_is_booked(names: list[str]) -> None:
     for name in names:
-        x = random(*SAMPLES[name].shape, seed=5)
+        x, bar = random(*SAMPLES[name].shape, seed=5), SAMPLES[name].bar
         plan, tensors = planned(Net([SAMPLES[name]]), x)
         assert name in {op.name for op in plan.ops.values()}
         found = []
@@ -397,11 +432,13 @@ def test_what_arrives_is_what_leaves_and_what_is_booked(names: list[str]) -> Non
             for op, account in run.accounts.items():
                 booked = sum(float(v.sum()) for v in run.ledger.entries.get(op, {}).values())
                 lost = abs(account.arrived - account.left - booked)
-                assert lost <= 1e-12 * account.size, (name, op.name, explicit)
+                assert lost <= (bar or 1e-12) * account.size, (name, op.name, explicit)
             output = ledger.pop("output")
-            torch.testing.assert_close(sum(ledger.values()), output, rtol=1e-11, atol=1e-12)
             found += relevance.values()
-        torch.testing.assert_close(found[0], found[1], rtol=1e-9, atol=1e-10)
+            size = found[0].abs().sum()
+            close = bars([name], size, rtol=1e-11, atol=1e-12)
+            torch.testing.assert_close(sum(ledger.values()), output, **close)
+        torch.testing.assert_close(*found, **bars([name], size, rtol=1e-9, atol=1e-10))
 
 
 @pytest.mark.slow
@@ -411,6 +448,9 @@ def test_they_can_be_captured_and_explained(names: list[str]) -> None:
     inputs = tuple(random(*s.shape, seed=i) for i, s in enumerate(samples))
     explained: Any = graphopt.explain(Net(samples), inputs)
     assert set(names) <= {each["op"] for each in explained.rules()}
-    ledger = dict(explained(*inputs).ledger)
+    result = explained(*inputs)
+    ledger = dict(result.ledger)
     output = ledger.pop("output")
-    torch.testing.assert_close(sum(ledger.values()), output, rtol=1e-10, atol=1e-11)
+    size = sum(r.abs().sum() for r in result.relevance.values())
+    close = bars(names, size, rtol=1e-10, atol=1e-11)
+    torch.testing.assert_close(sum(ledger.values()), output, **close)
