@@ -31,6 +31,11 @@ _RANK = {role: rank for rank, role in enumerate(Role)}
 
 _SOFTMAX = frozenset({"softmax", "_softmax", "_safe_softmax"})
 
+_LOGARITHMS = frozenset({"log_softmax", "_log_softmax"})
+
+_WEIGHING = (frozenset({Role.GATE}), frozenset({Role.ATTENTION}))
+_BOUNDS = frozenset({"clamp", "clip", "clamp_min", "clamp_max"})
+
 _NONLINEAR = frozenset(
     {"relu", "relu6", "gelu", "silu", "elu", "selu", "celu", "leaky_relu", "hardtanh", "hardswish"}
     | {"tanh", "softplus", "mish", "softsign"}
@@ -137,8 +142,23 @@ class Roles:
         if op.name in _NONLINEAR:
             return frozenset({Role.ACTIVATED})
         if op.family in (Family.ROUTE, Family.SCALE):
-            return frozenset().union(*(self._origins[o] for o in op.operands))
+            return self._united(op)
+        if op.name == "exp" and self._is_logarithm(op.operands[0]):
+            return frozenset({Role.ATTENTION})
+        # what is made of weights alone weighs too: the largest, their share of a sum, a product
+        combines = op.family in (Family.ADD, Family.REDUCE, Family.MAX, Family.PRODUCT)
+        if (combines or op.name in _BOUNDS) and self._united(op) in _WEIGHING:
+            return self._united(op)
         return frozenset({Role.VALUE})
+
+    def _united(self, op: Op) -> frozenset[Role]:
+        """What the operands are made by."""
+        return frozenset().union(*(self._origins[o] for o in op.operands))
+
+    def _is_logarithm(self, node: fx.Node) -> bool:
+        """Whether a value is the logarithm of a softmax."""
+        op = self._ops.get(node)
+        return op is not None and op.name in _LOGARITHMS
 
     def _count(self, node: fx.Node, stopped: frozenset[str]) -> int:
         op = self._ops.get(node)
