@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -249,6 +250,8 @@ class Site:
             # squares of half precision overflow beyond 256
             wide = sized.to(torch.promote_types(sized.dtype, torch.float32))
             size = wide.square().mean(rows, keepdim=True).sqrt()
+            # squares overflow from here on: a size too small absorbs less, an infinite one all
+            size = size.nan_to_num(nan=math.nan, posinf=torch.finfo(size.dtype).max ** 0.5 / 1024)
             return signed(value, (eps * size).to(value.dtype))
         if mode == "unsigned":
             return value + eps
