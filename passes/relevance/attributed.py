@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Mapping, Sequence
 
-from torch import fx
+from torch import Tensor, fx
 
 from graphopt.errors import UsageError, suggest
 from graphopt.passes.relevance import tokens
@@ -53,21 +53,25 @@ def values(
     parameters = {
         str(n.target): n for n in graph.find_nodes(op="get_attr") if is_floating(n.meta.get("val"))
     }
-    carrying = {n.name: n for n in graph.nodes if n in inside}
     inputs = set(sources.values())
+    carrying = {  # several results of a call are values of their own
+        n.name: n
+        for n in graph.nodes
+        if n in inside and n.name not in inputs and isinstance(n.meta.get("val"), Tensor)
+    }
     named: dict[str, fx.Node] = {}
     for asked in attribute:
         glob = asked.removeprefix("node:")
         if asked == "parameters":
             named |= parameters
-        if asked in ("inputs", "parameters") or any(fnmatch.fnmatchcase(n, glob) for n in inputs):
+        if asked in ("inputs", "parameters") or glob in inputs:
             continue
         found = {
             name: node
             for name, node in (parameters | carrying).items()
             if fnmatch.fnmatchcase(name, glob)
         }
-        if not found:
+        if not found and not any(fnmatch.fnmatchcase(n, glob) for n in inputs):
             known = [*inputs, *parameters, *carrying]
             raise UsageError(
                 f"nothing that carries relevance is called {asked!r}",

@@ -232,6 +232,13 @@ def returned(
     return parts, relevance * share
 
 
+def at_table(
+    lookup: Lookup, values: Mapping[fx.Node, Any], table: Tensor, relevance: Tensor
+) -> Tensor:
+    """Relevance of looked-up rows, at the rows of the table that they are copies of."""
+    return torch.zeros_like(table).index_put((values[lookup.index],), relevance, accumulate=True)
+
+
 def marked(
     lookup: Lookup, values: Mapping[fx.Node, Any], rows: Tensor, mark: Callable[[Tensor], Tensor]
 ) -> Tensor:

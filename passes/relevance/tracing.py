@@ -21,7 +21,7 @@ from graphopt.passes.relevance.target import (
     gradient_of,
     one_hot,
 )
-from graphopt.passes.relevance.tokens import returned
+from graphopt.passes.relevance.tokens import at_table, returned
 
 SINKS = (OUTPUT, "inputs", "parameters", "constants", "bias", "epsilon", "softmax")
 
@@ -112,13 +112,19 @@ class Explainer:
         """Flat outputs, relevances and ledger of a run."""
         outputs = [run.values[n] if isinstance(n, fx.Node) else n for n in self.flat_outputs]
         relevance: dict[str, Tensor] = {}
+        tables: dict[Any, Tensor] = {}
         for node, name in self.plan.sources.items():
             value = run.values[node]
             flow = run.arrived.get(node)
             found = flow.relevance(value) if flow is not None else torch.zeros_like(value)
             parts, own = {name: found}, found
             if node in self.plan.lookups:
-                parts, own = returned(self.plan.lookups[node], run.values, found)
+                lookup = self.plan.lookups[node]
+                table: Any = node.args[0]
+                if table in self.plan.named.values():
+                    rows = at_table(lookup, run.values, run.values[table], found)
+                    tables[table] = tables[table] + rows if table in tables else rows
+                parts, own = returned(lookup, run.values, found)
                 if own is not found:
                     run.ledger.book_value("parameters", node, found - own)
             run.ledger.book_value("inputs", node, own)
@@ -128,6 +134,8 @@ class Explainer:
             value = run.values[node]
             flow = run.arrived.get(node)
             relevance[name] = flow.relevance(value) if flow else torch.zeros_like(value)
+            if node in tables:
+                relevance[name] = relevance[name] + tables[node]
         totals = run.ledger.totals
         zero = torch.zeros_like(totals[OUTPUT])
         sinks = [*SINKS, *(s for s in totals if s not in SINKS)]

@@ -191,6 +191,29 @@ def test_parameters_and_values_by_name() -> None:
         _explained(model, x, attribute=("plaice",))
 
 
+def test_a_glob_finds_inputs_and_all_else() -> None:
+    model, x = _net()
+    every = _explained(model, x, attribute=("*",))(x)
+    assert every.relevance.keys() >= {"image", "gelu", *dict(model.named_parameters())}
+    assert _explained(model, x, attribute=("im*",))(x).relevance.keys() == {"image"}
+    with pytest.raises(UsageError, match="nothing that carries relevance is called 'chunk'"):
+        _explained(model, x, attribute=("chunk",))
+
+
+@pytest.mark.parametrize("target", ["argmax", [[0, 1, 2], [2, 2, 0]]])
+def test_a_table_gets_what_its_rows_get(target: Any) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(7, 4), nn.Flatten(), nn.Linear(16, 3))
+    ids = torch.tensor([[1, 4, 4, 0], [6, 1, 2, 1], [4, 4, 4, 4]])
+    module: Any = graphopt.explain(model, (ids,), target=target, attribute=("inputs", "0.weight"))
+    found = module(ids).relevance
+    rows, of_ids = found["0.weight"].sum(-1), found["input_1"]
+    for i in range(7):
+        expected = torch.where(ids == i, of_ids, 0).sum((-1, -2))
+        torch.testing.assert_close(rows[..., i], expected, rtol=1e-5, atol=1e-6)
+    assert float(rows.abs().max()) > 0.01
+
+
 def test_without_biases_the_ledger_is_the_sum_of_the_relevances() -> None:
     model, x = _net(biases=False)
     with torch.no_grad():
