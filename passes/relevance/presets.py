@@ -162,6 +162,11 @@ def composite_of(given: Composite | str) -> Composite:
         )
     if given in PRESETS:
         return PRESETS[given]()
+    if given.endswith(".toml") and "\n" not in given:
+        raise UsageError(
+            f"there is no composite {given!r}",
+            hint=f"a file's: composite=pathlib.Path({given!r}).read_text()",
+        )
     if "\n" in given or "[[" in given:
         return Composite.from_toml(given)
     raise UsageError(

@@ -61,6 +61,24 @@ def test_a_composite_of_another_type() -> None:
         graphopt.explain(Net(), (X,), composite=None)
 
 
+def test_a_composite_in_a_file() -> None:
+    with pytest.raises(UsageError, match=r"Path\('mine.toml'\).read_text"):
+        graphopt.explain(Net(), (X,), composite="mine.toml")
+
+
+@pytest.mark.parametrize("composite", ["epsilon", "epsilon-plus", "epsilon-gamma"])
+@pytest.mark.parametrize("scale", [2.0**70, 2.0**100])
+def test_squares_that_overflow(composite: str, scale: float) -> None:
+    """Without biases relevance is as large as the input: the ledger adds up at any scale."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6, bias=False), nn.ReLU(), nn.Linear(6, 3, bias=False))
+    explained: Any = graphopt.explain(model, (X,), composite=composite)
+    small, large = explained(X), explained(X * scale)
+    assert residual(large) < 1e-4 * float(large.ledger["output"].abs().max())
+    found = large.relevance["input_1"] / scale
+    torch.testing.assert_close(found, small.relevance["input_1"], rtol=1e-4, atol=1e-5)
+
+
 def test_one_attribute_as_text() -> None:
     explained: Any = graphopt.explain(Net(), (X,), attribute="one.weight")
     assert explained(X).relevance.keys() == {"x", "one.weight"}
