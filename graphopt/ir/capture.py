@@ -57,6 +57,11 @@ def capture(
         return model.program
     if not isinstance(model, nn.Module):
         raise ModelError(f"expected a torch.nn.Module, got {type(model).__name__}")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise CaptureError(
+            f"{type(model).__name__} was compiled by TorchScript, which can't be captured",
+            hint="give the model that was scripted or traced",
+        )
     args = (args,) if isinstance(args, torch.Tensor) else tuple(args)
     _refuse_inference_tensors(model)
     _refuse_names(model)

@@ -241,7 +241,9 @@ class OfBytes(torch.nn.Module):
 
 def test_pixels_of_bytes_are_an_image_and_a_dataclass_has_scores() -> None:
     pixels = torch.randint(0, 256, (2, 3, 6, 5), dtype=torch.uint8)
-    view = describe(graphopt.explain(OfBytes(), (pixels,)), (pixels,))
+    explained = graphopt.explain(OfBytes(), (pixels,))
+    view = describe(explained, (pixels,))
+    assert describe(explained, pixels).samples[0].ledger == view.samples[0].ledger
     for sample, photo in zip(view.samples, pixels, strict=True):
         (found,) = sample.inputs
         assert found.kind == "image"

@@ -323,3 +323,9 @@ def test_the_placeholders_are_flat_and_named() -> None:
     fakes = program.fake_inputs()
     assert all(isinstance(fake.shape[0], torch.SymInt) for fake in fakes)
     assert len({id(fake.fake_mode) for fake in fakes}) == 1
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_torchscript_is_refused():
+    with pytest.raises(graphopt.CaptureError, match="compiled by TorchScript"):
+        graphopt.capture(torch.jit.script(nn.Linear(4, 3)), (torch.randn(2, 4),))

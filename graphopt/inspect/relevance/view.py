@@ -173,7 +173,7 @@ def describe(
 
     Args:
         module: What `graphopt.explain` gave.
-        args: Positional inputs.
+        args: Positional inputs (a single tensor stands for a tuple of it).
         kwargs: Keyword inputs.
         title: Of the model.
         tokens: The text of the tokens of each sample; None: their ids.
@@ -186,6 +186,7 @@ def describe(
         UsageError: Several targets at once; tokens or photos that don't fit.
         NonFiniteError: The output that is explained is NaN or infinite.
     """
+    args = (args,) if isinstance(args, Tensor) else args
     kwargs = dict(kwargs or {})
     output, relevance, ledger = module(*args, **kwargs)
     explained = ledger["output"]
