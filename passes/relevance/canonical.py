@@ -17,7 +17,7 @@ aten = torch.ops.aten
 
 _LARGEST = frozenset({"amax", "max"})
 
-_ZEROS = {
+_ZEROS: dict[Any, Any] = {
     aten.empty.memory_format: aten.zeros.default,
     aten.empty_like.default: aten.zeros_like.default,
     aten.new_empty.default: aten.new_zeros.default,

@@ -97,8 +97,9 @@ def test_what_cancels_is_measured_exactly() -> None:
 @pytest.mark.parametrize("scale", [1e-20, 1e-41])
 def test_numbers_that_are_too_small_to_be_exact_are_no_losses(scale: float) -> None:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 2)).requires_grad_(False)
-    model[2].weight *= scale
+    head = nn.Linear(8, 2)
+    model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), head).requires_grad_(False)
+    head.weight.mul_(scale)
     x = torch.randn(2, 8)
     module: Any = graphopt.explain(model, (x,))
     assert max(entry["residual"] for entry in module.conservation()) < 1e-6
