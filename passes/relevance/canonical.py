@@ -22,6 +22,12 @@ _BY_SIZE: dict[Any, Any] = {
     aten.upsample_trilinear3d.default: aten.upsample_trilinear3d.vec,
 }
 """Interpolations whose derivative takes no symbolic sizes, and their other form."""
+_ZEROS: dict[Any, Any] = {
+    aten.empty.memory_format: aten.zeros.default,
+    aten.empty_like.default: aten.zeros_like.default,
+    aten.new_empty.default: aten.new_zeros.default,
+}
+"""What stands for memory that a model writes to; what happens to lie there may be NaN."""
 
 
 def canonicalize(graph: fx.Graph) -> None:
@@ -31,7 +37,9 @@ def canonicalize(graph: fx.Graph) -> None:
         if node.op != "call_function":
             continue
         name = op_name(node)
-        if name in ("detach", "lift_fresh_copy"):
+        if node.target in _ZEROS:
+            _zero(node)
+        elif name in ("detach", "lift_fresh_copy"):
             # what a value is made of doesn't depend on where gradients go
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
@@ -65,6 +73,13 @@ def _once(graph: fx.Graph) -> None:
         if first is not node:
             node.replace_all_uses_with(first)
             graph.erase_node(node)
+
+
+def _zero(node: fx.Node) -> None:
+    """Memory that is not filled holds zeros."""
+    if op_name(node) == "empty":
+        node.kwargs = {k: v for k, v in node.kwargs.items() if k != "memory_format"}
+    node.target = _ZEROS[node.target]
 
 
 def _other_gate(graph: fx.Graph, node: fx.Node) -> None:

@@ -48,7 +48,8 @@ class Explanation(NamedTuple):
             parameter's or a value's of its.  With several targets there is one more dimension in
             front.
         ledger: Relevance of each sample by sink, ``[samples]``: ``output`` is what was explained,
-            the others add up to it.  With several targets ``[targets, samples]``.
+            the others add up to it.  With several targets ``[targets, samples]``.  Where the model
+            mixes the samples they are one: ``[1]``.
     """
 
     output: Any
