@@ -78,6 +78,24 @@ def test_where_a_model_is_piecewise_linear_it_is_gradient_times_input(function: 
     torch.testing.assert_close(found, x * grad)
 
 
+@pytest.mark.parametrize("factors", [(), (1.5, 1.5, 1.5)], ids=["sizes", "factors"])
+@pytest.mark.parametrize("aligned", [True, False])
+def test_interpolation_by_the_operators_themselves(aligned: bool, factors: Any) -> None:
+    aten: Any = torch.ops.aten
+
+    def resized(self: Any, x: Tensor) -> Tensor:
+        line = aten.upsample_linear1d(x[:, None], [6], aligned, *factors[:1])
+        box = x[:, None, None, None] * torch.ones(2, 2, 1, dtype=x.dtype)
+        box = aten.upsample_trilinear3d(box, [3, 3, 6], aligned, *factors)
+        return F.linear(line[:, 0, 1:5] + box[:, 0, 1, 2, :4], self.weight)
+
+    model, x = Function(resized), torch.randn(3, 4, dtype=torch.float64)
+    leaf = x.clone().requires_grad_()
+    (grad,) = torch.autograd.grad(model(leaf)[:, 1].sum(), leaf)
+    (found,) = explained(model, x, target=1).relevance.values()
+    torch.testing.assert_close(found, x * grad)
+
+
 def correlated(self: Any, x: Tensor, y: Tensor) -> Tensor:
     spectrum = torch.fft.rfft(x) * torch.fft.rfft(y).conj()
     return F.linear(torch.fft.irfft(spectrum, n=4), self.weight)
