@@ -217,3 +217,21 @@ class Transposed(nn.Module):
 
 def test_a_view_of_a_batch_norm_with_channels_last() -> None:
     explained(Transposed().double().eval(), torch.randn(2, 5, 4, dtype=torch.float64))
+
+
+class ChannelsLast(nn.Module):
+    """Linear layers on channels between convolutions, as in ConvNeXt; gradients cross them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 4, 2, 2), nn.Conv2d(4, 4, 2, 2)
+        self.inner, self.norm = nn.Linear(4, 4), nn.LayerNorm(4)
+        self.scale = nn.Parameter(torch.rand(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.inner(self.first(x).permute(0, 2, 3, 1)) * self.scale
+        return self.second(self.norm(x).permute(0, 3, 1, 2)).mean((2, 3))
+
+
+def test_a_view_of_what_a_convolution_hands_back() -> None:
+    explained(ChannelsLast().double(), torch.randn(2, 3, 8, 8, dtype=torch.float64))
