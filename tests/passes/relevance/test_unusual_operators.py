@@ -240,3 +240,21 @@ def test_a_class_of_what_many_rows_are_read_out_to() -> None:
     torch.testing.assert_close(both(nodes).relevance["nodes"][0], want)
     with pytest.raises(UsageError, match="5 targets for a batch of 1"):
         graphopt.explain(model, (nodes,), target=[0, 1, 2, 0, 1])(nodes)
+
+
+class ChannelsLast(nn.Module):
+    """Linear layers on channels between convolutions, as in ConvNeXt; gradients cross them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 4, 2, 2), nn.Conv2d(4, 4, 2, 2)
+        self.inner, self.norm = nn.Linear(4, 4), nn.LayerNorm(4)
+        self.scale = nn.Parameter(torch.rand(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.inner(self.first(x).permute(0, 2, 3, 1)) * self.scale
+        return self.second(self.norm(x).permute(0, 3, 1, 2)).mean((2, 3))
+
+
+def test_a_view_of_what_a_convolution_hands_back() -> None:
+    explained(ChannelsLast().double(), torch.randn(2, 3, 8, 8, dtype=torch.float64))
