@@ -132,7 +132,7 @@ def _keeps_strides(node: fx.Node) -> bool:
 
 
 def _tensors(node: fx.Node) -> list[fx.Node]:
-    return [n for n in node.all_input_nodes if not _is_size(n)]
+    return [n for n in node.all_input_nodes if not is_size(n)]
 
 
 def _read_sizes_first(graph: fx.Graph) -> None:
