@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, TypeGuard
 
 import torch
@@ -23,6 +24,13 @@ _BY_SIZE: dict[Any, Any] = {
 }
 """Interpolations whose derivative takes no symbolic sizes, and their other form."""
 
+_ZEROS: dict[Any, Any] = {
+    aten.empty.memory_format: aten.zeros.default,
+    aten.empty_like.default: aten.zeros_like.default,
+    aten.new_empty.default: aten.new_zeros.default,
+}
+"""What stands for memory that a model writes to; what happens to lie there may be NaN."""
+
 
 def canonicalize(graph: fx.Graph) -> None:
     """Bring a functional forward graph into the form that rules are about; changes the graph."""
@@ -30,23 +38,10 @@ def canonicalize(graph: fx.Graph) -> None:
     for node in list(graph.nodes):
         if node.op != "call_function":
             continue
-        name = op_name(node)
-        if name in ("detach", "lift_fresh_copy"):
-            # what a value is made of doesn't depend on where gradients go
-            node.replace_all_uses_with(node.args[0])
-            graph.erase_node(node)
-        elif (meant := meant_by(node)) is not None:
+        if (meant := meant_by(node)) is not None:
             _replace(graph, node, *meant)
-        elif name in ("scatter", "scatter_add", "scatter_reduce"):
-            _trim(graph, node)
-        elif name == "div":
-            _softmax(graph, node)
-        elif name in ("rsub", "sub"):
-            _other_gate(graph, node)
-        elif name == "add":
-            _linear(graph, node)
-        elif node.target in _BY_SIZE:
-            _by_factors(graph, node)
+        elif (rewrite := _REWRITES.get(op_name(node))) is not None:
+            rewrite(graph, node)
 
 
 def _once(graph: fx.Graph) -> None:
@@ -65,6 +60,21 @@ def _once(graph: fx.Graph) -> None:
         if first is not node:
             node.replace_all_uses_with(first)
             graph.erase_node(node)
+
+
+def _through(graph: fx.Graph, node: fx.Node) -> None:
+    """What a value is made of doesn't depend on where gradients go."""
+    node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
+    graph.erase_node(node)
+
+
+def _zero(graph: fx.Graph, node: fx.Node) -> None:
+    """Memory that is not filled holds zeros."""
+    if node.target not in _ZEROS:
+        return
+    if op_name(node) == "empty":
+        node.kwargs = {k: v for k, v in node.kwargs.items() if k != "memory_format"}
+    node.target = _ZEROS[node.target]
 
 
 def _other_gate(graph: fx.Graph, node: fx.Node) -> None:
@@ -128,6 +138,8 @@ def _is_transposed(node: fx.Node) -> bool:
 
 def _by_factors(graph: fx.Graph, node: fx.Node) -> None:
     """Interpolation as modules call it, by sizes or by factors: that has a derivative."""
+    if node.target not in _BY_SIZE:
+        return
     x: Any
     x, size, aligned, *factors = (*node.args, *node.kwargs.values())
     factors = [f for f in factors if f is not None]
@@ -195,3 +207,22 @@ def _dims(node: fx.Node) -> list[int] | None:
 
 def _calls(node: Any, name: str) -> TypeGuard[fx.Node]:
     return isinstance(node, fx.Node) and node.op == "call_function" and op_name(node) == name
+
+
+_REWRITES: dict[str, Callable[[fx.Graph, fx.Node], None]] = {
+    "detach": _through,
+    "lift_fresh_copy": _through,
+    "empty": _zero,
+    "empty_like": _zero,
+    "new_empty": _zero,
+    "scatter": _trim,
+    "scatter_add": _trim,
+    "scatter_reduce": _trim,
+    "div": _softmax,
+    "rsub": _other_gate,
+    "sub": _other_gate,
+    "add": _linear,
+    "upsample_linear1d": _by_factors,
+    "upsample_trilinear3d": _by_factors,
+}
+"""What is done with a call, by its operator's name."""

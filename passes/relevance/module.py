@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch._C import _functorch  # type: ignore[attr-defined]
 from torch.utils import _pytree as pytree
 
-from graphopt.cost.sizes import Substitution, symbols_of
+from graphopt.cost.sizes import Substitution, concrete, symbols_of
 from graphopt.errors import InputMismatch, NonFiniteError, UnsupportedError
 from graphopt.ir.graphs import lookup
 from graphopt.ir.module import OptimizedModule
@@ -48,7 +48,8 @@ class Explanation(NamedTuple):
             parameter's or a value's of its.  With several targets there is one more dimension in
             front.
         ledger: Relevance of each sample by sink, ``[samples]``: ``output`` is what was explained,
-            the others add up to it.  With several targets ``[targets, samples]``.
+            the others add up to it.  With several targets ``[targets, samples]``.  Where the model
+            mixes the samples they are one: ``[1]``.
     """
 
     output: Any
@@ -207,11 +208,16 @@ class ExplainedModule(nn.Module):
         return target if target.ndim == 2 else target.expand(samples)
 
     def _samples(self, built: _Built, inputs: Sequence[Tensor]) -> int:
-        """Size of the batch, which need not be the first input's dimension 0."""
-        batch = built.explainer.plan.batch
-        names = [n.name for n in built.explainer.plan.graph.find_nodes(op="placeholder")]
-        place = 0 if batch is None else names.index(batch.name)
-        return inputs[place].shape[0]
+        """Rows of the output: the size of the batch, unless one is a graph of many nodes, say."""
+        rows = built.explainer.output.meta["val"].shape[0]
+        if not isinstance(rows, torch.SymInt):
+            return rows
+        fakes = [n.meta["val"] for n in built.explainer.plan.graph.find_nodes(op="placeholder")]
+        for fake, given in zip(fakes, inputs, strict=True):
+            for size, actual in zip(fake.shape, given.shape, strict=True):
+                if isinstance(size, torch.SymInt) and size.node.expr == rows.node.expr:
+                    return actual
+        return concrete(rows, symbols_of(fakes, [t.shape for t in inputs]))
 
     def _packed(self, built: _Built, results: Sequence[Any]) -> Explanation:
         flat, signature = built.flat, built.explainer.signature

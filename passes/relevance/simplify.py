@@ -95,25 +95,44 @@ def _same_layout(node: fx.Node, source: fx.Node) -> bool:
 
 
 _UNSURE = frozenset(
-    {"_native_batch_norm_legit_no_training", "native_batch_norm", "convolution_backward", "roll"}
+    {
+        "_native_batch_norm_legit_no_training",
+        "native_batch_norm",
+        "convolution",
+        "convolution_backward",
+        "roll",
+    }
 )
 """Operators of whose results torch's fake tensors may have other strides than the kernels."""
 
 
 def _reshape_unsure(graph: fx.Graph) -> None:
     """A `view` that was traced on fake tensors may be impossible on what a kernel returns."""
-    for node in graph.find_nodes(op="call_function", target=aten.view.default):
-        base: Any = node.args[0]
-        while _is_moved(base):
-            base = base.args[0]
-        if isinstance(base.target, torch._ops.OpOverload) and base.target._opname in _UNSURE:
-            node.target = aten.reshape.default
+    unsure: set[fx.Node] = set()
+    for node in graph.nodes:
+        if _is_unsure(node) or (_keeps_strides(node) and any(n in unsure for n in _tensors(node))):
+            unsure.add(node)
+            if node.target is aten.view.default:
+                node.target = aten.reshape.default
 
 
-def _is_moved(node: fx.Node) -> bool:
-    return node.target is operator.getitem or (
-        node.op == "call_function" and (is_sure_view(node) or node.target is aten.detach.default)
-    )
+def _is_unsure(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._opname in _UNSURE
+
+
+def _keeps_strides(node: fx.Node) -> bool:
+    """Whether the strides of a result follow from those of what it is computed from."""
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload):
+        return target is operator.getitem
+    copies = target in (aten.detach.default, aten.clone.default, aten._to_copy.default)
+    if copies or torch.Tag.pointwise in target.tags:
+        return node.kwargs.get("memory_format") in (None, torch.preserve_format)
+    return is_sure_view(node)
+
+
+def _tensors(node: fx.Node) -> list[fx.Node]:
+    return [n for n in node.all_input_nodes if not is_size(n)]
 
 
 def _read_sizes_first(graph: fx.Graph) -> None:

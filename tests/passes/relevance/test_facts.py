@@ -64,7 +64,7 @@ def test_a_class_and_a_composite_are_chosen_in_the_pipeline() -> None:
     assert found["composite"] == "epsilon"
     assert found["output"] == pytest.approx(model(x)[:, 1].sum().item())
     rules = {each["node"]: each["rule"] for each in found["nodes"]}
-    assert rules == {"x": "input", "linear": "epsilon", "relu": "identity", "linear_1": "epsilon"}
+    assert rules == {"x": "input", "linear": "epsilon", "relu": "secant", "linear_1": "epsilon"}
 
 
 def test_nothing_is_changed() -> None:

@@ -50,6 +50,38 @@ def test_constants_of_other_samples_are_not_booked_for_a_sample(own: bool, sampl
     torch.testing.assert_close(kept, ledger["output"])
 
 
+class Written(nn.Module):
+    """Halves that are written into memory of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        both = [x.new_empty(*x.shape[:-1], 8), torch.empty(x.shape[0], 8, dtype=x.dtype)]
+        both.append(torch.empty_like(both[0]))
+        for each in both:
+            each[..., :4].copy_(x)
+            each[..., 4:].copy_(-x)
+        return self.head(both[0] + both[1] + both[2])
+
+
+@pytest.mark.parametrize("unfilled", [True, False])
+def test_what_lies_in_memory_that_is_written_to_does_not_matter(unfilled: bool) -> None:
+    torch.manual_seed(0)
+    model, x = Written(), torch.randn(2, 4)
+    torch.use_deterministic_algorithms(unfilled)  # memory that isn't filled is NaN then
+    try:
+        module: Any = graphopt.explain(model, (x,), target=2)
+        found = module(x)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    row = model.head.weight[2].detach()
+    inputs = 3 * (x * (row[:4] - row[4:])).sum(-1)
+    torch.testing.assert_close(found.ledger["inputs"], inputs)
+    torch.testing.assert_close(found.ledger["bias"], model.head.bias[2].detach().expand(2))
+
+
 def test_what_cancels_is_measured_exactly() -> None:
     class Difference(nn.Module):
         def forward(self, x: Tensor, y: Tensor) -> Tensor:
@@ -65,8 +97,9 @@ def test_what_cancels_is_measured_exactly() -> None:
 @pytest.mark.parametrize("scale", [1e-20, 1e-41])
 def test_numbers_that_are_too_small_to_be_exact_are_no_losses(scale: float) -> None:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 2)).requires_grad_(False)
-    model[2].weight *= scale
+    head = nn.Linear(8, 2)
+    model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), head).requires_grad_(False)
+    head.weight.mul_(scale)
     x = torch.randn(2, 8)
     module: Any = graphopt.explain(model, (x,))
     assert max(entry["residual"] for entry in module.conservation()) < 1e-6

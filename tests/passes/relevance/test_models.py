@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+from importlib.metadata import distributions
 from typing import Any
 
 import pytest
@@ -31,9 +31,9 @@ SLOW = [
 
 def checked(entry: ZooModel, composite: str, dtype: torch.dtype) -> None:
     """Explain a model and check its ledger, as a whole and at each operation."""
-    for package in entry.requires:
-        if importlib.util.find_spec(package) is None:
-            pytest.skip(f"{package} is missing")
+    missing = set(entry.requires) - {each.name for each in distributions()}
+    if missing:
+        pytest.skip(f"{', '.join(sorted(missing))} missing")
     model = entry.model().eval().to(dtype)
 
     def inputs(batch: int) -> Any:

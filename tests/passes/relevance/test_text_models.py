@@ -94,6 +94,24 @@ def test_experts_in_one_call_are_experts_one_by_one(
         torch.testing.assert_close(one.ledger, other.ledger, rtol=bar, atol=bar)
 
 
+def test_experts_whose_results_are_read_by_columns() -> None:
+    """Their gradient has the strides of a transposed matrix, which the operator doesn't take."""
+
+    class Columns(Experts):
+        def forward(self, x: Tensor) -> Tensor:
+            x = x.transpose(0, 1)
+            columns = self.call(x.reshape(-1, 8), self.weight, offs=self.ends * x.shape[1]).t()
+            return (columns * torch.arange(1, 17)[:, None]).unflatten(1, (5, -1)).sum(1).t()
+
+    x = torch.randn(3, 5, 8, dtype=torch.bfloat16)
+    model = Columns(F.grouped_mm).bfloat16()
+    explained: Any = graphopt.explain(model, (x,), target=2)
+    weight = model.weight.detach()[[0, 0, 2, 2, 2], :, 2]
+    for batch in (x, x[:1]):
+        found = explained(batch).relevance["x"]
+        torch.testing.assert_close(found, batch * weight * 3, rtol=0.02, atol=0.02)
+
+
 class Sorted(nn.Module):
     """Tokens sorted by the expert that a router sends them to, and put back, or left in place."""
 

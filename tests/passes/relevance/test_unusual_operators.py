@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import graphopt
+from graphopt.errors import UsageError
 
 EDGES = torch.tensor([[0, 1, 2, 3, 0], [1, 2, 0, 2, 3]])
 
@@ -217,3 +218,43 @@ class Transposed(nn.Module):
 
 def test_a_view_of_a_batch_norm_with_channels_last() -> None:
     explained(Transposed().double().eval(), torch.randn(2, 5, 4, dtype=torch.float64))
+
+
+def test_a_class_of_what_many_rows_are_read_out_to() -> None:
+    """The output has a row for a graph, not for each of its nodes."""
+
+    class ReadOut(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 3, bias=False)
+
+        def forward(self, nodes: Tensor) -> Tensor:
+            return self.layer(nodes).sum(0, keepdim=True)
+
+    model, nodes = ReadOut(), torch.randn(5, 4)
+    one: Any = graphopt.explain(model, (nodes,), target=2)
+    want = nodes * model.layer.weight[2].detach()
+    torch.testing.assert_close(one(nodes).relevance["nodes"], want)
+    torch.testing.assert_close(one(nodes[:3]).relevance["nodes"], want[:3])
+    both: Any = graphopt.explain(model, (nodes,), target=[[2], [0]])
+    torch.testing.assert_close(both(nodes).relevance["nodes"][0], want)
+    with pytest.raises(UsageError, match="5 targets for a batch of 1"):
+        graphopt.explain(model, (nodes,), target=[0, 1, 2, 0, 1])(nodes)
+
+
+class ChannelsLast(nn.Module):
+    """Linear layers on channels between convolutions, as in ConvNeXt; gradients cross them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 4, 2, 2), nn.Conv2d(4, 4, 2, 2)
+        self.inner, self.norm = nn.Linear(4, 4), nn.LayerNorm(4)
+        self.scale = nn.Parameter(torch.rand(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.inner(self.first(x).permute(0, 2, 3, 1)) * self.scale
+        return self.second(self.norm(x).permute(0, 3, 1, 2)).mean((2, 3))
+
+
+def test_a_view_of_what_a_convolution_hands_back() -> None:
+    explained(ChannelsLast().double(), torch.randn(2, 3, 8, 8, dtype=torch.float64))
