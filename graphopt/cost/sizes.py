@@ -14,6 +14,7 @@ from typing import Any
 import sympy
 import torch
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from graphopt.ir.sharing import gives_only_aliases
 
@@ -67,6 +68,17 @@ def symbols_of(fakes: Sequence[torch.Tensor], shapes: Sequence[Sequence[int]]) -
 def symbolic(size: Size) -> sympy.Expr:
     """The size as a sympy expression in the program's symbols."""
     return size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(int(size))
+
+
+def same_size(first: Any, second: Any) -> bool:
+    """Whether two sizes are equal whatever the input."""
+    return statically_known_true(first == second)
+
+
+def same_shape(first: Sequence[Any], second: Sequence[Any]) -> bool:
+    """Whether two shapes are equal whatever the input."""
+    pairs = zip(first, second, strict=False)
+    return len(first) == len(second) and all(same_size(a, b) for a, b in pairs)
 
 
 def tensors_in(value: Any) -> Iterator[torch.Tensor]:

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from graphopt.passes.relevance.padding import END, same_shape, same_size
+from graphopt.cost.sizes import same_shape, same_size
+from graphopt.passes.relevance.padding import END
 
 aten = torch.ops.aten
 

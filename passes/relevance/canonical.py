@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from graphopt.cost.sizes import same_size
 from graphopt.ir.aliases import writes
 from graphopt.ir.graphs import copy_place
 from graphopt.passes.relevance.exponentials import meant_by
-from graphopt.passes.relevance.families import op_name
+from graphopt.passes.relevance.families import calls, op_name
 
 aten = torch.ops.aten
 
@@ -82,7 +82,7 @@ def _other_gate(graph: fx.Graph, node: fx.Node) -> None:
     first, second = node.args[:2]
     gate: Any = first if op_name(node) == "rsub" else second
     one = second if op_name(node) == "rsub" else first
-    if one != 1 or node.kwargs or len(node.args) > 2 or not _calls(gate, "sigmoid"):
+    if one != 1 or node.kwargs or len(node.args) > 2 or not calls(gate, "sigmoid"):
         return
     _replace(graph, node, aten.sigmoid.default, ((aten.neg.default, gate.args),))
 
@@ -102,7 +102,7 @@ def _linear(graph: fx.Graph, node: fx.Node) -> None:
     """``x @ W + b`` with a matrix and a vector that are parameters is a linear layer with bias."""
     if node.kwargs or len(node.args) != 2:
         return
-    product: Any = next((a for a in node.args if _calls(a, "matmul") or _calls(a, "mm")), None)
+    product: Any = next((a for a in node.args if calls(a, "matmul") or calls(a, "mm")), None)
     bias: Any = next((a for a in node.args if isinstance(a, fx.Node) and a.op == "get_attr"), None)
     if product is None or bias is None or len(product.users) != 1:
         return
@@ -127,7 +127,7 @@ def _linear(graph: fx.Graph, node: fx.Node) -> None:
 def _is_transposed(node: fx.Node) -> bool:
     """Whether a node is a matrix with its two dimensions exchanged."""
     names = ("t", "transpose", "numpy_T", "mT", "permute", "adjoint")
-    if not any(_calls(node, name) for name in names):
+    if not any(calls(node, name) for name in names):
         return False
     dims = node.args[1] if op_name(node) == "permute" else node.args[1:]
     value = node.args[0].meta.get("val") if isinstance(node.args[0], fx.Node) else None
@@ -158,7 +158,7 @@ def _trim(graph: fx.Graph, node: fx.Node) -> None:
         return
     sizes = zip(source.meta["val"].shape, index.meta["val"].shape, strict=True)
     for dim, (given, read) in enumerate(sizes):
-        if statically_known_true(given == read):
+        if same_size(given, read):
             continue
         with graph.inserting_before(node):
             length = graph.call_function(aten.sym_size.int, (index, dim))
@@ -174,7 +174,7 @@ def _softmax(graph: fx.Graph, node: fx.Node) -> None:
     """``exp(x - m) / sum(exp(x - m))``, with ``m`` the largest ``x`` or left out."""
     exponential: Any = node.args[0]
     total: Any = node.args[1]
-    if not _calls(exponential, "exp") or not _calls(total, "sum"):
+    if not calls(exponential, "exp") or not calls(total, "sum"):
         return
     dims = _dims(total)
     if total.args[0] is not exponential or dims is None or len(dims) != 1:
@@ -182,7 +182,7 @@ def _softmax(graph: fx.Graph, node: fx.Node) -> None:
     if len(total.args) < 3 or total.args[2] is not True or total.kwargs.get("dtype"):
         return
     x: Any = exponential.args[0]
-    if _calls(x, "sub") and len(x.args) == 2 and not x.kwargs and _largest_of(x.args[1], x.args[0]):
+    if calls(x, "sub") and len(x.args) == 2 and not x.kwargs and _largest_of(x.args[1], x.args[0]):
         x = x.args[0]
     with graph.inserting_before(node):
         new = graph.call_function(aten.softmax.int, (x, dims[0]))
@@ -192,7 +192,7 @@ def _softmax(graph: fx.Graph, node: fx.Node) -> None:
 
 
 def _largest_of(node: Any, x: Any) -> bool:
-    if _calls(node, "getitem") and node.args[1] == 0:
+    if calls(node, "getitem") and node.args[1] == 0:
         node = node.args[0]
     return isinstance(node, fx.Node) and op_name(node) in _LARGEST and node.args[0] is x
 
@@ -203,10 +203,6 @@ def _dims(node: fx.Node) -> list[int] | None:
     if dims is None or not isinstance(value, Tensor):
         return None
     return [d % value.ndim for d in dims]
-
-
-def _calls(node: Any, name: str) -> TypeGuard[fx.Node]:
-    return isinstance(node, fx.Node) and node.op == "call_function" and op_name(node) == name
 
 
 _REWRITES: dict[str, Callable[[fx.Graph, fx.Node], None]] = {

@@ -10,14 +10,13 @@ from typing import Any
 import torch
 from torch import fx
 
+from graphopt.cost.sizes import same_shape, same_size
 from graphopt.passes.relevance.padding import (
     RULES,
     Padding,
     Part,
     Rule,
     count,
-    same_shape,
-    same_size,
 )
 
 aten = torch.ops.aten

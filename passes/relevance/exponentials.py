@@ -5,12 +5,12 @@ A sigmoid is a gate, and an exponential isn't, so what was meant decides where r
 
 from __future__ import annotations
 
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 from torch import fx
 
-from graphopt.passes.relevance.families import op_name
+from graphopt.passes.relevance.families import calls, op_name
 
 aten = torch.ops.aten
 
@@ -34,7 +34,7 @@ def meant_by(node: fx.Node) -> Meant | None:
     exponential = node.args[0] if name == "log1p" else None
     if name == "log":
         exponential = _less_one(node.args[0])
-    if not _calls(exponential, "exp"):
+    if not calls(exponential, "exp"):
         return None
     return aten.softplus.default, (exponential.args[0],)
 
@@ -44,20 +44,20 @@ def _sigmoid(name: str, args: tuple[Any, ...]) -> Meant | None:
     if name == "pow":
         over, under = (1, args[0]) if args[1] == -1 else (None, None)
     exponential = _less_one(under)
-    if not _calls(exponential, "exp"):
+    if not calls(exponential, "exp"):
         return None
     x = exponential.args[0]
     if over is exponential:
         return aten.sigmoid.default, (x,)
     if not _is_one(over):
         return None
-    negative = x.args[0] if _calls(x, "neg") else (aten.neg.default, (x,))
+    negative = x.args[0] if calls(x, "neg") else (aten.neg.default, (x,))
     return aten.sigmoid.default, (negative,)
 
 
 def _less_one(node: Any) -> Any:
     """What one is added to, or None."""
-    if not _calls(node, "add") or node.kwargs or len(node.args) != 2:
+    if not calls(node, "add") or node.kwargs or len(node.args) != 2:
         return None
     first, second = node.args
     return first if _is_one(second) else second if _is_one(first) else None
@@ -65,7 +65,3 @@ def _less_one(node: Any) -> Any:
 
 def _is_one(value: Any) -> bool:
     return isinstance(value, int | float) and value == 1
-
-
-def _calls(node: Any, name: str) -> TypeGuard[fx.Node]:
-    return isinstance(node, fx.Node) and node.op == "call_function" and op_name(node) == name

@@ -11,7 +11,7 @@ import enum
 import operator
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import fx
@@ -212,6 +212,11 @@ def op_name(node: fx.Node) -> str:
     if isinstance(target, torch._ops.OpOverload):
         return target._schema.name.partition("::")[2]
     return getattr(target, "__name__", str(target))
+
+
+def calls(node: Any, name: str) -> TypeGuard[fx.Node]:
+    """Whether an argument is a call of an operator of that name."""
+    return isinstance(node, fx.Node) and node.op == "call_function" and op_name(node) == name
 
 
 def spec_of(node: fx.Node) -> Spec | None:

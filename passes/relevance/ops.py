@@ -94,6 +94,11 @@ def is_floating(value: Any) -> bool:
     return isinstance(value, tuple | list) and any(is_floating(v) for v in value)
 
 
+def is_mask(value: torch.Tensor) -> bool:
+    """Whether an index says of each place whether it is taken, instead of naming places."""
+    return value.dtype in (torch.bool, torch.uint8)
+
+
 def values_read(node: fx.Node) -> list[fx.Node]:
     """What a call reads more of than shape and type."""
     if node.op == "call_function" and families.op_name(node) in families.SHAPED_AS:

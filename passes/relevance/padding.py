@@ -16,6 +16,7 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from graphopt.cost.sizes import same_shape, same_size
 from graphopt.ir.graphs import copy_place
 from graphopt.ir.interpret import call
 from graphopt.passes.relevance.marks import MARK
@@ -182,17 +183,6 @@ class Padding:
         """Whether the whole value, of some shape, can be made of a part."""
         own, viewed = ([self._size(s) for s in sizes] for sizes in (part.shape, shape))
         return -1 not in own and viewed.count(-1) < 2
-
-
-def same_size(first: Any, second: Any) -> bool:
-    """Whether two sizes are equal whatever the input."""
-    return statically_known_true(first == second)
-
-
-def same_shape(first: Sequence[Any], second: Sequence[Any]) -> bool:
-    """Whether two shapes are equal whatever the input."""
-    pairs = zip(first, second, strict=False)
-    return len(first) == len(second) and all(same_size(a, b) for a, b in pairs)
 
 
 def count(sizes: Sequence[Any]) -> Any:

@@ -17,8 +17,8 @@ from collections.abc import Mapping
 
 import torch
 from torch import fx
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from graphopt.cost.sizes import same_shape
 from graphopt.passes.relevance import families
 from graphopt.passes.relevance.families import Family
 from graphopt.passes.relevance.frequencies import degree, is_complex
@@ -167,6 +167,4 @@ def _same_shape(first: fx.Node, second: fx.Node) -> bool:
     """Whether two values have the same shape, whatever the sizes of the inputs."""
     values = [n.meta.get("val") for n in (first, second)]
     left, right = (v.shape if isinstance(v, torch.Tensor) else None for v in values)
-    if left is None or right is None or len(left) != len(right):
-        return False
-    return all(statically_known_true(a == b) for a, b in zip(left, right, strict=True))
+    return left is not None and right is not None and same_shape(left, right)

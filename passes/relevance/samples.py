@@ -23,7 +23,8 @@ from torch import Tensor, fx
 from graphopt.errors import RunError
 from graphopt.ir.interpret import Value, call, fill
 from graphopt.passes.relevance.families import op_name
-from graphopt.passes.relevance.ops import is_complex, is_floating, is_getitem
+from graphopt.passes.relevance.frequencies import is_complex
+from graphopt.passes.relevance.ops import is_floating, is_getitem, is_mask
 
 
 @dataclass(frozen=True)
@@ -147,7 +148,7 @@ def _rows_taken(
 
 
 def _is_places(index: Tensor) -> bool:
-    return index.ndim == 1 and index.dtype not in (torch.bool, torch.uint8)
+    return index.ndim == 1 and not is_mask(index)
 
 
 def _taken_by(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:

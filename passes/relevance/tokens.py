@@ -19,7 +19,7 @@ from torch import Tensor, fx
 from graphopt.ir.interpret import call
 from graphopt.passes.relevance import families
 from graphopt.passes.relevance.families import Family
-from graphopt.passes.relevance.ops import is_floating, values_read
+from graphopt.passes.relevance.ops import is_floating, is_mask, values_read
 
 _ELEMENTWISE = frozenset(
     """
@@ -129,12 +129,8 @@ def _index(node: fx.Node) -> Any:
         return args[2]
     if name == "index":
         places: Any = args[1]
-        return places[0] if len(places) == 1 and not _is_mask(places[0]) else None
+        return places[0] if len(places) == 1 and not is_mask(places[0].meta["val"]) else None
     return args[0] if name in _CASTS else None
-
-
-def _is_mask(index: fx.Node) -> bool:
-    return index.meta["val"].dtype in (torch.bool, torch.uint8)
 
 
 def _is_one_hot(node: Any) -> bool:
